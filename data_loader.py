@@ -1,0 +1,558 @@
+"""Images into batches: decode once, keep uint8, assemble and augment whole batches on the device.
+
+`load_images` turns an `ImageList` into one uint8 array, `ImageStore` holds it where gathering is
+cheapest, `IdentitySampler` says which rows make a batch and `TrainLoader` delivers augmented
+batches ahead of time. Every random draw is a function of (seed, epoch, step), so that a run can be
+taken up anywhere and prefetching changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data_manager import CACHE_COMMAND, DataError, ImageList
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pretraining images, RGB in [0, 1]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+SCALE = (1 / (255 * np.array(IMAGENET_STD))).astype(np.float32)
+SHIFT = (-np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
+LUMA = (19595, 38470, 7471)  # ITU-R 601 weights in 1/65536, as Pillow's conversion to grey
+FORMATS = ("BMP", "JPEG", "PNG")  # the only decoders a stranger's file may reach
+MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million
+DECODE_CHUNK = 32  # images a thread decodes between two progress updates
+COPY_CHUNK = 1024  # images copied at once from a memory map
+ERASE_AREA = (
+    0.02,
+    0.4,
+)  # share of the image, as torchvision's RandomErasing and the paper it follows
+ERASE_ASPECT = 3.3  # height over width between 1 / 3.3 and 3.3
+EVAL_PREFETCH = 2
+RESIDENT_SHARE = 0.25  # of the free device memory that one store may take
+SAMPLER_STREAM, VISIBLE_STREAM, INFRARED_STREAM = range(3)  # tell apart the draws of one step
+
+T = TypeVar("T")
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def load_images(
+    images: ImageList, *, height: int, width: int, workers: int = 4, progress: bool = True
+) -> np.ndarray:
+    """Decode images of any size, grey or colour, and resize them (Lanczos) to `height` x `width`.
+
+    Args:
+        images: n images; those of a cache are opened, not decoded.
+        height: of the result, pixels.
+        width: of the result, pixels.
+        workers: decoding threads.
+        progress: show a progress bar.
+
+    Returns:
+        (n, height, width, 3) uint8 RGB; a read-only memory map where a whole cache is asked for.
+
+    Raises:
+        DataError: an image can't be decoded (names the file and the line that asked for it), or the
+            cache has another size.
+    """
+    if images.cache is not None:
+        return _load_cache(images, height, width)
+    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
+
+    def decode(start: int) -> int:
+        stop = min(start + DECODE_CHUNK, len(images))
+        for index in range(start, stop):
+            _decode(images, index, out[index])
+        return stop - start
+
+    with (
+        ThreadPoolExecutor(max(1, workers)) as pool,
+        tqdm(
+            total=len(images), desc=f"decode {images.modality}", unit="img", disable=not progress
+        ) as bar,
+    ):
+        futures = [pool.submit(decode, start) for start in range(0, len(images), DECODE_CHUNK)]
+        try:
+            for future in futures:
+                bar.update(future.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return out
+
+
+def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
+    height, width, _ = out.shape
+    try:
+        with Image.open(images.root / images.paths[index], formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode != "L":
+                image = image.convert("RGB")
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    except Exception as error:  # a damaged image makes Pillow raise nearly anything
+        raise DataError(
+            f"can't decode {images.describe(index)}: {error}; expected an intact"
+            f" {', '.join(FORMATS)} image: copy it again from the data set"
+        ) from error
+    out[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
+    cache = np.load(images.cache, mmap_mode="r", allow_pickle=False)
+    if cache.shape[1:] != (height, width, 3):
+        command = CACHE_COMMAND.format(images.root) + f" --img_h {height} --img_w {width}"
+        raise DataError(
+            f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), and"
+            f" {height} x {width} is asked for. Rebuild it: {command}; or pass"
+            f" --img_h {cache.shape[1]} --img_w {cache.shape[2]}"
+        )
+    if images.cache_rows is None:
+        return cache
+    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for start in range(0, len(images), COPY_CHUNK):
+        rows = images.cache_rows[start : start + COPY_CHUNK]
+        out[start : start + len(rows)] = cache[rows]
+    return out
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityBatch:
+    """Rows of one batch: (P*K,) int64 each, P blocks of K, in one identity order."""
+
+    visible: np.ndarray
+    infrared: np.ndarray
+    labels: np.ndarray
+
+
+class IdentitySampler:
+    """Draws P identities without replacement, then K images of each per modality with replacement.
+
+    Stateless: a batch is a function of (seed, epoch, step).
+
+    Source: the AGW code base; floor(max(#visible, #infrared) / (P*K)) + 1 steps make an epoch.
+    """
+
+    def __init__(
+        self,
+        visible_labels: np.ndarray,
+        infrared_labels: np.ndarray,
+        *,
+        ids_per_batch: int,
+        images_per_id: int,
+        seed: int,
+    ) -> None:
+        """Index the images by identity.
+
+        Args:
+            visible_labels: (n_v,) integers 0..L-1, each at least once.
+            infrared_labels: (n_i,) the same for the infrared images.
+            ids_per_batch: P.
+            images_per_id: K, per modality.
+            seed: not negative.
+
+        Raises:
+            ValueError: fewer than P identities, labels with gaps, or numbers out of range.
+        """
+        if ids_per_batch < 1 or images_per_id < 1 or seed < 0:
+            raise ValueError(
+                f"{ids_per_batch} identities a batch, {images_per_id} images of each, seed {seed};"
+                " expected at least 1, 1 and 0"
+            )
+        self._tables = [
+            _by_label(np.asarray(labels)) for labels in (visible_labels, infrared_labels)
+        ]
+        self.num_ids = len(self._tables[0][1])
+        if len(self._tables[1][1]) != self.num_ids:
+            raise ValueError(
+                f"{self.num_ids} identities have visible images and {len(self._tables[1][1])}"
+                " infrared ones; expected the same labels 0..L-1 in both"
+            )
+        if self.num_ids < ids_per_batch:
+            raise ValueError(
+                f"a batch asks for {ids_per_batch} identities and there are {self.num_ids}; lower"
+                f" --batch-size to {self.num_ids} or less"
+            )
+        self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
+        most = max(len(visible_labels), len(infrared_labels))
+        self.steps_per_epoch = most // (ids_per_batch * images_per_id) + 1
+
+    def batch(self, epoch: int, step: int) -> IdentityBatch:
+        """Draw the rows of one step, both counted from 0."""
+        rng = np.random.default_rng((self.seed, epoch, step, SAMPLER_STREAM))
+        ids = rng.choice(self.num_ids, self.ids_per_batch, replace=False)
+        shape = (self.ids_per_batch, self.images_per_id)
+        rows = [
+            order[first[ids, None] + rng.integers(counts[ids, None], size=shape)].reshape(-1)
+            for order, counts, first in self._tables
+        ]
+        return IdentityBatch(*rows, np.repeat(ids, self.images_per_id))
+
+
+def _by_label(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows sorted by label, and per label its number of rows and where they start."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.size == 0 or labels.min() < 0:
+        raise ValueError(f"labels are {labels.dtype} {labels.shape}; expected (n,) integers 0..L-1")
+    counts = np.bincount(labels)
+    if counts.min() == 0:
+        raise ValueError(
+            f"label {counts.argmin()} has no image; expected each of 0..{len(counts) - 1}"
+        )
+    return np.argsort(labels, kind="stable"), counts, np.cumsum(counts) - counts
+
+
+# --- Storage --------------------------------------------------------------------------------------
+
+
+class ImageStore:
+    """uint8 images kept where gathering a batch is cheapest, and batches of them on the device.
+
+    Host memory or a memory map is gathered row by row into a (pinned) buffer; on a CUDA device the
+    images move there whole when they fit.
+    """
+
+    def __init__(
+        self, images: np.ndarray, *, device: torch.device, resident: bool | None = None
+    ) -> None:
+        """Place the images.
+
+        Args:
+            images: (n, H, W, 3) uint8, a memory map or in memory.
+            device: where batches are wanted.
+            resident: keep all of them on the device (CPU: in memory); None decides: on CUDA when
+                they take at most `RESIDENT_SHARE` of its free memory.
+        """
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8:
+            raise ValueError(
+                f"images are {images.dtype} {images.shape}; expected uint8 (n, H, W, 3)"
+            )
+        self.device = torch.device(device)
+        if resident is None:
+            resident = (
+                self.device.type == "cuda"
+                and images.nbytes <= RESIDENT_SHARE * (torch.cuda.mem_get_info(self.device)[0])
+            )
+        self._host, self._resident = images, None
+        if resident:
+            self._resident = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
+            for start in range(0, len(images), COPY_CHUNK):
+                chunk = np.array(images[start : start + COPY_CHUNK])
+                self._resident[start : start + len(chunk)] = torch.from_numpy(chunk)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._host)
+
+    @property
+    def resident(self) -> bool:
+        """Whether all images are kept on the device."""
+        return self._resident is not None
+
+    def gather(self, indices: np.ndarray) -> torch.Tensor:
+        """Return the images at `indices` ((m,) integers): (m, H, W, 3) uint8 on the device."""
+        if self._resident is not None:
+            return self._resident[torch.from_numpy(np.asarray(indices)).to(self.device)]
+        pinned = self.device.type == "cuda"
+        shape = (len(indices), *self._host.shape[1:])
+        buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        if len(indices) and not 0 <= np.min(indices) <= np.max(indices) < len(self):
+            raise IndexError(f"rows {np.min(indices)}..{np.max(indices)} of {len(self)} images")
+        # mode="raise" would copy through a temporary; the range is checked above.
+        np.take(self._host, indices, axis=0, out=buffer.numpy(), mode="clip")
+        return buffer.to(self.device, non_blocking=pinned)
+
+
+# --- Augmentation ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The train transform: pad with black, crop back to the image's size, flip, normalise.
+
+    Attributes:
+        pad: pixels of black on every side before the crop.
+        flip: probability of a horizontal flip.
+        grey: probability that a visible image is made grey.
+        erase: probability that a rectangle (2 to 40 % of the area) is set to the ImageNet mean.
+        tone: s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image.
+
+    Source: the AGW code base for pad and flip; the others are this project's and off by default.
+    """
+
+    pad: int = 10
+    flip: float = 0.5
+    grey: float = 0.0
+    erase: float = 0.0
+    tone: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.pad < 0 or self.tone < 0:
+            raise ValueError(f"pad is {self.pad}, tone {self.tone}; expected at least 0")
+        for name in ("flip", "grey", "erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a probability")
+
+
+def augment(
+    images_uint8: torch.Tensor,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+    *,
+    modality: str,
+) -> torch.Tensor:
+    """Augment a batch, each image on its own, and normalise it.
+
+    Args:
+        images_uint8: (n, H, W, 3) uint8.
+        augmentation: what to do.
+        rng: n x 9 uniform numbers are drawn from it, whatever is switched on.
+        modality: "visible" or "infrared" (never made grey).
+
+    Returns:
+        (n, 3, H, W) float32 on the same device, channels_last in memory.
+    """
+    draws = rng.random((9, len(images_uint8)))
+    side = 2 * augmentation.pad + 1
+    top, left = (draws[:2] * side).astype(np.int64)
+    flipped = np.flatnonzero(draws[2] < augmentation.flip)
+    images = images_uint8
+    if modality == "visible" and augmentation.grey > 0:
+        images = _grey(images, np.flatnonzero(draws[3] < augmentation.grey))
+    images = _crop_and_flip(images, augmentation.pad, top, left, flipped)
+    if augmentation.tone > 0:
+        images = _tone(images, np.exp((2 * draws[4:6] - 1) * augmentation.tone))
+    batch = normalize(images)
+    if augmentation.erase > 0:
+        chosen = np.flatnonzero(draws[6] < augmentation.erase)
+        _erase(batch, chosen, *draws[6:9, chosen])
+    return batch
+
+
+def normalize(images_uint8: torch.Tensor) -> torch.Tensor:
+    """Normalise with ImageNet's statistics, nothing else: the evaluation transform.
+
+    Args:
+        images_uint8: (n, H, W, 3), 0..255.
+
+    Returns:
+        (n, 3, H, W) float32 on the same device, channels_last in memory.
+    """
+    scale, shift = (_on(images_uint8, values) for values in (SCALE, SHIFT))
+    return torch.addcmul(shift, images_uint8.float(), scale).permute(0, 3, 1, 2)
+
+
+def _on(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    """Bring a few numbers to the images' device."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(images.device, non_blocking=True)
+
+
+def _grey(images: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
+    """Return a copy in which the `chosen` images are grey, with Pillow's rounding."""
+    rows = _on(images, chosen)
+    luma = (images[rows].int() * _on(images, np.array(LUMA, dtype=np.int32))).sum(-1, keepdim=True)
+    grey = (luma + (1 << 15)) >> 16
+    return images.index_copy(0, rows, grey.to(torch.uint8).expand(-1, -1, -1, 3))
+
+
+def _crop_and_flip(
+    images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray, flipped: np.ndarray
+) -> torch.Tensor:
+    """Cut an H x W window at (top, left) out of each padded image; mirror the `flipped` ones."""
+    n, height, width, channels = images.shape
+    padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
+    padded[:, pad : pad + height, pad : pad + width] = images
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (n, side, side, C, H, W), a view
+    at = _on(images, np.stack([np.arange(n), top, left]))
+    crops = windows.permute(0, 1, 2, 4, 5, 3)[at[0], at[1], at[2]]  # (n, H, W, C)
+    rows = _on(images, flipped)
+    return crops.index_copy_(0, rows, crops[rows].flip(2))
+
+
+def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
+    """Apply gain * (x / 255) ** gamma; `exponents` (2, n) holds gammas and gains; black stays."""
+    gamma, gain = _on(images, exponents.astype(np.float32))[:, :, None, None, None]
+    return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
+
+
+def _erase(
+    batch: torch.Tensor, chosen: np.ndarray, area: np.ndarray, aspect: np.ndarray, place: np.ndarray
+) -> None:
+    """Set a rectangle of each `chosen` image to zero, in place; one draw in [0, 1) per image."""
+    _, _, height, width = batch.shape
+    pixels = (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0])) * height * width
+    ratio = np.exp((2 * aspect - 1) * math.log(ERASE_ASPECT))
+    tall = np.clip(np.sqrt(pixels * ratio), 1, height).astype(np.int64)
+    wide = np.clip(np.sqrt(pixels / ratio), 1, width).astype(np.int64)
+    spots = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all places
+    top, left = np.divmod((place * spots).astype(np.int64), width - wide + 1)
+    y, x = np.arange(height), np.arange(width)
+    rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
+    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
+    inside = _on(batch, rows)[:, None, :, None] & _on(batch, columns)[:, None, None, :]
+    at = _on(batch, chosen)
+    batch[at] = batch[at].masked_fill(inside, 0)
+
+
+# --- Loaders --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One training step's input.
+
+    Attributes:
+        visible: (P*K, 3, H, W) float32.
+        infrared: (P*K, 3, H, W) float32, the same identities in the same order.
+        labels: (2*P*K,) int64, visible rows first.
+    """
+
+    visible: torch.Tensor
+    infrared: torch.Tensor
+    labels: torch.Tensor
+
+
+class TrainLoader:
+    """Delivers augmented batches of both modalities, made ahead of time by one thread."""
+
+    def __init__(
+        self,
+        *,
+        visible: ImageStore,
+        infrared: ImageStore,
+        sampler: IdentitySampler,
+        augmentation: Augmentation,
+        seed: int,
+        device: torch.device,
+        prefetch: int = 2,
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            visible: the visible images.
+            infrared: the infrared images.
+            sampler: says which rows make a batch.
+            augmentation: the train transform.
+            seed: of the augmentation's draws, not negative.
+            device: where batches are wanted; the stores' device.
+            prefetch: batches made ahead, 0 for none; what is in them does not depend on it.
+        """
+        self.visible, self.infrared, self.sampler = visible, infrared, sampler
+        self.augmentation, self.seed = augmentation, seed
+        self.device, self.prefetch = torch.device(device), prefetch
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.sampler.steps_per_epoch
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """Make one batch, a function of (seed, epoch, step)."""
+        rows = self.sampler.batch(epoch, step)
+        labels = torch.from_numpy(np.concatenate([rows.labels, rows.labels])).to(self.device)
+        parts = (
+            ("visible", self.visible, rows.visible, VISIBLE_STREAM),
+            ("infrared", self.infrared, rows.infrared, INFRARED_STREAM),
+        )
+        images = [
+            augment(
+                store.gather(chosen),
+                self.augmentation,
+                np.random.default_rng((self.seed, epoch, step, stream)),
+                modality=modality,
+            )
+            for modality, store, chosen, stream in parts
+        ]
+        return Batch(*images, labels)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from `start_step` on; leaving early stops the thread."""
+        steps = range(start_step, len(self))
+        return _ahead(lambda step: self.batch(epoch, step), steps, self.prefetch, self.device)
+
+
+class EvalLoader:
+    """Delivers images in order as normalised batches, made ahead of time by one thread."""
+
+    def __init__(self, images: np.ndarray, *, batch_size: int, device: torch.device) -> None:
+        """Keep the parts.
+
+        Args:
+            images: (n, H, W, 3) uint8, a memory map or in memory.
+            batch_size: images a batch; the last one may be smaller.
+            device: where batches are wanted.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch size is {batch_size}; expected at least 1")
+        self.store = ImageStore(images, device=device, resident=False)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.store) // self.batch_size)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield (m, 3, H, W) float32 batches."""
+
+        def make(start: int) -> torch.Tensor:
+            stop = min(start + self.batch_size, len(self.store))
+            return normalize(self.store.gather(np.arange(start, stop)))
+
+        starts = range(0, len(self.store), self.batch_size)
+        return _ahead(make, starts, EVAL_PREFETCH, self.store.device)
+
+
+def _ahead(make: Callable[[int], T], items: range, depth: int, device: torch.device) -> Iterator[T]:
+    """Yield make(item) in order, up to `depth` of them made ahead by a thread of their own.
+
+    What `make` raises is raised here, and closing the generator ends the thread. On CUDA the thread
+    works on a stream of its own, so that copies run beside training; the consumer's stream waits
+    for each result.
+    """
+    if depth < 1:
+        yield from map(make, items)
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream is not None:  # resident images were copied on the current stream
+        stream.wait_stream(torch.cuda.current_stream(device))
+
+    def work(item: int) -> tuple[T, torch.cuda.Event | None]:
+        with torch.cuda.stream(stream):  # None: no effect
+            return make(item), stream.record_event() if stream else None
+
+    queue: deque[Future] = deque()
+    waiting = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        try:
+            queue.extend(pool.submit(work, item) for item in islice(waiting, depth))
+            while queue:
+                result, event = queue.popleft().result()
+                queue.extend(pool.submit(work, item) for item in islice(waiting, 1))
+                if event is not None:
+                    _hand_over(result, event)
+                yield result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _hand_over(result: Batch | torch.Tensor, event: torch.cuda.Event) -> None:
+    """Let the current stream wait for the tensors, and the allocator for the current stream."""
+    tensors = vars(result).values() if isinstance(result, Batch) else (result,)
+    for tensor in tensors:
+        current = torch.cuda.current_stream(tensor.device)
+        current.wait_event(event)
+        tensor.record_stream(current)

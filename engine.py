@@ -1,0 +1,545 @@
+"""The training epoch, feature extraction, evaluation, and the loop that ties them together.
+
+Nothing here knows the command line: networks, criteria, data and numbers come in as arguments.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import re_rank
+from eval_metrics import eval_regdb, eval_sysu, mean_and_std, summarize
+from loss import TRIPLET_TERMS, Criterion, weighted_total
+from memory import MemoryHealth
+from utils import append_json_line, save_checkpoint, write_json
+
+log = logging.getLogger(__name__)
+
+STRIPE_ORDER_STREAM = 3  # names this module's random stream beside the loader's
+COLLAPSED_SPREAD = 0.02  # below it, features of different images are as good as identical
+METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
+RE_RANKINGS = ("no", "k_reciprocal", "random_walk")
+
+
+class NonFiniteLossError(ValueError):
+    """A loss term is NaN or infinite; the message names term, epoch and step."""
+
+
+def make_optimizer(
+    net: nn.Module,
+    *,
+    name: str = "sgd",
+    backbone_lr_scale: float = 0.1,
+    weight_decay: float = 5e-4,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """Optimiser with two groups: the head at the base rate, all else at a share of it.
+
+    Args:
+        net: A `TwoStreamNet`.
+        name: "sgd" (Nesterov) or "adam".
+        backbone_lr_scale: The share, `lr_scale` of the second group.
+        weight_decay: On every parameter.
+        momentum: SGD's.
+
+    Returns:
+        An optimiser whose rates are zero until `set_learning_rate`.
+
+    Raises:
+        ValueError: When `name` is unknown.
+    """
+    head = net.head_parameters()
+    in_head = {id(p) for p in head}
+    rest = [p for p in net.parameters() if p.requires_grad and id(p) not in in_head]
+    groups = [
+        {"params": head, "lr_scale": 1.0},
+        {"params": rest, "lr_scale": backbone_lr_scale},
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+        )
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay)
+    raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and triplet ramp as functions of the epoch (counted from 0).
+
+    Attributes:
+        lr: Base rate.
+        epochs: Epochs in all.
+        warmup_epochs: Epoch e below it has ``lr * (e + 1) / warmup_epochs``.
+        milestones: From each of these epochs on the rate is a tenth (``kind`` "step").
+        kind: "step", or "cosine": after the warm-up down to zero along half a cosine.
+        triplet_ramp: (start, end): triplet terms are off before epoch `start`, fully on from `end`,
+            linear between; (0, 0) has them on from the beginning.
+    """
+
+    lr: float
+    epochs: int = 61
+    warmup_epochs: int = 10
+    milestones: tuple[int, ...] = (20, 50)
+    kind: str = "step"
+    triplet_ramp: tuple[int, int] = (0, 0)
+
+    def learning_rate(self, epoch: int) -> float:
+        """Base rate of an epoch."""
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + 1) / self.warmup_epochs
+        if self.kind == "cosine":
+            done = (epoch - self.warmup_epochs + 1) / (self.epochs - self.warmup_epochs + 1)
+            return self.lr * (1 + math.cos(math.pi * done)) / 2
+        return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
+
+    def triplet_scale(self, epoch: int) -> float:
+        """Factor of the triplet terms' weights in an epoch, 0 to 1."""
+        start, end = self.triplet_ramp
+        return 1.0 if epoch >= end else max(0.0, (epoch - start + 1) / (end - start + 1))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group its share of the base rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def _float32(value: Any) -> Any:
+    """Casts a training output out of autocast's half precision, leaving wider types."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    if isinstance(value, tuple):  # a MemoryRead
+        return type(value)(*map(_float32, value))
+    return value
+
+
+def training_step(
+    net: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    *,
+    visible: Tensor,
+    infrared: Tensor,
+    labels: Tensor,
+    order: Sequence[int],
+    weights: Mapping[str, float],
+    amp: bool = False,
+    health: MemoryHealth | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimisation step.
+
+    Args:
+        net: In training mode.
+        criterion: Gives the loss terms.
+        optimizer: Rates already set.
+        visible: (PK, 3, H, W).
+        infrared: (PK, 3, H, W).
+        labels: (2PK,), visible rows first.
+        order: Random order of the stripes.
+        weights: Weight of each term in the total.
+        amp: Whether the network runs under bf16 autocast; the losses never do.
+        health: Counts how the memory is addressed.
+
+    Returns:
+        Detached terms, with their ``total``, and the feature (N, D) that the triplet acts on.
+    """
+    with torch.autocast(visible.device.type, dtype=torch.bfloat16, enabled=amp):
+        out = net(visible, infrared, health)
+    out = {name: _float32(value) for name, value in out.items()}
+    terms = criterion(out, labels, order)
+    total = weighted_total(terms, weights)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    optimizer.step()
+    terms = {name: term.detach() for name, term in terms.items()}
+    return {**terms, "total": total.detach()}, out["feat"].detach()
+
+
+def feature_spread(feat: Tensor) -> Tensor:
+    """Mean distance of features (N, D) from their mean, relative to their mean norm: a scalar.
+
+    Near 0 every image has the same feature: the network has collapsed.
+    """
+    center = feat.mean(dim=0)
+    return (feat - center).norm(dim=1).mean() / feat.norm(dim=1).mean().clamp_min(1e-12)
+
+
+def check_finite(terms: Mapping[str, float], *, epoch: int, step: int) -> None:
+    """Raises `NonFiniteLossError` naming the first term that is not finite."""
+    for name, value in terms.items():
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"loss term {name!r} is {value} in epoch {epoch}, step {step}; the last checkpoint "
+                f"is untouched. A smaller --lr or a longer --warmup-epochs usually helps"
+            )
+
+
+def train_epoch(
+    net: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    *,
+    epoch: int,
+    schedule: Schedule,
+    seed: int,
+    amp: bool = False,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Trains one epoch.
+
+    Args:
+        net: The network, on the loader's device.
+        criterion: Gives the terms and, as `criterion.weights`, their weights.
+        optimizer: With `lr_scale` in its groups.
+        loader: A `data_loader.TrainLoader`.
+        epoch: Counted from 0.
+        schedule: Rate and triplet ramp.
+        seed: Of the stripe orders.
+        amp: bf16 autocast.
+        progress: Whether to show a bar.
+
+    Returns:
+        Means over the steps: each loss term, ``total``, ``feature_spread``; ``lr``;
+        ``images_per_second``; and the memory's health under ``memory/...``.
+
+    Raises:
+        NonFiniteLossError: Found at most one step after it happened.
+    """
+    net.train()
+    lr, scale = schedule.learning_rate(epoch), schedule.triplet_scale(epoch)
+    set_learning_rate(optimizer, lr)
+    weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
+    health = MemoryHealth() if getattr(net, "memory", None) is not None else None
+    sums: dict[str, float] = {}
+    pending: dict[str, Tensor] = {}
+
+    def collect(step: int) -> None:
+        # Read a step late, so that the device always has the next step's work queued.
+        values = {name: float(value) for name, value in pending.items()}
+        check_finite(values, epoch=epoch, step=step)
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+        rate = images / (time.perf_counter() - start)
+        bar.set_postfix(loss=f"{values['total']:.3f}", lr=f"{lr:.2g}", images_s=f"{rate:.0f}")
+
+    start, images = time.perf_counter(), 0
+    bar = tqdm(
+        loader.epoch(epoch),
+        f"epoch {epoch}",
+        len(loader),
+        disable=None if progress else True,
+        leave=False,
+    )
+    for step, batch in enumerate(bar):
+        order = np.random.default_rng((seed, epoch, step, STRIPE_ORDER_STREAM))
+        terms, feat = training_step(
+            net,
+            criterion,
+            optimizer,
+            visible=batch.visible,
+            infrared=batch.infrared,
+            labels=batch.labels,
+            order=order.permutation(criterion.num_strips).tolist(),
+            weights=weights,
+            amp=amp,
+            health=health,
+        )
+        if pending:
+            collect(step - 1)
+        pending = {**terms, "feature_spread": feature_spread(feat)}
+        images += len(batch.labels)
+    collect(len(loader) - 1)
+    means = {name: value / len(loader) for name, value in sums.items()}
+    speed = images / (time.perf_counter() - start)
+    counted = {} if health is None else {f"memory/{k}": v for k, v in health.summary().items()}
+    return {"lr": lr, **means, "images_per_second": speed, **counted}
+
+
+@torch.no_grad()
+def extract_features(
+    net: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    modality: str,
+    test_feats: Sequence[str],
+    amp: bool = False,
+) -> dict[str, np.ndarray]:
+    """Embeds images once for every kind of retrieval feature asked for.
+
+    Args:
+        net: A `TwoStreamNet`; put into evaluation mode.
+        batches: Normalised images (n, 3, H, W), such as a `data_loader.EvalLoader`.
+        modality: "visible" or "infrared".
+        test_feats: Names of `TwoStreamNet.embed`.
+        amp: bf16 autocast.
+
+    Returns:
+        (n, D) float32 arrays by name, rows L2-normalised.
+
+    Raises:
+        ValueError: When there are no images, or a feature is not finite.
+    """
+    net.eval()
+    parts: dict[str, list[Tensor]] = {name: [] for name in test_feats}
+    for images in batches:
+        inputs = (images, None) if modality == "visible" else (None, images)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+            for name, feat in net.embed_all(*inputs, test_feats).items():
+                parts[name].append(feat.float().cpu())
+    if not all(parts.values()):
+        raise ValueError(f"no {modality} images to embed")
+    result = {name: torch.cat(feats).numpy() for name, feats in parts.items()}
+    for name, feats in result.items():
+        if not np.isfinite(feats).all():
+            raise ValueError(f"{modality} features {name!r} hold NaN or infinity: broken weights?")
+    return result
+
+
+def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
+    """Distances (Q, G) of L2-normalised features, smaller is closer.
+
+    Args:
+        query: (Q, D).
+        gallery: (G, D).
+        ranking: "no": negative cosine similarity; "k_reciprocal"; "random_walk".
+
+    Raises:
+        ValueError: When `ranking` is unknown.
+    """
+    if ranking == "no":
+        return -(query @ gallery.T)
+    if ranking == "k_reciprocal":
+        return re_rank.k_reciprocal(query, gallery)
+    if ranking == "random_walk":
+        return re_rank.random_walk(query, gallery)
+    raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
+
+
+def score(
+    eval_set: Any, query: np.ndarray, gallery: np.ndarray, ranking: str = "no"
+) -> dict[str, Any]:
+    """Scores features under a protocol.
+
+    Args:
+        eval_set: A `data_manager.EvalSet`.
+        query: Features of its query images, (Q, D).
+        gallery: Features of all its gallery images, (G, D).
+        ranking: See `distances`.
+
+    Returns:
+        ``rank1``, ``rank5``, ``rank10``, ``rank20``, ``mAP``, ``mINP`` as fractions, means over the
+        trials; ``std`` and ``per_trial`` with the same keys; ``re_rank``; ``protocol``.
+    """
+    q, g = eval_set.query, eval_set.gallery
+    per_trial = []
+    for rows in eval_set.gallery_trials:
+        distmat = distances(query, gallery[rows], ranking)
+        if eval_set.camera_rule == "sysu":
+            result = eval_sysu(distmat, q.pids, g.pids[rows], q.camids, g.camids[rows])
+        else:
+            result = eval_regdb(distmat, q.pids, g.pids[rows])
+        per_trial.append(summarize(*result))
+    mean, std = mean_and_std(per_trial)
+    return {
+        **mean,
+        "std": std,
+        "per_trial": per_trial,
+        "re_rank": ranking,
+        "protocol": eval_set.protocol,
+    }
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved in each checkpoint.
+
+    Attributes:
+        epoch: Epochs completed.
+        best: Results of the best epoch so far, with its ``epoch``; None before an evaluation.
+        last: Results of the latest evaluation, with its ``epoch``.
+    """
+
+    epoch: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+
+
+@dataclass
+class RunFiles:
+    """Where a run writes.
+
+    Attributes:
+        output_dir: Log lines and results.
+        checkpoint_dir: Checkpoints.
+        tensorboard_dir: TensorBoard events.
+        header: Entries stored in each checkpoint beside the state (options, versions, ...).
+    """
+
+    output_dir: Path
+    checkpoint_dir: Path
+    tensorboard_dir: Path
+    header: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    net: nn.Module,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    loader: Any,
+    *,
+    schedule: Schedule,
+    files: RunFiles,
+    seed: int,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    selection: str = "test",
+    eval_start: int = 10,
+    eval_every: int = 2,
+    save_epoch: int = 0,
+    amp: bool = False,
+    resume_from: Progress | None = None,
+    progress: bool = True,
+) -> Progress:
+    """Trains from `resume_from` to the last epoch, evaluating, logging and saving on the way.
+
+    Writes ``last.pt`` after each epoch, ``best.pt`` when the evaluation's Rank-1 improves,
+    ``epoch_NNN.pt`` every `save_epoch` epochs, one JSON line an epoch to ``log.jsonl``, TensorBoard
+    events, and ``training.json`` with the results of the last and the best epoch.
+
+    Args:
+        net: On its device.
+        criterion: See `train_epoch`.
+        optimizer: See `train_epoch`.
+        loader: See `train_epoch`.
+        schedule: Rates, triplet ramp and number of epochs.
+        files: Where to write.
+        seed: Of the stripe orders.
+        evaluate: Gives the results of the present weights; None never evaluates.
+        selection: What `evaluate` measures on, written beside each best result.
+        eval_start: First epoch (counted from 1) after which to evaluate.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated.
+        save_epoch: Epochs between numbered checkpoints; 0 keeps none.
+        amp: bf16 autocast in training.
+        resume_from: Progress of an interrupted run whose states are loaded already.
+        progress: Whether to show bars.
+
+    Returns:
+        The final progress.
+    """
+    state = resume_from or Progress()
+    writer = SummaryWriter(str(files.tensorboard_dir), purge_step=state.epoch)
+    for epoch in range(state.epoch, schedule.epochs):
+        start = time.perf_counter()
+        numbers = train_epoch(
+            net,
+            criterion,
+            optimizer,
+            loader,
+            epoch=epoch,
+            schedule=schedule,
+            seed=seed,
+            amp=amp,
+            progress=progress,
+        )
+        _warn_if_collapsed(numbers, epoch)
+        state.epoch = epoch + 1
+        line: dict[str, Any] = {"epoch": epoch + 1, **numbers}
+        improved = False
+        due = state.epoch > eval_start and (state.epoch - eval_start) % eval_every == 0
+        if evaluate is not None and (due or state.epoch == schedule.epochs):
+            improved = _note_results(state, evaluate(), selection)
+            line["eval"] = state.last
+        line["seconds"] = time.perf_counter() - start
+        _report(line, schedule.epochs, writer)
+        append_json_line(files.output_dir / "log.jsonl", line)
+        _save(net, optimizer, state, files, best=improved, save_epoch=save_epoch)
+        write_json(files.output_dir / "training.json", {"last": state.last, "best": state.best})
+    writer.close()
+    return state
+
+
+def _warn_if_collapsed(numbers: Mapping[str, float], epoch: int) -> None:
+    """Logs a warning when all features of an epoch's batches were nearly the same."""
+    if numbers["feature_spread"] < COLLAPSED_SPREAD:
+        log.warning(
+            "epoch %d: the features have collapsed, all images look alike to the network (spread "
+            "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
+            "untrained network needs --preset scratch, or --triplet-ramp 6 14 with a smaller --lr",
+            epoch + 1,
+            numbers["feature_spread"],
+        )
+
+
+def _note_results(state: Progress, result: dict[str, Any], selection: str) -> bool:
+    """Records an evaluation in the progress; returns whether it is the best so far."""
+    result = {**result, "epoch": state.epoch}
+    state.last = {**result, "selection": "last epoch"}
+    if state.best is not None and result["rank1"] <= state.best["rank1"]:
+        return False
+    state.best = {**result, "selection": f"best Rank-1 on {selection}"}
+    return True
+
+
+def _report(line: Mapping[str, Any], epochs: int, writer: SummaryWriter) -> None:
+    """Logs an epoch's numbers in words and to TensorBoard."""
+    numbers = {k: v for k, v in line.items() if isinstance(v, float)}
+    for name, value in numbers.items():
+        writer.add_scalar(name if "/" in name else f"train/{name}", value, line["epoch"])
+    terms = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if "/" not in k)
+    log.info("epoch %d/%d  %s", line["epoch"], epochs, terms)
+    memory = "  ".join(f"{k[7:]} {v:.3g}" for k, v in numbers.items() if k.startswith("memory/"))
+    if memory:
+        log.info("  memory: %s", memory)
+    if "eval" in line:
+        result = line["eval"]
+        for name in METRICS:
+            writer.add_scalar(f"eval/{name}", result[name], line["epoch"])
+        log.info("  eval: %s", format_result(result))
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """One line with a result's numbers in percent and what they were measured on."""
+    names = {"rank1": "R1", "rank5": "R5", "rank10": "R10", "rank20": "R20"}
+    numbers = "  ".join(f"{names.get(key, key)} {100 * result[key]:.2f}" for key in METRICS)
+    ranking = "not re-ranked" if result["re_rank"] == "no" else f"re-ranked: {result['re_rank']}"
+    return f"{numbers}  ({result['protocol']}; {ranking})"
+
+
+def _save(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Progress,
+    files: RunFiles,
+    *,
+    best: bool,
+    save_epoch: int,
+) -> None:
+    """Writes the checkpoints that are due after an epoch."""
+    content = {
+        **files.header,
+        "net": net.state_dict(),
+        "config": net.config,
+        "optimizer": optimizer.state_dict(),
+        "epoch": state.epoch,
+        "best": state.best,
+        "last": state.last,
+    }
+    due = {"last.pt": "last epoch"}
+    if best:
+        due["best.pt"] = state.best["selection"]
+    if save_epoch and state.epoch % save_epoch == 0:
+        due[f"epoch_{state.epoch:03d}.pt"] = f"epoch {state.epoch}, fixed beforehand"
+    for name, selection in due.items():
+        save_checkpoint(files.checkpoint_dir / name, {**content, "selection": selection})

@@ -1,0 +1,259 @@
+"""CMC, mAP and mINP of a query x gallery distance matrix, exact and with stable ties.
+
+    cmc, mAP, mINP = eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids)
+
+Every metric follows from the ranks of the true matches, and a rank is the number of smaller
+distances: the values of a row are sorted (not its indices) and each true match is looked up among
+them. Gallery order is consulted only where a true match ties with another image.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+BLOCK_ENTRIES = 1 << 18  # distances treated at a time, about what a core's cache holds
+MAX_THREADS = 4  # beyond, the interpreter's share of the work limits
+REPORTED_RANKS = (1, 5, 10, 20)
+
+Metrics = tuple[np.ndarray, float, float]
+# Of a slice of queries: (queries, G), True where an image does not count; None where all do.
+ExclusionRule = Callable[[slice], np.ndarray | None]
+
+
+def eval_sysu(
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    q_camids: ArrayLike,
+    g_camids: ArrayLike,
+    max_rank: int = 20,
+) -> Metrics:
+    """Metrics of the SYSU-MM01 protocol.
+
+    Queries of camera 3 ignore gallery images of camera 2, which watches the same place. The CMC
+    counts each gallery identity once, at its first hit; AP and INP use every remaining image.
+    Queries left without a true match are part of no mean.
+
+    Args:
+        distmat: (Q, G) real numbers of any type, smaller is closer; ties keep gallery order.
+        q_pids: (Q,) query identities.
+        g_pids: (G,) gallery identities.
+        q_camids: (Q,) query cameras, 1..6.
+        g_camids: (G,) gallery cameras, 1..6.
+        max_rank: length of the CMC, which repeats its last value past the last identity.
+
+    Returns:
+        cmc (max_rank,) float64, mAP, mINP; all fractions.
+
+    Raises:
+        ValueError: shapes that disagree, an empty side, NaN, or no query with a true match.
+
+    Source: METHOD.md section 5; CMC and mAP as in the data set authors' evaluation.
+    """
+    q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
+    _check_shapes(distmat, q_camids=q_camids, g_camids=g_camids)
+    in_camera_2 = g_camids == 2
+
+    def excluded(queries: slice) -> np.ndarray | None:
+        from_camera_3 = q_camids[queries] == 3
+        return from_camera_3[:, None] & in_camera_2 if from_camera_3.any() else None
+
+    return _evaluate(distmat, q_pids, g_pids, max_rank, excluded, count_identities=True)
+
+
+def eval_regdb(
+    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
+) -> Metrics:
+    """Metrics of the RegDB protocol: no camera rule, and a CMC that counts every gallery image.
+
+    Arguments, results and errors are those of `eval_sysu`.
+
+    Source: METHOD.md section 5.
+    """
+    return _evaluate(distmat, q_pids, g_pids, max_rank, None, count_identities=False)
+
+
+def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:  # noqa: N803
+    """Name the reported fractions: rank1, rank5, rank10, rank20, mAP, mINP.
+
+    Raises:
+        ValueError: the CMC is empty (a short one goes on with its last value).
+    """
+    cmc = np.asarray(cmc, np.float64)
+    if cmc.ndim != 1 or not len(cmc):
+        raise ValueError(f"cmc has shape {cmc.shape}, expected (max_rank,), at least one rank")
+    ranks = {f"rank{k}": float(cmc[min(k, len(cmc)) - 1]) for k in REPORTED_RANKS}
+    return {**ranks, "mAP": float(mAP), "mINP": float(mINP)}
+
+
+def mean_and_std(
+    results: Sequence[dict[str, float]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean and population standard deviation of each number over trials (0 for one trial).
+
+    Raises:
+        ValueError: no trial, or trials that report different numbers.
+    """
+    results = list(results)
+    if not results:
+        raise ValueError("there are no trials to average, expected at least one")
+    for trial, result in enumerate(results):
+        if result.keys() != results[0].keys():
+            raise ValueError(f"trial {trial} reports {sorted(result)}, not {sorted(results[0])}")
+    table = {name: [result[name] for result in results] for name in results[0]}
+    mean = {name: float(np.mean(column)) for name, column in table.items()}
+    return mean, {name: float(np.std(column)) for name, column in table.items()}
+
+
+def _check_shapes(distmat: np.ndarray, **labels: np.ndarray) -> None:
+    """Hold labels named q_* against the rows of the distances, g_* against their columns."""
+    shape = np.shape(distmat)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"distmat has shape {shape}, expected (queries, gallery), neither 0")
+    for name, values in labels.items():
+        expected = (shape[name.startswith("g_")],)
+        if values.shape != expected:
+            raise ValueError(f"{name} has shape {values.shape}, expected {expected} (distmat)")
+
+
+def _evaluate(
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    max_rank: int,
+    excluded: ExclusionRule | None,
+    *,
+    count_identities: bool,
+) -> Metrics:
+    """Metrics under any exclusion rule; the CMC counts gallery identities, or else images."""
+    distmat, q_pids, g_pids = np.asarray(distmat), np.asarray(q_pids), np.asarray(g_pids)
+    _check_shapes(distmat, q_pids=q_pids, g_pids=g_pids)
+    if distmat.dtype.kind not in "fiu":
+        raise ValueError(f"distmat holds {distmat.dtype}, expected floats or integers")
+    if max_rank < 1:
+        raise ValueError(f"max_rank is {max_rank}, expected at least 1")
+    ids, g_labels, counts = np.unique(g_pids, return_inverse=True, return_counts=True)
+    by_label = np.argsort(g_labels, kind="stable")  # gallery columns, identity by identity
+    q_labels = np.minimum(np.searchsorted(ids, q_pids), len(ids) - 1)
+    q_counts = np.where(ids[q_labels] == q_pids, counts[q_labels], 0)
+    q_starts = (np.cumsum(counts) - counts)[q_labels]
+    step = max(1, BLOCK_ENTRIES // len(g_pids))
+
+    def measure(start: int) -> np.ndarray:
+        queries = slice(start, start + step)
+        exact = distmat[queries]
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(exact, np.float32)
+        if np.isnan(values.min()):
+            row, column = np.argwhere(np.isnan(values))[0]
+            raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
+        rows, places = _segments(q_counts[queries])
+        columns = by_label[q_starts[queries][rows] + places]
+        mask = excluded(queries) if excluded else None
+        return _measure(exact, values, mask, rows, columns, g_labels if count_identities else None)
+
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        blocks = pool.map(measure, range(0, len(distmat), step))
+        first_hits, ap, inp = np.concatenate(list(blocks), axis=1)
+    valid = first_hits >= 0
+    if not valid.any():
+        raise ValueError(
+            f"none of {len(q_pids)} queries has a true match among the gallery images that count "
+            "for it, expected at least one: do query and gallery share identities?"
+        )
+    hits = np.bincount(np.minimum(first_hits[valid], max_rank).astype(int), minlength=max_rank)
+    return (
+        np.cumsum(hits[:max_rank]) / valid.sum(),
+        float(ap[valid].mean()),
+        float(inp[valid].mean()),
+    )
+
+
+def _measure(
+    exact: np.ndarray,
+    values: np.ndarray,
+    mask: np.ndarray | None,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    g_labels: np.ndarray | None,
+) -> np.ndarray:
+    """Per query what precedes its first hit (identities given `g_labels`), AP, INP: (3, queries).
+
+    `values` are `exact` in float32: rounding reverses no order, it only makes more ties, and all
+    ties are settled on `exact`. Queries without a true match (`rows`, `columns`) get -1.
+    """
+    if mask is not None:
+        values = np.where(mask, np.float32(np.inf), values)  # infinity precedes nothing
+        kept = ~mask[rows, columns]
+        rows, columns = rows[kept], columns[kept]
+    result = np.full((3, len(values)), -1.0)
+    if not len(rows):
+        return result
+    if np.can_cast(exact.dtype, np.float32):
+        exact = values  # float16 comparisons are slow
+    ranks, tied = _ranks(values, rows, columns)
+    ambiguous = np.flatnonzero(tied)
+    for part in (
+        np.array_split(ambiguous, -(-len(ambiguous) // len(values))) if len(ambiguous) else ()
+    ):
+        ahead = _precedes(exact, mask, rows[part], columns[part])
+        ranks[part] = [np.count_nonzero(images) for images in ahead]
+
+    width = values.shape[1]
+    order = np.argsort(rows * width + ranks)  # by query, then by rank
+    ranks, columns, tied = ranks[order], columns[order], tied[order]
+    counts = np.bincount(rows, minlength=len(values))
+    queries = np.flatnonzero(counts)
+    counts = counts[queries]
+    firsts = np.cumsum(counts) - counts
+    result[0, queries] = ranks[firsts]
+    if g_labels is not None:
+        nearest = columns[firsts]
+        ahead = values[queries] < values[queries, nearest][:, None]
+        again = np.flatnonzero(tied[firsts])
+        ahead[again] = _precedes(exact, mask, queries[again], nearest[again])
+        row, column = np.nonzero(ahead)
+        seen = np.zeros((len(queries), g_labels.max() + 1), bool)
+        seen[row, g_labels[column]] = True
+        result[0, queries] = seen.sum(axis=1)
+    precision = (np.arange(len(rows)) - np.repeat(firsts, counts) + 1) / (ranks + 1)
+    result[1, queries] = np.add.reduceat(precision, firsts) / counts
+    result[2, queries] = counts / (ranks[firsts + counts - 1] + 1)
+    return result
+
+
+def _segments(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For rows of `counts` items: the row of each item, and its place in that row."""
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+
+
+def _ranks(
+    values: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Number of smaller values in the row of each entry, and whether another value equals it."""
+    width = values.shape[1]
+    wanted = values[rows, columns]
+    ordered = np.sort(values, axis=1).ravel()
+    base = rows * width
+    ranks = np.zeros_like(rows)
+    step = 1 << (width.bit_length() - 1)
+    while step:  # bisection of all entries at once
+        further = np.minimum(ranks + step, width)
+        ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
+        step >>= 1
+    following = np.minimum(ranks + 1, width - 1)
+    return ranks, (ordered[base + following] == wanted) & (following > ranks)
+
+
+def _precedes(
+    exact: np.ndarray, mask: np.ndarray | None, rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """For each entry, which counted images of its row the stable order puts before it."""
+    candidates, own = exact[rows], exact[rows, columns][:, None]
+    earlier = np.arange(exact.shape[1]) < columns[:, None]
+    ahead = (candidates < own) | ((candidates == own) & earlier)
+    return ahead if mask is None else ahead & ~mask[rows]

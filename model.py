@@ -1,0 +1,442 @@
+"""The network: two-stream ResNet, HCT (PCB) and AGW heads, memory branch.
+
+Shapes: ``N`` rows of a batch (visible first, then infrared), ``S`` stripes, ``C`` backbone
+channels, ``L`` training identities. The last map of an image of H x W pixels is H/16 x W/16.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from memory import (
+    INSTANCES_PER_ID,
+    PARTS_PER_INSTANCE,
+    SHRINK,
+    MemoryHealth,
+    MultiGranularityMemory,
+    SingleGranularityMemory,
+)
+from utils import CheckpointError, load_checkpoint, state_dict_of
+from weights import (
+    convert_released_state_dict,
+    is_backbone,
+    load_backbone,
+    load_matching,
+    read_weights,
+    released_config,
+)
+
+__all__ = ["TwoStreamNet", "convert_released_state_dict", "gem", "load_network"]
+
+ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+HEADS = ("pcb", "agw")
+NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
+OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
+GEM_EPSILON = 1e-12
+RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
+CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
+
+
+class NonLocal(nn.Module):
+    """AGW's non-local block: one inner channel, scores divided by the number of positions.
+
+    With a single inner channel the attended value factorises: ``sum_j theta_i phi_j g_j / n`` is
+    ``theta_i`` times the mean of ``phi * g``, so no (n x n) score matrix is needed.
+
+    Source: AGW (arXiv 2001.04193), section 4. The residual path starts at zero.
+    """
+
+    def __init__(self, channels: int) -> None:
+        """Builds the block for maps of `channels`."""
+        super().__init__()
+        self.theta = nn.Conv2d(channels, 1, 1)
+        self.phi = nn.Conv2d(channels, 1, 1)
+        self.g = nn.Conv2d(channels, 1, 1)
+        self.project = nn.Conv2d(1, channels, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attends over the positions of x (N, C, H, W); same shape."""
+        attended = self.theta(x) * (self.phi(x) * self.g(x)).mean(dim=(2, 3), keepdim=True)
+        return x + self.norm(self.project(attended))
+
+
+class Stage(nn.Module):
+    """One residual stage: its blocks, the last of them followed by non-local blocks."""
+
+    def __init__(self, blocks: nn.Sequential, channels: int, num_non_local: int = 0) -> None:
+        """Wraps torchvision blocks whose output has `channels`."""
+        super().__init__()
+        self.blocks = blocks
+        count = min(num_non_local, len(blocks))
+        self.non_local = nn.ModuleList(NonLocal(channels) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x through the stage."""
+        first = len(self.blocks) - len(self.non_local)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= first:
+                x = self.non_local[i - first](x)
+        return x
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    """Float32 under autocast, the tensor's own type where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
+    """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32."""
+    x = x.to(_at_least_float32(x))
+    return (x.pow(p).mean(dim=dims) + GEM_EPSILON).pow(1 / p)
+
+
+class StripeLinear(nn.Module):
+    """One linear layer a stripe, all in one batched product: (N, S, in) -> (N, S, out)."""
+
+    def __init__(self, num_strips: int, in_features: int, out_features: int) -> None:
+        """Builds S weights (S, out, in) and biases (S, out)."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_strips, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_strips, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies stripe s's layer to x[:, s]."""
+        out = torch.baddbmm(self.bias.unsqueeze(1), x.transpose(0, 1), self.weight.mT)
+        return out.transpose(0, 1)
+
+
+class TwoStreamNet(nn.Module):
+    """Two-stream ResNet with an HCT (``pcb``) or AGW head and an optional memory branch.
+
+    Weights up to stage ``share_net - 1`` exist once a modality (``visible``, ``infrared``), the
+    others once (``shared``). The memory acts in training only: evaluation does not run it unless a
+    memory feature is asked for.
+
+    Source: AGW, HCT and MG-MRA (see `README.md`), section by section in the README's table.
+    """
+
+    def __init__(
+        self,
+        num_ids: int,
+        head: str = "pcb",
+        memory: str | None = None,
+        memory_variant: str = "paper",
+        share_net: int = 2,
+        num_strips: int = 6,
+        local_feat_dim: int = 256,
+        gem_p: float = 3.0,
+        arch: str = "resnet50",
+        weights: str | Path | None = None,
+        *,
+        instances_per_id: int = INSTANCES_PER_ID,
+        parts_per_instance: int = PARTS_PER_INSTANCE,
+        shrink: float = SHRINK,
+    ) -> None:
+        """Builds the network.
+
+        Args:
+            num_ids: Training identities L.
+            head: "pcb" (HCT) or "agw".
+            memory: None, "sg" or "mg".
+            memory_variant: "paper" or "released"; see `memory.MultiGranularityMemory`.
+            share_net: First shared stage: 0 shares all, 1 all but the stem, ..., 5 nothing.
+            num_strips: Stripes S.
+            local_feat_dim: Channels of a stripe's feature.
+            gem_p: Exponent of the generalised-mean pooling.
+            arch: One of `ARCHS`.
+            weights: "imagenet"; a file with a torchvision backbone or any checkpoint; None (also
+                "none") for random weights.
+            instances_per_id: T of the memory.
+            parts_per_instance: R of the memory.
+            shrink: The memory's threshold.
+
+        Raises:
+            ValueError: When an argument has no legal value, or weights do not fit.
+            FileNotFoundError: When weights are not there and cannot be fetched.
+        """
+        super().__init__()
+        _require(head in HEADS, "head", head, HEADS)
+        _require(memory in (None, "sg", "mg"), "memory", memory, (None, "sg", "mg"))
+        _require(share_net in range(len(STAGES) + 1), "share_net", share_net, range(6))
+        _require(gem_p > 0, "gem_p", gem_p, ("a positive number",))
+        _require(num_ids > 0 and num_strips > 0, "num_ids, num_strips", (num_ids, num_strips), ())
+        self.config = {
+            "num_ids": num_ids,
+            "head": head,
+            "memory": memory,
+            "memory_variant": memory_variant,
+            "share_net": share_net,
+            "num_strips": num_strips,
+            "local_feat_dim": local_feat_dim,
+            "gem_p": gem_p,
+            "arch": arch,
+            "instances_per_id": instances_per_id,
+            "parts_per_instance": parts_per_instance,
+            "shrink": shrink,
+        }
+        self.head = head
+        self.num_strips = num_strips
+        self.gem_p = gem_p
+
+        state = None if weights in (None, "none") else read_weights(arch, weights)
+        backbone_state = state if state is not None and is_backbone(state) else None
+        stages, self.dim = _backbone(arch, backbone_state, str(weights), non_local=head == "agw")
+        self.visible = nn.Sequential(OrderedDict(list(stages.items())[:share_net]))
+        self.infrared = copy.deepcopy(self.visible)
+        self.shared = nn.Sequential(OrderedDict(list(stages.items())[share_net:]))
+
+        if head == "pcb":
+            self.part_reduce = StripeLinear(num_strips, self.dim, local_feat_dim)
+            # One batch norm over S*d channels equals one over d channels for each stripe.
+            self.part_norm = nn.BatchNorm1d(num_strips * local_feat_dim)
+            self.part_classifier = StripeLinear(num_strips, local_feat_dim, num_ids)
+            for weight in self.part_reduce.weight:
+                nn.init.kaiming_normal_(weight, mode="fan_in")
+            nn.init.normal_(self.part_classifier.weight, std=CLASSIFIER_STD)
+        else:
+            self.neck = _neck(self.dim)
+            self.classifier = _classifier(self.dim, num_ids)
+
+        self.memory = None
+        if memory is not None:
+            sizes = (num_ids, instances_per_id, parts_per_instance, self.dim, shrink)
+            self.memory = (
+                SingleGranularityMemory(*sizes)
+                if memory == "sg"
+                else MultiGranularityMemory(*sizes, variant=memory_variant)
+            )
+            self.memory_neck = _neck(self.dim, train_bias=True)
+            self.memory_classifier = _classifier(self.dim, num_ids)
+        if state is not None and backbone_state is None:
+            load_matching(self, state, str(weights))
+
+    def check_image_height(self, height: int) -> None:
+        """Raises ValueError, with heights that do fit, unless the map divides into the stripes."""
+        needs_stripes = self.head == "pcb" or self.memory is not None
+        if needs_stripes and -(-height // OUTPUT_STRIDE) % self.num_strips:
+            unit = OUTPUT_STRIDE * self.num_strips
+            legal = sorted({max(1, height // unit) * unit, -(-height // unit) * unit, 3 * unit})
+            raise ValueError(
+                f"an image height of {height} gives a map of height {-(-height // OUTPUT_STRIDE)}, "
+                f"which does not divide into {self.num_strips} stripes; heights that do: "
+                f"{', '.join(map(str, legal))} (--img_h), or change --num_strips"
+            )
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters trained at the full rate; all others, memory included, take a tenth of it."""
+        if self.head == "pcb":
+            modules = (self.part_reduce, self.part_norm, self.part_classifier)
+        else:
+            modules = (self.neck, self.classifier)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def feature_map(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
+        """Maps images (n, 3, H, W) of either or both modalities to (N, C, H/16, W/16)."""
+        streams = []
+        if visible is not None:
+            streams.append(self.visible(visible))
+        if infrared is not None:
+            streams.append(self.infrared(infrared))
+        if not streams:
+            raise ValueError("give visible images, infrared images or both; got neither")
+        return self.shared(torch.cat(streams) if len(streams) > 1 else streams[0])
+
+    def part_features(self, feature_map: Tensor) -> Tensor:
+        """Stripe features (N, S, d) of a map (N, C, H, W)."""
+        n, c, h, w = feature_map.shape
+        if h % self.num_strips:
+            self.check_image_height(h * OUTPUT_STRIDE)
+        stripes = feature_map.reshape(n, c, self.num_strips, h // self.num_strips, w)
+        pooled = gem(stripes, self.gem_p, dims=(3, 4)).transpose(1, 2)  # (N, S, C)
+        reduced = self.part_reduce(pooled)
+        return F.relu(self.part_norm(reduced.flatten(1))).view_as(reduced)
+
+    def forward(
+        self,
+        visible: Tensor | None,
+        infrared: Tensor | None,
+        health: MemoryHealth | None = None,
+    ) -> dict[str, Tensor] | Tensor:
+        """Training: everything the losses need; evaluation: the retrieval feature.
+
+        Args:
+            visible: Visible images (n, 3, H, W), or None.
+            infrared: Infrared images (n, 3, H, W), or None.
+            health: Where the memory counts how it is addressed (training only).
+
+        Returns:
+            In training mode a dict with N = all rows, visible first: ``feat`` (N, S*d; AGW: N, C),
+            with the pcb head ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the AGW
+            head ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits``
+            (N, L), ``memory_read`` (a `MemoryRead`). In evaluation mode (N, D), L2-normalised: the
+            concatenated stripes, or AGW's feature after the neck.
+        """
+        if not self.training:
+            return self.embed(visible, infrared)
+        x = self.feature_map(visible, infrared)  # (N, C, H, W)
+        if self.head == "pcb":
+            parts = self.part_features(x)
+            out = {
+                "feat": parts.flatten(1),
+                "part_feats": parts,
+                "part_logits": self.part_classifier(parts),
+            }
+        else:
+            feat = gem(x, self.gem_p, dims=(2, 3))
+            out = {"feat": feat, "logits": self.classifier(self.neck(feat))}
+        if self.memory is not None:
+            read = self.memory(x, health)
+            feat = self._memory_feature(x, read)
+            out["memory_read"] = read
+            out["memory_feat"] = feat
+            out["memory_logits"] = self.memory_classifier(self.memory_neck(feat))
+        return out
+
+    @staticmethod
+    def _memory_feature(x: Tensor, read: tuple) -> Tensor:
+        """Mean over positions of the map plus its coarsest read: (N, C), float32 or wider."""
+        coarsest = read.part if read.semantic is None else read.semantic
+        dtype = _at_least_float32(x)
+        # The mean of a sum is the sum of the means: no map x + read is built.
+        return x.mean(dim=(2, 3), dtype=dtype) + coarsest.mean(dim=(2, 3), dtype=dtype)
+
+    def test_feats(self) -> tuple[str, ...]:
+        """Names that `embed` accepts, the headline first."""
+        names = ("pcb",) if self.head == "pcb" else ("neck", "pool")
+        return names if self.memory is None else (*names, "memory", "both")
+
+    def default_test_feats(self) -> tuple[str, ...]:
+        """Features that are reported when none is asked for; none of them runs the memory."""
+        return tuple(name for name in self.test_feats() if name not in ("memory", "both"))
+
+    def embed(
+        self, visible: Tensor | None, infrared: Tensor | None, test_feat: str | None = None
+    ) -> Tensor:
+        """Retrieval features (N, D), L2-normalised; meant for evaluation mode.
+
+        Args:
+            visible: Visible images (n, 3, H, W), or None.
+            infrared: Infrared images (n, 3, H, W), or None.
+            test_feat: None is the headline. "pcb": concatenated stripes; "neck" and "pool": AGW's
+                after and before the neck; "memory": the memory feature after its neck; "both": the
+                headline and the memory feature, side by side with equal weight.
+
+        Raises:
+            ValueError: When the network has no such feature.
+        """
+        test_feat = self.test_feats()[0] if test_feat is None else test_feat
+        return self.embed_all(visible, infrared, (test_feat,))[test_feat]
+
+    def embed_all(
+        self, visible: Tensor | None, infrared: Tensor | None, test_feats: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Several kinds of retrieval features from one pass through the backbone; see `embed`."""
+        for name in test_feats:
+            _require(name in self.test_feats(), "test feature", name, self.test_feats())
+        x = self.feature_map(visible, infrared)
+        return {name: self._embed_map(x, name) for name in test_feats}
+
+    def _embed_map(self, x: Tensor, test_feat: str) -> Tensor:
+        """One kind of retrieval feature (N, D) of a map (N, C, H, W)."""
+        features = []
+        if test_feat in ("pcb", "both") and self.head == "pcb":
+            features.append(self.part_features(x).flatten(1))
+        elif test_feat != "memory":
+            pooled = gem(x, self.gem_p, dims=(2, 3))
+            features.append(pooled if test_feat == "pool" else self.neck(pooled))
+        if test_feat in ("memory", "both"):
+            features.append(self.memory_neck(self._memory_feature(x, self.memory(x))))
+        features = [F.normalize(f.to(_at_least_float32(f))) for f in features]
+        return F.normalize(torch.cat(features, dim=1)) if len(features) > 1 else features[0]
+
+
+def load_network(
+    path: str | Path, *, gem_p: float | None = None, memory_variant: str | None = None
+) -> tuple[TwoStreamNet, dict[str, Any]]:
+    """Builds the network that a checkpoint holds, whoever wrote it, on the CPU.
+
+    Args:
+        path: This project's checkpoint, or an earlier release's (dictionary with ``net``).
+        gem_p: Pooling exponent in place of the stored one; an earlier release's file stores none,
+            and takes 3.0 without it.
+        memory_variant: Likewise; an earlier release's file takes "released" without it.
+
+    Returns:
+        The network, and the checkpoint's other entries.
+
+    Raises:
+        CheckpointError: When the file cannot be used.
+    """
+    content = load_checkpoint(path)
+    state = state_dict_of(content, path)
+    rest = {k: v for k, v in content.items() if k not in ("net", "state_dict", "optimizer")}
+    given = {"gem_p": gem_p, "memory_variant": memory_variant}
+    given = {k: v for k, v in given.items() if v is not None}
+    try:
+        if "config" in content:
+            config = {**content["config"], **given}
+        else:
+            config = {**RELEASED_DEFAULTS, **released_config(state), **given}
+            state = convert_released_state_dict(state)
+        net = TwoStreamNet(**config)
+        net.load_state_dict(state)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
+    return net, rest
+
+
+def _require(ok: bool, name: str, value: object, legal: object) -> None:
+    """Raises ValueError naming the value met and the legal ones."""
+    if not ok:
+        choices = ", ".join(map(str, legal)) or "positive numbers"
+        raise ValueError(f"{name} must be one of: {choices}; got {value!r}")
+
+
+def _neck(dim: int, *, train_bias: bool = False) -> nn.BatchNorm1d:
+    """Batch norm before a classifier; AGW's BNNeck keeps its bias, the memory's trains it."""
+    neck = nn.BatchNorm1d(dim)
+    nn.init.normal_(neck.weight, 1.0, 0.01)
+    neck.bias.requires_grad_(train_bias)
+    return neck
+
+
+def _classifier(dim: int, num_ids: int) -> nn.Linear:
+    """Bias-free linear classifier."""
+    classifier = nn.Linear(dim, num_ids, bias=False)
+    nn.init.normal_(classifier.weight, std=CLASSIFIER_STD)
+    return classifier
+
+
+def _backbone(
+    arch: str, state: dict[str, Tensor] | None, origin: str, *, non_local: bool
+) -> tuple[dict[str, nn.Module], int]:
+    """Stages of a torchvision ResNet whose last stride is 1, and its number of channels."""
+    _require(arch in ARCHS, "arch", arch, ARCHS)
+    resnet = torchvision.models.get_model(arch, weights=None)
+    if state is not None:
+        load_backbone(resnet, state, origin)
+    for module in resnet.layer4[0].modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+    stem = OrderedDict(
+        (name, getattr(resnet, name)) for name in ("conv1", "bn1", "relu", "maxpool")
+    )
+    stages: dict[str, nn.Module] = {"stem": nn.Sequential(stem)}
+    expansion = resnet.fc.in_features // 512
+    for i, name in enumerate(STAGES[1:]):
+        count = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
+        stages[name] = Stage(getattr(resnet, name), 64 * 2**i * expansion, count)
+    return stages, resnet.fc.in_features

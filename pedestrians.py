@@ -1,0 +1,575 @@
+"""Procedural pedestrians: one identity, one image of it, in visible or infrared light.
+
+An identity is a structure (body, hair, patterned garments, things carried) that shows in both
+modalities; its colours do not. `stand_in.py` writes whole data sets of them.
+
+Source: METHOD.md section 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+SUPERSAMPLE = 2  # drawn this much larger, then averaged down
+SYSU_INFRARED = (3, 6)  # of cameras 1..6
+
+# ------------------------------------------------------------------------------------ identities
+
+# fmt: off
+BODY = {  # ranges, in body heights unless said otherwise; `female` and `male` widths are scaled
+    "stature": (0.84, 1.0),  # share of the tallest
+    "head": (0.118, 0.15), "face": (0.36, 0.46),  # height; half width, in heads
+    "shoulder": (0.098, 0.138), "waist": (0.7, 1.1), "hip": (0.85, 1.1),  # halves; in shoulders
+    "leg": (0.42, 0.52), "thigh": (0.042, 0.066), "ankle": (0.02, 0.032),
+    "arm": (0.024, 0.04), "reach": (0.37, 0.44), "sleeve": (0.1, 0.2),
+    "hem": (-0.04, 0.03), "fit": (1.0, 1.2), "flare": (0.02, 0.11),
+    "trouser": (1.05, 1.7), "shorts": (0.3, 0.46), "bag": (0.7, 1.35),  # factor; in legs; factor
+}
+STYLE = {  # the words may repeat: that is how often they are drawn
+    "hat": "none none none cap beanie brim helmet",
+    "coat": "short hip hip thigh knee",
+    "sleeves": "none short short long long long",
+    "sleeve": "upper first second other",
+    "open": "no no yes",
+    "belt": "no no yes",
+    "scarf": "no no no yes",
+    "shoes": "low ankle tall",
+    "bag": "none none backpack backpack satchel handbag case box umbrella",
+    "side": "left right",
+    "view": "front front back back back",  # RegDB sees each person from one side
+}
+GENDER_STYLE = {
+    "female": {"hair": "long bob tail bun afro short big",
+               "legs": "trousers skirt midi maxi shorts dress"},
+    "male": {"hair": "short short bald crest afro bob tail",
+             "legs": "trousers trousers shorts shorts kilt"},
+}
+PATTERNS = ("plain bands bands columns checks split half dots panel chest diagonal argyle "
+            "gradient frame")
+# fmt: on
+COAT_HEM = {"short": -0.05, "hip": 0.02, "thigh": 0.14, "knee": 0.26}  # below the crotch
+SKIRT_LENGTH = {"skirt": 0.4, "kilt": 0.45, "dress": 0.45, "midi": 0.65, "maxi": 0.9}  # in legs
+HATS = {  # ellipses: x (in half heads, ahead), y (in heads), radii (in half heads; in heads), cut
+    "none": (),
+    "cap": ((0, 0.36, 1.16, 0.44, 0.45), (0.77, 0.36, 1.0, 0.07, 1.0)),
+    "beanie": ((0, 0.36, 1.16, 0.44, 0.45), (0, -0.08, 0.35, 0.1, 1.0)),
+    "brim": ((0, 0.36, 1.16, 0.44, 0.45), (0, 0.33, 2.0, 0.09, 1.0)),
+    "helmet": ((0, 0.3, 1.35, 0.42, 0.6),),
+}
+SHOE_HEIGHT = {"low": 0.03, "ankle": 0.08, "tall": 0.17}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What reflects: an RGB colour and an infrared tone, all in 0..1."""
+
+    visible: tuple[float, ...]
+    infrared: float
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """Two materials in a pattern that is fixed relative to the body part wearing it."""
+
+    first: Material
+    second: Material
+    pattern: str = "plain"
+    scale: float = 4.0
+    phase: float = 0.0
+
+
+@dataclass(frozen=True)
+class Person:
+    """An identity: measures (BODY), choices (STYLE), and what each part is made of."""
+
+    body: dict[str, float]
+    style: dict[str, str]
+    fabrics: dict[str, Fabric]
+
+
+def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> tuple[float, ...]:
+    """A random hue of the given luma."""
+    wheel = 0.5 + 0.5 * np.cos(rng.uniform(0, 2 * math.pi) + np.array([0.0, -2.1, 2.1]))
+    colour = 1 - saturation + saturation * wheel
+    return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
+
+
+def _tones(rng: np.random.Generator, correlation: float) -> np.ndarray:
+    """Visible brightness and infrared tone of a cloth: each uniform on 0..1, tied by a copula."""
+    a, b = rng.standard_normal(2)
+    b = correlation * a + math.sqrt(1 - correlation**2) * b
+    return np.array([0.5 + 0.5 * math.erf(z / math.sqrt(2)) for z in (a, b)])
+
+
+def _cloth(rng: np.random.Generator, correlation: float, patterns: str = "plain") -> Fabric:
+    """A fabric whose materials contrast in both modalities, be it in opposite directions."""
+    one, two = _tones(rng, correlation), _tones(rng, correlation)
+    while np.abs(one - two).min() < 0.4:
+        one, two = _tones(rng, correlation), _tones(rng, correlation)
+    first, second = (
+        Material(_colour(rng, 0.08 + 0.8 * seen, rng.uniform(0, 0.8)), 0.1 + 0.85 * warm)
+        for seen, warm in (one.tolist(), two.tolist())
+    )
+    return Fabric(first, second, _pick(rng, patterns), rng.uniform(2.5, 6.5), rng.uniform(0, 1))
+
+
+def _pick(rng: np.random.Generator, words: str) -> str:
+    options = words.split()
+    return options[rng.integers(len(options))]
+
+
+def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
+    """The identity `pid` of the world `seed`.
+
+    `tone_correlation` (0..1) says how far infrared tones of cloth follow its visible brightness.
+    """
+    rng = np.random.default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
+    gender = _pick(rng, "female male")
+    body = {name: rng.uniform(*limits) for name, limits in BODY.items()}
+    body["shoulder"] *= 0.92 if gender == "female" else 1.06
+    body["hip"] *= body["shoulder"] * (1.08 if gender == "female" else 0.95)
+    body["waist"] *= body["shoulder"]
+    words = STYLE | GENDER_STYLE[gender]
+    style = {"gender": gender} | {name: _pick(rng, options) for name, options in words.items()}
+    if style["legs"] in SKIRT_LENGTH:  # a long coat would hide it
+        style["coat"] = _pick(rng, "short hip")
+
+    red, dark = rng.uniform(0.3, 0.9), rng.uniform(0.05, 0.75)
+    skin = Material((red, 0.78 * red, 0.62 * red), rng.uniform(0.75, 0.92))
+    fade = rng.uniform(0.5, 0.85)
+    hair = Material((dark, fade * dark, fade**2 * dark), rng.uniform(0.1, 0.6))
+    parts = dict.fromkeys(("inner", "other", "shoes", "hat", "strap", "belt", "scarf"), "plain")
+    parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
+    fabrics = {part: _cloth(rng, tone_correlation, words) for part, words in parts.items()}
+    upper = fabrics["upper"]
+    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair)}
+    fabrics |= {"first": replace(upper, pattern="plain")}
+    fabrics |= {"second": replace(upper, first=upper.second, pattern="plain")}
+    fabrics["sleeve"] = fabrics[style["sleeve"]]
+    if style["legs"] == "dress":
+        fabrics["lower"] = upper
+    return Person(body, style, fabrics)
+
+
+def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Share of the second material (0..1) at `u`, -1..1 across the part, and `v`, 0..1 down it."""
+    scale, phase = fabric.scale, fabric.phase
+    bands = np.floor(1.3 * v * scale + 2 * phase) % 2
+    columns = np.floor((u + 1) / 2 * scale + 2 * phase) % 2
+    du = ((u + 1) / 2 * scale + phase) % 1 - 0.5
+    dv = (0.8 * v * scale + phase) % 1 - 0.5
+    patterns: dict[str, Callable[[], np.ndarray]] = {
+        "plain": lambda: np.zeros_like(u),
+        "bands": lambda: bands,
+        "columns": lambda: columns,
+        "checks": lambda: (bands + columns) % 2,
+        "split": lambda: v > 0.25 + 0.5 * phase,
+        "half": lambda: u > 0.8 * phase - 0.4,
+        "dots": lambda: du**2 + dv**2 < 0.1,
+        "panel": lambda: np.maximum(np.abs(u) / (0.35 + 0.3 * phase), np.abs(v - 0.4) / 0.28) < 1,
+        "chest": lambda: np.abs(v - 0.15 - 0.5 * phase) < 0.05 + 0.02 * scale,
+        "diagonal": lambda: np.floor((u / 2 + v) * scale + 2 * phase) % 2,
+        "argyle": lambda: np.abs(du) + np.abs(dv) < 0.36,
+        "gradient": lambda: np.clip(1.3 * v - 0.4 * phase, 0, 1),
+        "frame": lambda: (np.abs(u) > 0.55) | (v < 0.08 + 0.1 * phase),
+    }
+    return patterns[fabric.pattern]().astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------- drawing
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How an image shows the person; lengths in body heights, angles in radians."""
+
+    yaw: float  # 0 towards the camera, pi / 2 walking to the right of the image
+    stride: float
+    phase: float
+    swing: float
+    lean: float
+
+
+class _Canvas:
+    """Paints part numbers and shading; materials come last, so any modality can be coloured in.
+
+    Points are in body heights: x from the body's axis to the right, y from the crown down.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], origin: tuple[float, float], unit: float, lean: float
+    ) -> None:
+        self.origin, self.unit, self.lean = origin, unit, lean
+        self.labels = Image.new("L", size[::-1], 0)
+        self.shade = Image.new("L", size[::-1], 128)
+        self.pens = ImageDraw.Draw(self.labels), ImageDraw.Draw(self.shade)
+        self.parts: list[tuple[Fabric, np.ndarray, float, np.ndarray]] = []
+
+    def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
+        """The (n, 2) pixel positions of points."""
+        x, y = np.array(points).T
+        (x0, y0), unit = self.origin, self.unit
+        return np.stack([x0 + (x + self.lean * (1 - y)) * unit, y0 + y * unit], axis=1)
+
+    def limb(
+        self,
+        fabric: Fabric,
+        joints: Sequence[tuple[float, float]],
+        halves: Sequence[float],
+        light: int = 128,
+        span: tuple[float, float] | None = None,
+    ) -> None:
+        """A chain of `joints` going down, of these half widths.
+
+        The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
+        """
+        outline = [(x - h, y) for (x, y), h in zip(joints, halves, strict=True)]
+        outline += [(x + h, y) for (x, y), h in zip(joints, halves, strict=True)][::-1]
+        corners = [tuple(point) for point in self.pixels(outline).tolist()]
+        axis = self.pixels(joints)
+        ends = axis[[0, -1], 1] if span is None else self.pixels([(0, y) for y in span])[:, 1]
+        self.parts.append((fabric, axis, float(np.mean(halves)) * self.unit, ends))
+        self.pens[0].polygon(corners, fill=len(self.parts))
+        self.pens[1].polygon(corners, fill=light, outline=light - 45, width=SUPERSAMPLE)
+
+    def ball(
+        self, fabric: Fabric, x: float, y: float, rx: float, ry: float, cut: float = 1.0
+    ) -> None:
+        """An ellipse around (x, y) of which the upper share `cut` is kept."""
+        heights = np.linspace(-1, 2 * cut - 1, 11).tolist()
+        halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
+        self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
+
+
+class _Figure:
+    """One person in one pose: the joints, and a method for each layer."""
+
+    def __init__(self, canvas: _Canvas, person: Person, pose: Pose) -> None:
+        self.limb, self.ball = canvas.limb, canvas.ball
+        self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
+        self.pose = pose
+        self.front, self.right = math.cos(pose.yaw), math.sin(pose.yaw)
+        self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
+        self.neck = 1.02 * self.body["head"]
+        self.shoulder = self.neck + 0.035
+        self.crotch = 1 - self.body["leg"]
+        self.waist = self.shoulder + 0.58 * (self.crotch - self.shoulder)
+        self.half_head = self.body["head"] * self.body["face"]
+
+    def draw(self) -> None:
+        """Every layer, from the far side to the near one."""
+        far = -1 if self.right >= 0 else 1
+        backpack = self.style["bag"] == "backpack"
+        if backpack and self.front > -0.3:
+            self.backpack()
+        self.leg(far, 112)
+        self.arm(far, 108)
+        self.leg(-far, 128)
+        self.skirt()
+        self.trunk()
+        self.head()
+        if abs(self.right) < 0.75:  # else the trunk hides it
+            self.arm(far, 138)
+        self.arm(-far, 142)
+        if backpack and self.front <= -0.3:
+            self.backpack()
+        self.carried()
+
+    def leg(self, side: int, light: int) -> None:
+        """Bare leg, shoe, and what covers that leg alone."""
+        body, pose, fabrics = self.body, self.pose, self.fabrics
+        step = side * pose.stride * math.sin(pose.phase) * self.right
+        x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
+        lift = 0.2 * pose.stride * max(side * math.cos(pose.phase), 0)
+        hip, sole = (0.8 * x, self.crotch - 0.06), 1 - lift
+        knee = (x + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"])
+        foot = (x + step, sole - 0.025)
+        thigh, ankle = body["thigh"], body["ankle"]
+        self.limb(fabrics["skin"], [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
+        height = SHOE_HEIGHT[self.style["shoes"]]
+        top = foot[0] + (knee[0] - foot[0]) * height / (foot[1] - knee[1])
+        joints = [(top, foot[1] - height), foot, (foot[0] + 0.02 * self.right, sole)]
+        halves = [1.25 * ankle, 1.2 * ankle, 1.4 * ankle + 0.02 * abs(self.right)]
+        self.limb(fabrics["shoes"], joints, halves, light)
+        if self.style["legs"] == "trousers":
+            fit = body["trouser"]
+            halves = [1.1 * thigh, 0.75 * fit * thigh, 1.35 * fit * ankle]
+            self.limb(fabrics["lower"], [hip, knee, (foot[0], sole - 0.03)], halves, light)
+        elif self.style["legs"] == "shorts":
+            share = body["shorts"] / 0.48
+            end = (hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"])
+            self.limb(
+                fabrics["lower"], [hip, end], [1.15 * thigh, 0.95 * body["trouser"] * thigh], light
+            )
+
+    def skirt(self) -> None:
+        """Skirt or dress; else the seat of the trousers."""
+        lower, hip = self.fabrics["lower"], self.body["hip"] * self.width
+        length = SKIRT_LENGTH.get(self.style["legs"])
+        if length is None:
+            joints = [(0, self.waist), (0, self.crotch + 0.01)]
+            self.limb(replace(lower, pattern="plain"), joints, [hip, hip])
+            return
+        wide = 1.05 * hip + self.body["flare"] + 0.3 * self.pose.stride * abs(self.right)
+        joints = [(0, self.waist), (0, self.crotch + length * self.body["leg"])]
+        self.limb(lower, joints, [0.95 * hip, wide])
+
+    def trunk(self) -> None:
+        """Neck, upper garment, what an open one shows, belt."""
+        body, top = self.body, self.neck + 0.005
+        scale = self.width * body["fit"]
+        shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
+        neck = 0.42 * self.half_head + 0.012
+        self.limb(self.fabrics["skin"], [(0, top - 0.04), (0, top + 0.03)], [neck, neck], 110)
+        hem = self.crotch + COAT_HEM[self.style["coat"]] + body["hem"]
+        heights = [top, top + 0.01, self.shoulder, self.waist, min(self.crotch, hem), hem]
+        edge = hip * (1 + 1.2 * max(hem - self.crotch, 0))
+        halves = [1.2 * neck, 0.75 * shoulder, shoulder, waist, hip, edge]
+        span = (self.shoulder, self.crotch)
+        self.limb(self.fabrics["upper"], [(0, y) for y in heights], halves, 132, span)
+        if self.style["open"] == "yes" and self.front > -0.2:
+            x = 0.55 * shoulder * self.right
+            halves = [0.25 * shoulder, 0.4 * shoulder]
+            self.limb(self.fabrics["inner"], [(x, top), (x, hem)], halves, 124)
+        if self.style["belt"] == "yes":
+            joints = [(0, self.waist + 0.02), (0, self.waist + 0.05)]
+            self.limb(self.fabrics["belt"], joints, [1.03 * waist] * 2)
+
+    def arm(self, side: int, light: int) -> None:
+        """Bare arm and sleeve."""
+        body, pose = self.body, self.pose
+        x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
+        swing = -side * pose.swing * math.sin(pose.phase) * self.right
+        out, thick, reach = 0.028 * side * abs(self.front), body["arm"], body["reach"]
+        shoulder = (x, self.shoulder + 0.012)
+        elbow = (x + out + 0.45 * swing, self.shoulder + 0.5 * reach)
+        hand = (x + 1.3 * out + swing + 0.03 * self.right, self.shoulder + reach)
+        palm = (hand[0], hand[1] + 0.03)
+        halves = [thick, 0.85 * thick, 0.6 * thick, 0.7 * thick]
+        self.limb(self.fabrics["skin"], [shoulder, elbow, hand, palm], halves, light)
+        sleeve, loose = self.fabrics["sleeve"], thick * body["fit"]
+        if self.style["sleeves"] == "short":
+            share = body["sleeve"] / (elbow[1] - shoulder[1])
+            end = (x + share * (elbow[0] - x), shoulder[1] + body["sleeve"])
+            self.limb(sleeve, [shoulder, end], [loose, 1.15 * loose], light)
+        elif self.style["sleeves"] == "long":
+            self.limb(sleeve, [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
+
+    def head(self) -> None:
+        """Face, hair, hat, scarf."""
+        hair, skin, kind = self.fabrics["hair"], self.fabrics["skin"], self.style["hair"]
+        head, half, behind = self.body["head"], self.half_head, self.front < -0.35
+        if kind in ("afro", "big"):
+            self.ball(hair, -0.3 * half * self.right, 0.46 * head, 1.55 * half, 0.62 * head)
+        self.ball(skin, 0.1 * half * self.right, 0.53 * head, half, 0.47 * head)
+        if kind != "bald":
+            back = -0.2 * half * self.right
+            self.ball(hair, back, 0.42 * head, 1.08 * half, 0.43 * head, 0.95 if behind else 0.42)
+            if abs(self.right) > 0.3:
+                x = math.copysign(1.25 - 0.45 * abs(self.right), -self.right) * half
+                self.ball(hair, x, 0.48 * head, 0.5 * half, 0.45 * head)
+        if not behind and abs(self.right) < 0.6:
+            dark = Material((0.1, 0.1, 0.1), 0.2)
+            for side in (-0.4, 0.4):
+                x = (0.35 * self.right + side) * half
+                self.ball(Fabric(dark, dark), x, 0.54 * head, 0.009, 0.007)
+        self._hair_down(half, behind)
+        self._hat(half)
+        if self.style["scarf"] == "yes":
+            scarf, wide = self.fabrics["scarf"], 1.15 * half
+            self.ball(scarf, 0, self.neck + 0.01, wide, 0.026)
+            joints = [(0.5 * wide, self.neck), (0.6 * wide, self.neck + 0.15)]
+            self.limb(scarf, joints, [0.02, 0.024])
+
+    def _hair_down(self, half: float, behind: bool) -> None:
+        hair, head, kind = self.fabrics["hair"], self.body["head"], self.style["hair"]
+        back = -0.8 * half * self.right
+        if kind in ("long", "bob"):
+            end = self.neck + (0.14 if kind == "long" else 0.015)
+            if behind:
+                self.limb(hair, [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
+                return
+            for side in (-half, half):
+                x = side + 0.6 * back
+                joints = [(x, 0.35 * head), (1.1 * x, end)]
+                self.limb(hair, joints, [0.2 * half, 0.3 * half], 124)
+        elif kind == "tail":
+            x = back if abs(self.right) > 0.3 else (0 if behind else 1.1 * half)
+            joints = [(0.6 * x, 0.4 * head), (1.2 * x, 0.8 * head), (x, self.neck + 0.12)]
+            self.limb(hair, joints, [0.2 * half, 0.35 * half, 0.12 * half], 116)
+        elif kind == "bun":
+            self.ball(hair, 0.5 * back, -0.04 * head, 0.5 * half, 0.17 * head)
+        elif kind == "crest":
+            joints = [(0, -0.14 * head), (0, 0.3 * head)]
+            self.limb(hair, joints, [0.3 * half, 0.35 * half], 118)
+
+    def _hat(self, half: float) -> None:
+        head, kind = self.body["head"], self.style["hat"]
+        for ahead, y, rx, ry, cut in HATS[kind]:
+            if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
+                x = ahead * half * self.right
+                self.ball(self.fabrics["hat"], x, y * head, rx * half, ry * head, cut)
+
+    def backpack(self) -> None:
+        """The sack: all of it from behind, its edges from the front."""
+        size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
+        half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
+        x = -0.95 * shoulder * self.right
+        joints = [(x, y + 0.005), (x, y + 0.035), (x, y + 0.05 + 0.2 * size)]
+        self.limb(self.fabrics["bag"], joints, [0.75 * half, half, half])
+
+    def carried(self) -> None:
+        """Straps, and what hands and shoulders carry."""
+        limb, body, kind = self.limb, self.body, self.style["bag"]
+        bag, strap, size = self.fabrics["bag"], self.fabrics["strap"], self.body["bag"]
+        side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
+        x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
+        hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
+        if kind == "backpack" and self.front > 0.3:
+            for end in (-edge, edge):
+                limb(strap, [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
+        elif kind == "satchel":
+            x = side * edge
+            limb(strap, [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
+            self._box(1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
+        elif kind == "handbag":
+            limb(strap, [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
+            self._box(x, hand + 0.03, 0.065 * size, 0.12 * size)
+        elif kind == "case":
+            top = 0.98 - 0.26 * size
+            limb(strap, [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
+            self._box(x + 0.07 * side, top, 0.075 * size, 0.26 * size)
+        elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
+            self._box(0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
+        elif kind == "umbrella":
+            limb(strap, [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
+            self.ball(bag, 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
+
+    def _box(self, x: float, top: float, half: float, height: float) -> None:
+        self.limb(self.fabrics["bag"], [(x, top), (x, top + height)], [half, half], 134)
+
+
+# ------------------------------------------------------------------------------------- one image
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a camera does to every image it takes; pairs are ranges to draw from."""
+
+    infrared: bool
+    tint: tuple[float, ...] = (1.0, 1.0, 1.0)
+    background: tuple[float, float] = (0.15, 0.85)
+    floor: float = 0.0  # darkest tone of a body: thermal images show warmth
+    horizon: tuple[float, float] = (0.5, 0.8)  # in image heights
+    clutter: tuple[int, int] = (2, 6)
+    gain: tuple[float, float] = (0.8, 1.15)
+    blur: tuple[float, float] = (0.2, 0.8)  # pixels
+    noise: tuple[float, float] = (0.005, 0.025)
+    detail: tuple[float, float] = (1.0, 1.0)  # share of the largest size
+    turns: bool = False  # people are seen from every side, not from their own alone
+
+
+def camera_look(layout: str, camera: int, seed: int) -> Look:
+    """RegDB's cameras 1 (visible) and 2 (thermal) are fixed; SYSU's six come from the seed."""
+    if layout == "regdb":
+        thermal = Look(True, background=(0.02, 0.4), floor=0.2, blur=(0.4, 1.0), noise=(0.01, 0.03))
+        return thermal if camera == 2 else Look(False)
+    rng = np.random.default_rng((seed, 0, camera))
+    middle, far, tint = rng.uniform(0.3, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.85, 1.15, 3)
+    infrared = camera in SYSU_INFRARED
+    return Look(
+        infrared,
+        tint=(1.0,) if infrared else tuple(tint.tolist()),
+        background=(middle - 0.25, middle + 0.3),
+        horizon=(far, far + 0.2),
+        clutter=(int(rng.integers(1, 3)), int(rng.integers(4, 8))),
+        gain=(rng.uniform(0.75, 0.9), rng.uniform(1.0, 1.15)),
+        blur=(0.2, rng.uniform(0.5, 1.1)),
+        detail=(rng.uniform(0.5, 0.7), rng.uniform(0.85, 1.0)),
+        turns=True,
+    )
+
+
+def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
+    """A wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
+    height, width = size
+
+    def paint() -> tuple[int, ...] | int:
+        tone = rng.uniform(*look.background)
+        colour = _colour(rng, tone, rng.uniform(0, 0.3))
+        return int(255 * tone) if look.infrared else tuple(int(255 * c) for c in colour)
+
+    image = Image.new("L" if look.infrared else "RGB", (width, height), paint())
+    draw, horizon = ImageDraw.Draw(image), height * rng.uniform(*look.horizon)
+    draw.rectangle((0, horizon, width, height), fill=paint())
+    for _ in range(rng.integers(*look.clutter, endpoint=True)):
+        x, w = width * rng.uniform(-0.1, 1.0), width * rng.uniform(0.03, 0.4)
+        y, h = height * rng.uniform(-0.2, 0.7), height * rng.uniform(0.05, 0.5)
+        kind = rng.integers(4)
+        if kind == 0:  # pole
+            draw.rectangle((x, 0, x + 0.3 * w, horizon + 0.1 * h), fill=paint())
+        elif kind == 1:  # window, box
+            draw.rectangle((x, y, x + w, y + h), fill=paint())
+        elif kind == 2:  # bush
+            draw.ellipse((x - w, y - 0.5 * w, x + w, y + 1.5 * w), fill=paint())
+        else:  # cable, kerb
+            draw.line((x, 0, x + width * rng.uniform(-1, 1), height), fill=paint(), width=3)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.0)))
+    return np.asarray(image, np.float32).reshape(height, width, -1) / 255
+
+
+def _colour_in(canvas: _Canvas, look: Look, backdrop: np.ndarray) -> np.ndarray:
+    """Gives every part its materials as the camera sees them, over `backdrop` (h, w, c)."""
+    labels = np.asarray(canvas.labels)
+    tones = np.zeros((2, len(canvas.parts) + 1, backdrop.shape[2]), np.float32)
+    weight = np.zeros(labels.shape, np.float32)
+    for number, (fabric, axis, half, (top, bottom)) in enumerate(canvas.parts, start=1):
+        for row, material in enumerate((fabric.first, fabric.second)):
+            warm = look.floor + (1 - look.floor) * material.infrared
+            tones[row, number] = warm if look.infrared else material.visible
+        if fabric.pattern != "plain":
+            ys, xs = np.nonzero(labels == number)
+            u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
+            weight[ys, xs] = pattern_weight(fabric, u, (ys - top) / (bottom - top))
+    first, second = tones[0][labels], tones[1][labels]  # (h, w, c)
+    figure = first + weight[..., None] * (second - first)
+    shade = np.asarray(canvas.shade, np.float32)[..., None] / 128
+    return np.where(labels[..., None] > 0, figure * shade, backdrop)
+
+
+def render(
+    person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
+) -> Image.Image:
+    """One RGB picture (infrared: three equal channels), of `size` (height, width) at most."""
+    share = rng.uniform(*look.detail)
+    height, width = (max(16, round(share * side)) for side in size)
+    if look.turns:
+        yaw = math.pi * rng.choice((0.0, 0.5, 1.0, 1.5), p=(0.3, 0.2, 0.3, 0.2))
+    else:
+        yaw = 0.0 if person.style["view"] == "front" else math.pi
+    pose = Pose(
+        yaw=yaw + rng.normal(0, 0.3),
+        stride=rng.uniform(0.04, 0.13),
+        phase=rng.uniform(0, 2 * math.pi),
+        swing=rng.uniform(0.02, 0.1),
+        lean=rng.normal(0, 0.02),
+    )
+    big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
+    unit = big[0] * rng.uniform(0.84, 0.97) * person.body["stature"]
+    x = 0.5 * big[1] + unit * (rng.normal(0, 0.025) - 0.5 * pose.lean)
+    canvas = _Canvas(big, (x, (big[0] - unit) * rng.uniform(0.3, 0.9)), unit, pose.lean)
+    _Figure(canvas, person, pose).draw()
+    pixels = np.clip(_colour_in(canvas, look, _background(rng, look, big)), 0, 1)
+    image = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).reduce(SUPERSAMPLE)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
+    pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
+    pixels = pixels ** rng.uniform(0.8, 1.25) * rng.uniform(*look.gain)  # gamma, gain
+    pixels = pixels * np.array(look.tint[: pixels.shape[2]], np.float32)
+    pixels += rng.uniform(*look.noise) * rng.standard_normal(pixels.shape, np.float32)
+    pixels = (255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).copy())

@@ -1,0 +1,279 @@
+"""Evaluates checkpoints: any method, data set, direction, gallery; this project's or released.
+
+    python test.py --dataset sysu --mode all --resume CHECKPOINT --gpu 0
+    python test.py --dataset regdb --trial 1 --tvsearch --resume CHECKPOINT
+    python test.py --dataset regdb --trials 10 --resume 'runs/MGMRA_regdb_trial{trial}/last.pt'
+
+Prints a table and writes ``results.json``. Every row names the data (real or stand-in), the
+protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import options
+from data_loader import EvalLoader, load_images
+from data_manager import EvalSet, ImageList, data_name, eval_set
+from engine import METRICS, distances, extract_features, score
+from eval_metrics import mean_and_std
+from model import TwoStreamNet, load_network
+from utils import (
+    make_writable_dir,
+    resolve_device,
+    setup_logging,
+    user_errors,
+    versions,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
+
+
+def checkpoints(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """The checkpoints to evaluate, each with its RegDB trial.
+
+    A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
+
+    Raises:
+        ValueError: When no checkpoint is named, or one of the pattern's is missing.
+    """
+    if not args.resume:
+        raise ValueError("name the checkpoint to evaluate: --resume PATH")
+    if "{trial}" not in args.resume:
+        return [(args.trial, args.resume)]
+    if args.dataset != "regdb":
+        raise ValueError("{trial} in --resume is for RegDB, whose trials are trained one by one")
+    found = [(t, args.resume.replace("{trial}", str(t))) for t in range(1, args.trials + 1)]
+    missing = [path for _, path in found if not Path(path).is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} checkpoints are missing, {missing[0]} first: train "
+            f"them, or evaluate fewer with --trials N"
+        )
+    return found
+
+
+def image_size(args: argparse.Namespace, info: dict[str, Any]) -> tuple[int, int]:
+    """Height and width to evaluate at: the flags', else those the checkpoint was trained at."""
+    trained = info.get("options", {})
+    height, width = trained.get("img_h", RELEASED_SIZE[0]), trained.get("img_w", RELEASED_SIZE[1])
+    return args.img_h or height, args.img_w or width
+
+
+class ImageCache:
+    """Decoded images by list: galleries and queries that several checkpoints share load once."""
+
+    def __init__(self, *, workers: int, progress: bool) -> None:
+        """Keeps how images are loaded."""
+        self._workers, self._progress = workers, progress
+        self._held: dict[tuple, np.ndarray] = {}
+
+    def __call__(self, images: ImageList, size: tuple[int, int]) -> np.ndarray:
+        """Images (n, H, W, 3) uint8 of a list at a size (H, W)."""
+        key = (images.paths, size)
+        if key not in self._held:
+            self._held = dict(list(self._held.items())[-1:])  # this list's partner, no older ones
+            self._held[key] = load_images(
+                images,
+                height=size[0],
+                width=size[1],
+                workers=self._workers,
+                progress=self._progress,
+            )
+        return self._held[key]
+
+
+def evaluate_checkpoint(
+    net: TwoStreamNet,
+    protocol: EvalSet,
+    load: Callable[[ImageList], np.ndarray],
+    *,
+    test_feats: Sequence[str],
+    rankings: Sequence[str],
+    batch_size: int,
+    device: torch.device,
+    amp: bool,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Scores one network under one protocol, embedding each image once.
+
+    Args:
+        net: On `device`.
+        protocol: Queries and galleries.
+        load: From an image list to its images.
+        test_feats: Kinds of retrieval feature.
+        rankings: Kinds of re-ranking, "no" among them.
+        batch_size: Images a batch.
+        device: Where the network is.
+        amp: bf16 autocast.
+
+    Returns:
+        A result (`engine.score`) for each feature and ranking, and the features by role and kind.
+    """
+    features: dict[str, dict[str, np.ndarray]] = {}
+    for role in ("query", "gallery"):
+        images = getattr(protocol, role)
+        loader = EvalLoader(load(images), batch_size=batch_size, device=device)
+        features[role] = extract_features(
+            net, loader, modality=images.modality, test_feats=test_feats, amp=amp
+        )
+    rows = []
+    for feat in test_feats:
+        for ranking in rankings:
+            result = score(protocol, features["query"][feat], features["gallery"][feat], ranking)
+            rows.append({**result, "test_feat": feat})
+    return rows, features
+
+
+def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean and spread over several checkpoints' (RegDB trials') results, row by row."""
+    if len(per_checkpoint) == 1:
+        return per_checkpoint[0]
+    rows = []
+    for same in zip(*per_checkpoint, strict=True):
+        mean, std = mean_and_std([{m: row[m] for m in METRICS} for row in same])
+        trials = [{m: row[m] for m in METRICS} for row in same]
+        protocol = f"{same[0]['protocol']} and on to {len(same)} trials, one model each"
+        rows.append({**same[0], **mean, "std": std, "per_trial": trials, "protocol": protocol})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The results in percent, mean +- standard deviation where there are several trials."""
+    header = ["R1", "R5", "R10", "R20", "mAP", "mINP"]
+    lines = [f"{'feature':8} {'re-ranked':12} " + " ".join(f"{name:>14}" for name in header)]
+    for row in rows:
+        spread = len(row["per_trial"]) > 1
+        cells = [
+            f"{100 * row[m]:.2f}" + (f" +- {100 * row['std'][m]:.2f}" if spread else "")
+            for m in METRICS
+        ]
+        lines.append(
+            f"{row['test_feat']:8} {row['re_rank']:12} " + " ".join(f"{cell:>14}" for cell in cells)
+        )
+    first = rows[0]
+    lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
+    lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")
+    return "\n".join(lines)
+
+
+def figures(
+    folder: Path,
+    protocol: EvalSet,
+    load: Callable[[ImageList], np.ndarray],
+    features: dict[str, Any],
+    row: dict[str, Any],
+) -> Path:
+    """Draws ranked lists of the first trial's gallery; returns the picture's path."""
+    from visualize import ranked_lists
+
+    query, rows = protocol.query, protocol.gallery_trials[0]
+    gallery = protocol.gallery.take(rows)
+    feat, ranking = row["test_feat"], row["re_rank"]
+    distmat = distances(features["query"][feat], features["gallery"][feat][rows], ranking)
+    excluded = None
+    if protocol.camera_rule == "sysu":
+        excluded = (query.camids == 3)[:, None] & (gallery.camids == 2)[None]
+    path = folder / "ranked_lists.png"
+    ranked = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
+    ranked_lists(
+        path,
+        query_images=load(query),
+        gallery_images=load(protocol.gallery)[rows],
+        distmat=distmat,
+        q_pids=query.pids,
+        g_pids=gallery.pids,
+        excluded=excluded,
+        title=f"{row['dataset']}: {row['protocol']}; {ranked}",
+    )
+    return path
+
+
+def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """What a result says of its checkpoint: file, how its epoch was chosen, training data."""
+    selection = info.get("selection", "unknown (checkpoint of an earlier release)")
+    epoch = info.get("epoch")
+    return {
+        "checkpoint": str(path),
+        "selection": selection,
+        "epoch": int(epoch) if epoch is not None else None,
+        "trained_on": info.get("data", "unknown"),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    with user_errors():
+        args = options.test_parser(__doc__).parse_args(argv)
+        options.resolve_protocol(args)
+        setup_logging()
+        device = resolve_device(args.gpu)
+        found = checkpoints(args)
+        networks = [
+            load_network(p, gem_p=args.gem_p, memory_variant=args.memory_variant)
+            for _, p in found[:1]
+        ]
+        output = make_writable_dir(args.output_dir or Path(found[0][1]).parent)
+        cache = ImageCache(workers=args.workers, progress=not args.quiet)
+        data = data_name(args.dataset, args.data_path)
+        results = []
+        for number, (trial, path) in enumerate(found):
+            net, info = (
+                networks[0]
+                if number == 0
+                else load_network(path, gem_p=args.gem_p, memory_variant=args.memory_variant)
+            )
+            size = image_size(args, info)
+            net.check_image_height(size[0])
+            protocol = eval_set(
+                args.dataset,
+                args.data_path,
+                trial=trial,
+                direction=args.direction,
+                mode=args.mode,
+                gallery=args.gallery,
+                shots=args.shots,
+                trials=args.trials,
+                subset=args.subset,
+            )
+            load = lambda images, size=size: cache(images, size)  # noqa: E731
+            rows, features = evaluate_checkpoint(
+                net.to(device, memory_format=torch.channels_last),
+                protocol,
+                load,
+                test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
+                rankings=dict.fromkeys(("no", args.re_rank)),
+                batch_size=args.test_batch,
+                device=device,
+                amp=args.amp,
+            )
+            about = {"dataset": data, **describe_checkpoint(path, info)}
+            results.append([{**row, **about} for row in rows])
+            if args.figures and number == 0:
+                log.info("wrote %s", figures(output, protocol, load, features, results[0][-1]))
+        rows = over_checkpoints(results)
+        sys.stdout.write(table(rows) + "\n")
+        # The headline is the row that was asked for: re-ranked only when --re_rank says so.
+        wanted = [row for row in rows if row["re_rank"] == args.re_rank][0]
+        content = {
+            **{k: v for k, v in wanted.items() if k not in ("per_trial", "std")},
+            "rows": rows,
+            "checkpoints": [path for _, path in found],
+            "options": options.to_json(args),
+            "versions": versions(),
+        }
+        write_json(output / "results.json", content)
+        log.info("wrote %s", output / "results.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,677 @@
+import gc
+import io
+import struct
+import threading
+import time
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_image
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+import data_loader
+from data_loader import (
+    Augmentation,
+    EvalLoader,
+    IdentitySampler,
+    ImageStore,
+    TrainLoader,
+    augment,
+    load_images,
+    normalize,
+)
+from data_manager import DataError, ImageList, train_set
+
+CPU = torch.device("cpu")
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def image_list(root, *names, **more):
+    zeros = np.zeros(len(names), dtype=np.int64)
+    return ImageList(root, names, zeros, zeros, "visible", **more)
+
+
+def noise(n, height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def reference(pixels):
+    """torchvision's to-tensor and normalise of one (H, W, 3) image."""
+    return tv.normalize(tv.to_dtype(tv.to_image(pixels), torch.float32, scale=True), MEAN, STD)
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def test_images_of_any_size_equal_pillow_one_by_one(tmp_path):
+    sizes = [(64, 128), (144, 288), (7, 5), (1, 1), (300, 20), (48, 96)]
+    names = [f"{i}.{'jpg' if i % 2 else 'bmp'}" for i in range(len(sizes))]
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        save_image(tmp_path / name, i, size)
+    found = load_images(image_list(tmp_path, *names), height=96, width=48, progress=False)
+    assert found.shape == (6, 96, 48, 3) and found.dtype == np.uint8
+    for name, pixels in zip(names, found, strict=True):
+        image = (
+            Image.open(tmp_path / name).convert("RGB").resize((48, 96), Image.Resampling.LANCZOS)
+        )
+        assert np.array_equal(pixels, np.asarray(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK"])
+def test_grey_and_other_modes_become_rgb(tmp_path, mode):
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    Image.fromarray(noise(1, 20, 10)[0]).convert(mode).save(tmp_path / name)
+    (found,) = load_images(image_list(tmp_path, name), height=40, width=20, progress=False)
+    image = Image.open(tmp_path / name).convert("RGB").resize((20, 40), Image.Resampling.LANCZOS)
+    assert np.array_equal(found, np.asarray(image))
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+    ramp = np.linspace(0, 65535, 200).astype(np.uint16).reshape(20, 10)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    (found,) = load_images(image_list(tmp_path, "a.png"), height=20, width=10, progress=False)
+    assert np.array_equal(found, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_threads_change_nothing(tmp_path, workers):
+    names = [f"{i}.png" for i in range(70)]  # more than two chunks
+    for i, name in enumerate(names):
+        save_image(tmp_path / name, i)
+    images = image_list(tmp_path, *names)
+    found = load_images(images, height=12, width=6, workers=workers, progress=False)
+    for i, pixels in enumerate(found):
+        expected = np.random.default_rng(i).integers(0, 256, (12, 6, 3), dtype=np.uint8)
+        assert np.array_equal(pixels, expected)
+
+
+def test_no_images_make_an_empty_array(tmp_path):
+    assert load_images(image_list(tmp_path), height=4, width=2).shape == (0, 4, 2, 3)
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds next to nothing."""
+    chunks = b""
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" * 1000)),
+        (b"IEND", b""),
+    ):
+        chunks += struct.pack(">I", len(data)) + kind + data
+        chunks += struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def encoded(form, cut=None):
+    stream = io.BytesIO()
+    Image.fromarray(noise(1, 64, 32)[0]).save(stream, form)
+    return stream.getvalue()[:cut]
+
+
+BAD_IMAGES = {
+    "empty": b"",
+    "text": b"Visible/1/a.bmp 0",
+    "truncated jpeg": encoded("JPEG", cut=1200),
+    "truncated bmp": encoded("BMP", cut=1200),
+    "truncated png": encoded("PNG", cut=1200),
+    "header only": encoded("JPEG", cut=20),
+    "other format": encoded("GIF"),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "bomb": png_header(30_000, 30_000),
+    "small bomb": png_header(8_000, 8_000),
+    "no pixels": png_header(0, 0),
+    "png of noise": encoded("PNG")[:60] + bytes(range(200)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_an_undecodable_image_is_named(tmp_path, case):
+    names = [f"{i}.jpg" for i in range(40)]
+    for i, name in enumerate(names):
+        save_image(tmp_path / name, i)
+    (tmp_path / "33.jpg").write_bytes(BAD_IMAGES[case])
+    origins = tuple(f"idx/train_visible_1.txt:{i + 1}" for i in range(40))
+    images = image_list(tmp_path, *names, origins=origins)
+    with pytest.raises(DataError) as caught:
+        load_images(images, height=8, width=4, workers=2, progress=False)
+    assert f"{tmp_path / '33.jpg'} (named in idx/train_visible_1.txt:34)" in str(caught.value)
+    with pytest.raises(DataError, match=r"can't decode .*33.jpg: "):
+        load_images(replace(images, origins=()), height=8, width=4, progress=False)
+
+
+def test_an_image_deleted_meanwhile_and_a_folder_are_named(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("gone.jpg", "folder.jpg"):
+        with pytest.raises(DataError, match=f"can't decode .*{name}"):
+            load_images(image_list(tmp_path, name), height=8, width=4, progress=False)
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
+    save_image(tmp_path / "a.png", 0, (10, 10))
+    monkeypatch.setattr(data_loader, "MAX_PIXELS", 99)
+    with pytest.raises(DataError, match=r"10 x 10 pixels, over 99"):
+        load_images(image_list(tmp_path, "a.png"), height=8, width=4, progress=False)
+
+
+def test_decoding_stops_at_the_first_bad_image(tmp_path, monkeypatch):
+    save_image(tmp_path / "good.png", 0)
+    (tmp_path / "bad.png").write_text("x")
+    calls = []
+    plain = data_loader._decode
+    monkeypatch.setattr(data_loader, "_decode", lambda *a: (calls.append(a[1]), plain(*a)))
+    images = image_list(tmp_path, "bad.png", *["good.png"] * 5000)
+    with pytest.raises(DataError, match="bad.png"):
+        load_images(images, height=8, width=4, workers=1, progress=False)
+    assert len(calls) < 4900
+
+
+# --- Caches ---------------------------------------------------------------------------------------
+
+
+def cached(root, pixels, rows=None):
+    np.save(root / "train_rgb_resized_img.npy", pixels)
+    n = np.zeros(len(pixels), dtype=np.int64)
+    images = ImageList(root, (), n, n, "visible", cache=root / "train_rgb_resized_img.npy")
+    return images if rows is None else images.take(rows)
+
+
+def test_a_whole_cache_is_mapped_and_rows_of_it_are_copied(tmp_path, monkeypatch):
+    pixels = noise(50, 8, 4)
+    whole = load_images(cached(tmp_path, pixels), height=8, width=4)
+    assert isinstance(whole, np.memmap) and not whole.flags.writeable
+    assert np.array_equal(whole, pixels)
+    monkeypatch.setattr(data_loader, "COPY_CHUNK", 4)
+    rows = np.random.default_rng(0).permutation(50)[:13]
+    some = load_images(cached(tmp_path, pixels, rows), height=8, width=4)
+    assert np.array_equal(some, pixels[rows])
+
+
+def test_a_cache_of_another_size_names_the_command(tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_images(cached(tmp_path, noise(5, 8, 4)), height=288, width=144)
+    text = str(caught.value)
+    assert "8 x 4" in text and "288 x 144" in text and "--img_h 8 --img_w 4" in text
+    command = (
+        f"python pre_process_sysu.py --data-path {tmp_path} --overwrite --img_h 288 --img_w 144"
+    )
+    assert command in text
+
+
+# --- Sampler --------------------------------------------------------------------------------------
+
+
+def make_labels(counts, seed=0):
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+VISIBLE = make_labels([3, 1, 7, 2, 5, 4, 9], seed=1)
+INFRARED = make_labels([1, 6, 2, 3, 3, 8, 2], seed=2)
+
+
+def make_sampler(p=4, k=3, seed=0, visible=VISIBLE, infrared=INFRARED):
+    return IdentitySampler(visible, infrared, ids_per_batch=p, images_per_id=k, seed=seed)
+
+
+def test_each_batch_holds_p_identities_and_k_images_of_each():
+    sampler = make_sampler()
+    for step in range(60):
+        batch = sampler.batch(0, step)
+        assert batch.visible.shape == batch.infrared.shape == batch.labels.shape == (12,)
+        assert (VISIBLE[batch.visible] == batch.labels).all()
+        assert (INFRARED[batch.infrared] == batch.labels).all()
+        blocks = batch.labels.reshape(4, 3)
+        assert (blocks == blocks[:, :1]).all()
+        assert len(set(blocks[:, 0])) == 4
+        assert batch.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("visible", "infrared", "p", "k"),
+    [(2060, 2060, 8, 4), (22258, 11909, 6, 8), (31, 25, 4, 3), (24, 25, 5, 5)],
+)
+def test_steps_per_epoch(visible, infrared, p, k):
+    labels = [np.arange(n) % 24 for n in (visible, infrared)]
+    sampler = make_sampler(p, k, visible=labels[0], infrared=labels[1])
+    assert sampler.steps_per_epoch == max(visible, infrared) // (p * k) + 1
+
+
+def test_draws_are_uniform_and_images_come_with_replacement():
+    sampler = make_sampler(p=3, k=4)
+    steps = 4000
+    ids, images, pairs = np.zeros(7), np.zeros(len(VISIBLE)), 0
+    for step in range(steps):
+        batch = sampler.batch(1, step)
+        ids[batch.labels[::4]] += 1
+        images += np.bincount(batch.visible, minlength=len(VISIBLE))
+        mine = batch.visible[batch.labels == 2]  # 7 images
+        pairs += len(mine) > 0 and len(set(mine)) < 4
+    expected = steps * 3 / 7
+    assert (abs(ids - expected) < 5 * np.sqrt(expected)).all()
+    per_image = expected * 4 / np.bincount(VISIBLE)[VISIBLE]
+    assert (abs(images - per_image) < 5 * np.sqrt(per_image)).all()
+    with_repeat = 1 - 7 * 6 * 5 * 4 / 7**4  # 0.65 with replacement, 0 without
+    assert abs(pairs / ids[2] - with_repeat) < 0.06
+
+
+def test_visible_and_infrared_rows_are_drawn_apart():
+    labels = np.repeat(np.arange(4), 10)
+    sampler = make_sampler(4, 5, visible=labels, infrared=labels)
+    batches = [sampler.batch(0, step) for step in range(20)]
+    assert any((b.visible != b.infrared).any() for b in batches)
+
+
+def test_batches_are_functions_of_seed_epoch_and_step():
+    def rows(seed, epoch, step):
+        batch = make_sampler(seed=seed).batch(epoch, step)
+        return (*batch.visible, *batch.infrared, *batch.labels)
+
+    sampler = make_sampler(seed=3)
+    for step in (4, 0, 2):  # in any order
+        batch = sampler.batch(5, step)
+        assert rows(3, 5, step) == (*batch.visible, *batch.infrared, *batch.labels)
+    assert len({rows(s, e, t) for s in (3, 4) for e in (5, 6) for t in (0, 1)}) == 8
+
+
+def test_the_global_generators_are_left_alone():
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    make_sampler().batch(0, 0)
+    images = torch.from_numpy(noise(4, 8, 4))
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    augment(images, everything, np.random.default_rng(0), modality="visible")
+    assert np.array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+BAD_SAMPLERS = {
+    "few identities": ({"p": 8}, r"asks for 8 identities and there are 7; lower --batch-size"),
+    "no identities": ({"p": 0}, "at least 1"),
+    "no images": ({"k": 0}, "at least 1"),
+    "negative seed": ({"seed": -1}, "seed -1"),
+    "gap": ({"visible": np.array([0, 2, 2])}, "label 1 has no image"),
+    "negative": ({"visible": np.array([-1, 0, 1])}, "integers 0..L-1"),
+    "floats": ({"visible": np.array([0.0, 1.0])}, "float64"),
+    "grid": ({"infrared": np.zeros((2, 2), dtype=int)}, r"\(2, 2\)"),
+    "empty": ({"infrared": np.zeros(0, dtype=int)}, r"\(0,\)"),
+    "one modality": ({"visible": np.arange(9)}, "9 identities have visible images and 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLERS)
+def test_bad_samplers(case):
+    options, message = BAD_SAMPLERS[case]
+    with pytest.raises(ValueError, match=message):
+        make_sampler(**options)
+
+
+# --- Augmentation ---------------------------------------------------------------------------------
+
+
+def candidates(pixels, pad):
+    """Every (top, left, flip) of torchvision's pad, crop, flip and normalise of one image."""
+    height, width, _ = pixels.shape
+    padded = tv.pad(tv.to_image(pixels), [pad] * 4, fill=0)
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = tv.crop(padded, top, left, height, width)
+            for flip in (False, True):
+                image = tv.horizontal_flip(crop) if flip else crop
+                yield (top, left, flip), reference(image.permute(1, 2, 0).numpy())
+
+
+def test_each_image_is_padded_cropped_flipped_and_normalised_like_torchvision():
+    pad, n = 2, 400
+    originals = noise(4, 9, 6)
+    images = torch.from_numpy(originals).repeat(n // 4, 1, 1, 1)
+    out = augment(images, Augmentation(pad=pad), np.random.default_rng(1), modality="visible")
+    assert out.shape == (n, 3, 9, 6) and out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    tables = [list(candidates(pixels, pad)) for pixels in originals]
+    seen = []
+    for i, image in enumerate(out):
+        hits = [
+            key for key, expected in tables[i % 4] if torch.allclose(image, expected, atol=1e-5)
+        ]
+        assert len(hits) == 1
+        seen += hits
+    places = [key[:2] for key in seen]
+    assert len(set(places)) == 25  # each is expected 16 times
+    assert max(places.count(place) for place in set(places)) < 40
+    for axis in (0, 1):  # flips do not depend on the place: 80 images share each top and each left
+        for place in range(5):
+            assert 20 < sum(key[2] for key in seen if key[axis] == place) < 60
+    assert torch.equal(images[:4], torch.from_numpy(originals))  # the input is untouched
+
+
+@pytest.mark.parametrize(("flip", "pad"), [(0.0, 0), (1.0, 0), (0.0, 10)])
+def test_the_ends_of_the_ranges(flip, pad):
+    pixels = noise(6, 5, 4)
+    rng = np.random.default_rng(0)
+    out = augment(torch.from_numpy(pixels), Augmentation(pad, flip), rng, modality="infrared")
+    if pad == 0:
+        expected = pixels[:, :, ::-1] if flip else pixels
+        assert torch.equal(out, normalize(torch.from_numpy(expected.copy())))
+    else:  # more padding than image: black in most places, and nowhere anything but pixels or black
+        black = normalize(torch.zeros(1, 5, 4, 3, dtype=torch.uint8))
+        assert (out == black).all(dim=1).float().mean() > 0.5
+
+
+def test_normalize_equals_torchvision():
+    pixels = noise(3, 7, 5)
+    out = normalize(torch.from_numpy(pixels))
+    assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == torch.float32
+    for image, expected in zip(out, pixels, strict=True):
+        torch.testing.assert_close(image, reference(expected), atol=2e-6, rtol=0)
+
+
+def test_grey_equals_pillow_and_spares_infrared():
+    pixels = noise(400, 6, 4)
+    images = torch.from_numpy(pixels)
+    grey = np.stack([np.asarray(Image.fromarray(p).convert("L").convert("RGB")) for p in pixels])
+    always = Augmentation(pad=0, flip=0, grey=1)
+
+    def run(augmentation, modality):
+        return augment(images, augmentation, np.random.default_rng(0), modality=modality)
+
+    assert torch.equal(run(always, "visible"), normalize(torch.from_numpy(grey)))
+    assert torch.equal(run(always, "infrared"), normalize(images))
+    half = run(replace(always, grey=0.5), "visible")
+    is_grey = (half == normalize(torch.from_numpy(grey))).flatten(1).all(1)
+    is_plain = (half == normalize(images)).flatten(1).all(1)
+    assert (is_grey ^ is_plain).all()
+    assert 150 < is_grey.sum() < 250
+    assert torch.equal(images, torch.from_numpy(pixels))
+
+
+def test_switching_one_augmentation_on_leaves_the_other_draws_alone():
+    images = torch.from_numpy(noise(50, 8, 6))
+
+    def run(**options):
+        augmentation = Augmentation(pad=2, **options)
+        return augment(images, augmentation, np.random.default_rng(3), modality="infrared")
+
+    assert torch.equal(run(), run(grey=1.0))
+    erased, plain = run(erase=1.0), run()
+    assert torch.equal(torch.where(erased == 0, plain, erased), plain)
+
+
+def test_erase_blanks_one_rectangle_of_legal_size():
+    images = torch.full((300, 40, 20, 3), 255, dtype=torch.uint8)
+    augmentation = Augmentation(pad=0, flip=0, erase=0.5)
+    out = augment(images, augmentation, np.random.default_rng(0), modality="visible")
+    gone = (out == 0).all(1)
+    assert torch.equal((out == 0).any(1), gone)
+    erased = gone.flatten(1).any(1)
+    assert 110 < erased.sum() < 190
+    tops, lefts = set(), set()
+    for mask in gone[erased]:
+        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+        assert mask.sum() == len(rows) * len(columns)  # a full rectangle
+        assert rows[-1] - rows[0] + 1 == len(rows) and columns[-1] - columns[0] + 1 == len(columns)
+        assert 0.005 * 800 < mask.sum() <= 0.4 * 800
+        tops.add(int(rows[0]))
+        lefts.add(int(columns[0]))
+    assert len(tops) > 15 and len(lefts) > 8
+
+
+def test_tone_is_one_monotone_curve_per_image_and_keeps_black():
+    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(200, 1, 1, 3)
+    augmentation = Augmentation(pad=0, flip=0, tone=0.4)
+    out = augment(ramp, augmentation, np.random.default_rng(0), modality="infrared")
+    curve = (out * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).flatten(2)
+    assert torch.allclose(curve[:, 0], curve[:, 1], atol=1e-5)
+    assert abs(curve[..., 0]).max() < 1e-6
+    assert curve.max() < 1 + 1e-5 and (curve.diff() > -1e-5).all()
+    x = torch.arange(256) / 255
+    assert len({round(float(c), 3) for c in curve[:, 0, 128]}) > 100
+    low, high = (x**g * k for g, k in ((np.exp(0.4), np.exp(-0.4)), (np.exp(-0.4), np.exp(0.4))))
+    assert (curve >= low - 1e-5).all() and (curve <= high.clamp(max=1) + 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pad": -1}, {"flip": 1.5}, {"grey": -0.1}, {"erase": 2}, {"tone": -1}, {"flip": np.nan}],
+)
+def test_bad_augmentations(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Augmentation(**options)
+
+
+# --- Stores and loaders ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resident", [None, False, True])
+def test_gather_returns_the_rows_asked_for(tmp_path, resident, monkeypatch):
+    monkeypatch.setattr(data_loader, "COPY_CHUNK", 4)
+    pixels = noise(30, 8, 4)
+    np.save(tmp_path / "a.npy", pixels)
+    rows = np.array([7, 7, 0, 29])
+    for images in (pixels, np.load(tmp_path / "a.npy", mmap_mode="r")):
+        store = ImageStore(images, device=CPU, resident=resident)
+        assert len(store) == 30 and store.resident is bool(resident)
+        found = store.gather(rows)
+        assert found.dtype == torch.uint8 and np.array_equal(found.numpy(), pixels[rows])
+        found.zero_()  # a batch is the caller's own
+        assert np.array_equal(store.gather(rows).numpy(), pixels[rows])
+        for wrong in ([30], [-31], [0, 99]):
+            with pytest.raises(IndexError):
+                store.gather(np.array(wrong))
+        assert len(store.gather(np.array([], dtype=np.int64))) == 0
+
+
+@pytest.mark.parametrize(
+    "images",
+    [noise(3, 8, 4).astype(np.float32), noise(3, 8, 4)[..., :1], noise(3, 8, 4)[0]],
+    ids=["float", "grey", "one image"],
+)
+def test_bad_stores(images):
+    with pytest.raises(ValueError, match=r"expected uint8 \(n, H, W, 3\)"):
+        ImageStore(images, device=CPU)
+
+
+def numbered(n, height=8, width=4, start=0):
+    """Images whose every pixel is their own number."""
+    numbers = np.arange(start, start + n, dtype=np.uint8)[:, None, None, None]
+    return np.broadcast_to(numbers, (n, height, width, 3)).copy()
+
+
+def make_loader(prefetch=2, augmentation=None, seed=0, images=None):
+    visible, infrared = images or (numbered(len(VISIBLE)), numbered(len(INFRARED), start=100))
+    return TrainLoader(
+        visible=ImageStore(visible, device=CPU),
+        infrared=ImageStore(infrared, device=CPU),
+        sampler=make_sampler(),
+        augmentation=augmentation or Augmentation(),
+        seed=seed,
+        device=CPU,
+        prefetch=prefetch,
+    )
+
+
+def numbers(batch):
+    """The image number that each row of a batch shows in its middle."""
+    value = batch[:, 0, 4, 2] * STD[0] + MEAN[0]
+    return (value * 255).round().long()
+
+
+def test_batches_show_the_sampled_images_with_their_labels():
+    loader = make_loader(augmentation=Augmentation(pad=0))
+    batches = list(loader.epoch(2))
+    assert len(batches) == len(loader) == loader.sampler.steps_per_epoch == 3
+    for step, batch in enumerate(batches):
+        rows = loader.sampler.batch(2, step)
+        assert numbers(batch.visible).tolist() == rows.visible.tolist()
+        assert (numbers(batch.infrared) - 100).tolist() == rows.infrared.tolist()
+        assert batch.labels.tolist() == [*rows.labels, *rows.labels]
+        assert batch.labels.dtype == torch.int64
+        assert batch.visible.shape == batch.infrared.shape == (12, 3, 8, 4)
+        assert batch.infrared.is_contiguous(memory_format=torch.channels_last)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, k), getattr(other, k)) for k in vars(one))
+
+
+def test_batches_depend_on_seed_epoch_and_step_alone():
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    images = noise(len(VISIBLE), 8, 4), noise(len(INFRARED), 8, 4, seed=1)
+
+    def run(prefetch, epoch=1, start=0, seed=0):
+        loader = make_loader(prefetch, everything, seed, images)
+        return list(loader.epoch(epoch, start))
+
+    plain = run(0)
+    for prefetch in (1, 2, 9):
+        assert all(map(same, plain, run(prefetch))) and len(run(prefetch)) == 3
+    later = run(2, start=2)
+    assert len(later) == 1 and same(later[0], plain[2])
+    assert run(2, start=3) == []
+    assert not same(run(2, epoch=2)[0], plain[0]) and not same(run(2, seed=1)[0], plain[0])
+
+
+def test_the_two_modalities_are_cropped_apart():
+    pixels = noise(len(VISIBLE), 8, 4)
+    loader = make_loader(images=(pixels, pixels[: len(INFRARED)]))
+    draws = [
+        np.random.default_rng((0, 0, 0, stream)).random(4)
+        for stream in (
+            data_loader.SAMPLER_STREAM,
+            data_loader.VISIBLE_STREAM,
+            data_loader.INFRARED_STREAM,
+        )
+    ]
+    assert len({tuple(d) for d in draws}) == 3
+    assert not torch.equal(loader.batch(0, 0).visible, loader.batch(0, 0).infrared)
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_an_abandoned_epoch_ends_its_thread():
+    loader = make_loader()
+    for _ in loader.epoch(0):
+        break
+    gc.collect()
+    iterator = loader.epoch(0)
+    next(iterator)
+    assert threads()
+    iterator.close()
+    assert not threads()
+    list(loader.epoch(0))
+    assert not threads()
+
+
+def test_a_failure_in_the_thread_arrives_and_ends_it(monkeypatch):
+    loader = make_loader()
+    plain = loader.sampler.batch
+
+    def fail(epoch, step):
+        if step == 1:
+            raise RuntimeError("drawn badly")
+        return plain(epoch, step)
+
+    monkeypatch.setattr(loader.sampler, "batch", fail)
+    seen = []
+    with pytest.raises(RuntimeError, match="drawn badly"):
+        seen.extend(b for b in loader.epoch(0))
+    assert not threads()
+    iterator = loader.epoch(0)
+    assert next(iterator).visible.shape[0] == 12
+    with pytest.raises(RuntimeError, match="drawn badly"):
+        next(iterator)
+
+
+def test_the_thread_works_ahead_but_not_further_than_asked(monkeypatch):
+    loader = make_loader(prefetch=1)
+    made = []
+    plain = loader.sampler.batch
+    monkeypatch.setattr(loader.sampler, "batch", lambda e, s: (made.append(s), plain(e, s))[1])
+    iterator = loader.epoch(0)
+    next(iterator)
+    deadline = time.monotonic() + 5
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1]
+    iterator.close()
+
+
+def test_an_abandoned_epoch_makes_no_further_batches(monkeypatch):
+    loader = make_loader(prefetch=3)
+    made, plain = [], loader.sampler.batch
+
+    def slow(epoch, step):
+        made.append(step)
+        time.sleep(0.5 if step else 0)
+        return plain(epoch, step)
+
+    monkeypatch.setattr(loader.sampler, "batch", slow)
+    iterator = loader.epoch(0)
+    next(iterator)
+    iterator.close()
+    assert len(made) < 3
+
+
+@pytest.mark.parametrize(("n", "size"), [(7, 3), (6, 3), (2, 5), (0, 4)])
+def test_evaluation_batches_keep_the_order(n, size):
+    pixels = noise(n, 8, 4)
+    loader = EvalLoader(pixels, batch_size=size, device=CPU)
+    for _ in range(2):
+        batches = list(loader)
+        assert len(batches) == len(loader) == -(-n // size)
+        assert [len(b) for b in batches[:-1]] == [size] * (len(batches) - 1)
+        joined = torch.cat([*batches, torch.zeros(0, 3, 8, 4)])
+        assert torch.equal(joined, normalize(torch.from_numpy(pixels)))
+
+
+def test_evaluation_batches_need_a_size():
+    with pytest.raises(ValueError, match="batch size is 0"):
+        EvalLoader(noise(2, 8, 4), batch_size=0, device=CPU)
+
+
+def test_from_files_to_batches(tiny_regdb):
+    train = train_set("regdb", tiny_regdb)
+    stores = [
+        ImageStore(load_images(x, height=12, width=6, progress=False), device=CPU)
+        for x in (train.visible, train.infrared)
+    ]
+    sampler = make_sampler(3, 2, 0, train.visible_labels, train.infrared_labels)
+    parts = {"visible": stores[0], "infrared": stores[1], "sampler": sampler}
+    loader = TrainLoader(**parts, augmentation=Augmentation(pad=0, flip=0), seed=0, device=CPU)
+    (first, *_) = loader.epoch(0)
+    rows = sampler.batch(0, 0)
+    for i, row in enumerate(rows.infrared):
+        image = np.array(Image.open(train.infrared.root / train.infrared.paths[row]))
+        torch.testing.assert_close(first.infrared[i], reference(image), atol=2e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("resident", [True, False, None])
+def test_cuda_batches_equal_those_of_the_cpu(resident):
+    cuda = torch.device("cuda")
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    images = noise(len(VISIBLE), 32, 16), noise(len(INFRARED), 32, 16, seed=1)
+    expected = list(make_loader(0, everything, 0, images).epoch(0))
+    loader = TrainLoader(
+        visible=ImageStore(images[0], device=cuda, resident=resident),
+        infrared=ImageStore(images[1], device=cuda, resident=resident),
+        sampler=make_sampler(),
+        augmentation=everything,
+        seed=0,
+        device=cuda,
+    )
+    assert loader.visible.resident is (resident is not False)
+    for mine, theirs in zip(loader.epoch(0), expected, strict=True):
+        for name in ("visible", "infrared", "labels"):
+            found = getattr(mine, name)
+            assert found.device.type == "cuda"
+            torch.testing.assert_close(found.cpu(), getattr(theirs, name), atol=1e-5, rtol=0)
+        assert mine.visible.is_contiguous(memory_format=torch.channels_last)
+    batches = torch.cat([b.cpu() for b in EvalLoader(images[0], batch_size=5, device=cuda)])
+    torch.testing.assert_close(batches, normalize(torch.from_numpy(images[0])))

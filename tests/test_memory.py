@@ -1,0 +1,241 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from recipe import GOLDEN
+
+from memory import (
+    MemoryHealth,
+    MemoryRead,
+    MultiGranularityMemory,
+    SingleGranularityMemory,
+    address,
+    read,
+)
+
+GOLDEN_NAMES = {
+    "sg": None,
+    "mg_cascade_grouped": "paper",
+    "mg_parallel_interleaved": "released",
+}
+GATES = {"part_gate": "reweight_layer_part", "instance_gate": "reweight_layer_ins"}
+
+
+def golden_memory(golden, name, shrink):
+    ids, instances, parts, dim = golden["dims_L_T_P_C"]
+    variant = GOLDEN_NAMES[name]
+    sizes = (int(ids), int(instances), int(parts), int(dim), shrink)
+    state = {"part_bank": torch.tensor(golden[f"{name}/param.weight"])}
+    if variant is None:
+        memory = SingleGranularityMemory(*sizes)
+    else:
+        memory = MultiGranularityMemory(*sizes, variant=variant)
+        for ours, theirs in GATES.items():
+            for leaf in ("weight", "bias"):
+                state[f"{ours}.{leaf}"] = torch.tensor(golden[f"{name}/param.{theirs}.{leaf}"])
+    memory.double().load_state_dict(state)
+    return memory
+
+
+@pytest.mark.parametrize("shrink", ["0.0025", "0.02"])
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_agrees_with_the_released_memory(name, shrink):
+    golden = np.load(GOLDEN / "memory.npz")
+    memory = golden_memory(golden, name, float(shrink))
+    x = torch.tensor(golden["input.x"]).requires_grad_()
+    result = memory(x)
+    total, compared = 0.0, 0
+    for level in ("part", "instance", "semantic", "semantic_bank"):
+        key = f"{name}/lambda={shrink}/out.{level}"
+        if key not in golden:
+            continue
+        out = memory.banks()[1] if level == "semantic_bank" else getattr(result, level)
+        torch.testing.assert_close(out, torch.tensor(golden[key]), rtol=0, atol=1e-7)
+        total = total + (torch.tensor(golden[f"weight_of_output.{level}.{name}"]) * out).sum()
+        compared += 1
+    assert compared == {"sg": 1, "mg_cascade_grouped": 3, "mg_parallel_interleaved": 3}[name]
+    total.backward()
+    grads = {"x": x.grad, "weight": memory.part_bank.grad}
+    if name != "sg":
+        for ours, theirs in GATES.items():
+            for leaf in ("weight", "bias"):
+                grads[f"{theirs}.{leaf}"] = getattr(getattr(memory, ours), leaf).grad
+    for key, grad in grads.items():
+        expected = torch.tensor(golden[f"{name}/lambda={shrink}/grad.{key}"])
+        assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
+
+
+def naive_read(x, bank, shrink):
+    """One position after the other, as METHOD says it."""
+    batch, _, height, width = x.shape
+    out = torch.zeros_like(x)
+    for b in range(batch):
+        for h in range(height):
+            for w in range(width):
+                logits = bank @ x[b, :, h, w]
+                weights = torch.exp(logits - logits.max())
+                weights = weights / weights.sum()
+                kept = [i for i in range(len(bank)) if weights[i] > shrink]
+                if kept:
+                    total = sum(weights[i] for i in kept)
+                    out[b, :, h, w] = sum(weights[i] / total * bank[i] for i in kept)
+    return out
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("shrink", [0.0, 0.02, 0.05, 0.5, 0.999])
+def test_read_equals_a_loop_over_positions(scale, shrink):
+    gen = torch.Generator().manual_seed(1)
+    x = scale * torch.randn(2, 7, 3, 2, generator=gen, dtype=torch.float64)
+    bank = torch.randn(30, 7, generator=gen, dtype=torch.float64)
+    torch.testing.assert_close(
+        read(x, bank, shrink), naive_read(x, bank, shrink), atol=1e-7, rtol=0
+    )
+
+
+def test_address_is_a_softmax_over_the_survivors_alone():
+    gen = torch.Generator().manual_seed(2)
+    x = torch.randn(50, 8, generator=gen, dtype=torch.float64)
+    bank = torch.randn(40, 8, generator=gen, dtype=torch.float64)
+    logits = x @ bank.t()
+    full = logits.softmax(1)
+    assert ((full - 0.02).abs() > 1e-5).all(), "no weight so near the threshold that epsilon shows"
+    expected = logits.masked_fill(full <= 0.02, -math.inf).softmax(1)
+    weights = address(x, bank, 0.02)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+    assert ((weights > 0).sum(1) <= 1 / 0.02).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(50, dtype=torch.float64))
+
+
+def test_uniform_weights_under_the_threshold_read_zero_and_back_propagate():
+    bank = torch.zeros(401, 4, requires_grad=True)  # uniform weight 1/401 < 0.0025
+    x = torch.ones(2, 4, 1, 1, requires_grad=True)
+    out = read(x, bank, 0.0025)
+    assert not out.any()
+    out.sum().backward()
+    assert not x.grad.any()
+    assert not bank.grad.any()
+    assert read(x, torch.ones(399, 4), 0.0025).allclose(torch.tensor(1.0))  # 1/399 is above
+
+
+def test_the_threshold_itself_does_not_survive():
+    x = torch.zeros(1, 4, 1, 1)
+    assert not read(x, torch.ones(4, 4), 0.25).any()
+    assert read(x, torch.ones(4, 4), 0.2499).all()
+
+
+def test_whole_map_equals_stripe_by_stripe():
+    gen = torch.Generator().manual_seed(3)
+    memory = SingleGranularityMemory(4, 2, 3, dim=8, shrink=0.03)
+    x = torch.randn(2, 8, 6, 3, generator=gen)
+    stripes = [memory(part).part for part in x.split(2, dim=2)]
+    torch.testing.assert_close(memory(x).part, torch.cat(stripes, dim=2))
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_gradcheck(variant):
+    gen = torch.Generator().manual_seed(4)
+    memory = MultiGranularityMemory(2, 2, 3, dim=4, shrink=0.06, variant=variant).double()
+    torch.nn.init.normal_(memory.part_bank, generator=gen)
+    x = torch.randn(1, 4, 2, 1, generator=gen, dtype=torch.float64, requires_grad=True)
+
+    def outputs(x, *parameters):
+        names = [name for name, _ in memory.named_parameters()]
+        result = torch.func.functional_call(memory, dict(zip(names, parameters, strict=True)), x)
+        return tuple(out for out in result if out is not None)
+
+    parameters = [p.detach().clone().requires_grad_() for p in memory.parameters()]
+    assert torch.autograd.gradcheck(outputs, (x, *parameters))
+
+
+def test_banks_by_hand():
+    memory = MultiGranularityMemory(2, 2, 3, dim=4).double()
+    instance, semantic = memory.banks()
+    bank = memory.part_bank.detach().numpy()
+    gate = memory.part_gate
+    weight, bias = gate.weight.detach().numpy()[:, :, 0], gate.bias.detach().numpy()
+    for i in range(4):
+        parts = bank[3 * i : 3 * i + 3]
+        expected = np.mean(parts / (1 + np.exp(-(weight @ parts + bias[:, None]))), axis=0)
+        np.testing.assert_allclose(instance.detach().numpy()[i], expected, atol=1e-12)
+    gate = memory.instance_gate
+    weight, bias = gate.weight.detach().numpy()[:, :, 0], gate.bias.detach().numpy()
+    for i in range(2):
+        own = instance.detach().numpy()[2 * i : 2 * i + 2]
+        expected = np.mean(own / (1 + np.exp(-(weight @ own + bias[:, None]))), axis=0)
+        np.testing.assert_allclose(semantic.detach().numpy()[i], expected, atol=1e-12)
+
+
+def test_interleaving_mixes_neighbouring_channels_of_one_part():
+    memory = MultiGranularityMemory(1, 1, 2, dim=4, variant="released")
+    torch.nn.init.zeros_(memory.part_gate.weight)
+    torch.nn.init.zeros_(memory.part_gate.bias)  # every gate is one half
+    with torch.no_grad():
+        memory.part_bank.copy_(torch.arange(8.0).view(2, 4))
+    instance, _ = memory.banks()
+    # The flat memory 0..7 seen as pairs (0, 1), (2, 3), ...: each pair's mean, halved by the gate.
+    torch.testing.assert_close(instance, torch.tensor([[0.25, 1.25, 2.25, 3.25]]))
+
+
+def test_variants_return_the_maps_they_promise():
+    x = torch.randn(2, 8, 3, 2)
+    paper = MultiGranularityMemory(3, 2, 2, dim=8)(x)
+    released = MultiGranularityMemory(3, 2, 2, dim=8, variant="released")(x)
+    single = SingleGranularityMemory(3, 2, 2, dim=8)(x)
+    assert all(out.shape == x.shape for out in paper)
+    assert isinstance(single, MemoryRead)
+    assert (released.instance, single.instance, single.semantic) == (None, None, None)
+
+
+def test_an_all_zero_part_read_makes_the_semantic_read_one_constant_vector():
+    memory = MultiGranularityMemory(100, 5, 6, dim=16)  # every softmax weight is below lambda
+    torch.nn.init.normal_(memory.part_bank, std=1e-3)
+    result = memory(torch.randn(2, 16, 2, 2))
+    assert not result.part.any()
+    constant = result.semantic[:1, :, :1, :1].expand_as(result.semantic)
+    assert result.semantic.any()
+    torch.testing.assert_close(result.semantic, constant)
+
+
+def test_health_counts_what_a_loop_counts():
+    gen = torch.Generator().manual_seed(5)
+    health = MemoryHealth()
+    rows = [torch.randn(20, 6, generator=gen), 0.01 * torch.randn(20, 6, generator=gen)]
+    bank = torch.randn(60, 6, generator=gen)
+    all_weights = torch.cat([address(x, bank, 0.03) for x in rows])
+    for x in rows:
+        health.update("part", address(x, bank, 0.03))
+    numbers = health.summary()
+    survivors = [sum(w > 0 for w in row.tolist()) for row in all_weights]
+    assert numbers["part/zero_reads"] == sum(s == 0 for s in survivors) / 40 > 0
+    assert numbers["part/survivors"] == sum(survivors) / 40
+    used = sum(any(w > 0 for w in column.tolist()) for column in all_weights.t())
+    assert numbers["part/used"] == pytest.approx(used / 60)
+    entropies = [-sum(w * math.log(w) for w in row.tolist() if w > 0) for row in all_weights]
+    reading = [e for e, s in zip(entropies, survivors, strict=True) if s]
+    assert numbers["part/entropy"] == pytest.approx(sum(reading) / len(reading), rel=1e-5)
+
+
+def test_forward_changes_no_state():
+    memory = MultiGranularityMemory(3, 2, 2, dim=8)
+    before = set(vars(memory))
+    memory(torch.randn(1, 8, 2, 2), MemoryHealth())
+    assert set(vars(memory)) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_ids": 0}, "num_ids must be at least 1, got 0"),
+        ({"instances_per_id": 0}, "instances_per_id"),
+        ({"parts_per_instance": -1}, "parts_per_instance"),
+        ({"dim": 0}, "dim"),
+        ({"shrink": 1.0}, r"shrink must be in \[0, 1\), got 1.0"),
+        ({"shrink": -0.1}, "shrink"),
+        ({"variant": "figure"}, "paper, released, got 'figure'"),
+    ],
+)
+def test_illegal_sizes(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MultiGranularityMemory(**{"num_ids": 3, "dim": 8, **settings})

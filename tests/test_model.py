@@ -1,0 +1,251 @@
+import numpy as np
+import pytest
+import torch
+from recipe import GOLDEN, METHODS, images, released_state_dict
+
+from loss import part_alignment_loss
+from memory import MemoryHealth
+from model import NonLocal, TwoStreamNet, convert_released_state_dict, gem
+from weights import released_config
+
+
+def small(**settings):
+    """A quick network: ResNet-18, 5 identities, 6 stripes unless said otherwise."""
+    return TwoStreamNet(**{"num_ids": 5, "arch": "resnet18", "local_feat_dim": 16, **settings})
+
+
+def pictures(count=4, height=96, width=32, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return [torch.randn(count, 3, height, width, generator=gen) for _ in range(2)]
+
+
+def relative(value, expected):
+    return np.abs(value.detach().numpy() - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_agrees_with_the_released_network(name):
+    method, gem_p, variant = METHODS[name]
+    golden = np.load(GOLDEN / f"model_{name}.npz")
+    state = released_state_dict(method)
+    config = released_config(state)
+    assert config["num_ids"] == 206
+    assert config["share_net"] == (1 if method == "AGW" else 2)
+    net = TwoStreamNet(gem_p=gem_p, memory_variant=variant, **config)
+    net.load_state_dict({k: v.float() for k, v in convert_released_state_dict(state).items()})
+    visible, infrared = (images(f"img.{m}", 8).float() for m in ("visible", "infrared"))
+    with torch.no_grad():
+        net.eval()
+        for modality, inputs in (("visible", (visible, None)), ("infrared", (None, infrared))):
+            if method == "AGW":
+                assert relative(net(*inputs), golden[f"eval/{modality}.bn"]) < 1e-3
+                assert relative(net.embed(*inputs, "pool"), golden[f"eval/{modality}.pool"]) < 1e-3
+            else:
+                assert relative(net(*inputs), golden[f"eval/{modality}"]) < 1e-3
+        net.train()
+        out = net(visible, infrared)
+    assert relative(out["feat"], golden["train/features"]) < 1e-3
+    logits = {"train/logits": "logits", "train/local_logits": "part_logits"}
+    logits |= {"train/memory_features": "memory_feat", "train/memory_logits": "memory_logits"}
+    compared = [relative(out[ours], golden[key]) for key, ours in logits.items() if key in golden]
+    assert len(compared) == (1 if name in ("HCT", "AGW") else 3)
+    assert max(compared) < 1e-3
+    if "train/alignment_mse" in golden:
+        part = out["memory_read"].part
+        alignment = part_alignment_loss(part, golden["strip_permutation"].tolist())
+        assert alignment.item() == pytest.approx(golden["train/alignment_mse"].item(), rel=1e-3)
+    if "train/part_pooled" in golden:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(part, (6, 1)).squeeze(3)[:, ::16]
+        assert relative(pooled, golden["train/part_pooled"]) < 1e-3
+
+
+@pytest.mark.parametrize("head", ["pcb", "agw"])
+@pytest.mark.parametrize("memory", [None, "sg", "mg"])
+def test_training_outputs_have_the_promised_names_and_shapes(head, memory):
+    net = small(head=head, memory=memory)
+    out = net(*pictures())
+    expected = {"feat": (8, 96 if head == "pcb" else 512)}
+    if head == "pcb":
+        expected |= {"part_feats": (8, 6, 16), "part_logits": (8, 6, 5)}
+    else:
+        expected |= {"logits": (8, 5)}
+    if memory:
+        expected |= {"memory_feat": (8, 512), "memory_logits": (8, 5)}
+        assert out["memory_read"].part.shape == (8, 512, 6, 2)
+        assert (out["memory_read"].semantic is None) == (memory == "sg")
+    assert {k: tuple(v.shape) for k, v in out.items() if k != "memory_read"} == expected
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_arch_is_honoured(arch):
+    net = small(arch=arch, head="agw")
+    assert net.dim == (512 if arch in ("resnet18", "resnet34") else 2048)
+    counts = [len(getattr(net.shared, f"layer{i}").blocks) for i in (2, 3, 4)]
+    depths = {"resnet18": [2, 2, 2], "resnet34": [4, 6, 3], "resnet50": [4, 6, 3]}
+    assert counts == depths.get(arch, [4, 23, 3])
+    assert net.feature_map(*pictures(1)).shape == (2, net.dim, 6, 2)  # stride 16
+    assert len(net.shared.layer3.non_local) == min(3, counts[1])
+    assert len(net.shared.layer2.non_local) == 2
+
+
+@pytest.mark.parametrize("share_net", range(6))
+def test_share_net_says_from_which_stage_on_weights_are_shared(share_net):
+    net = small(share_net=share_net)
+    stages = ["stem", "layer1", "layer2", "layer3", "layer4"]
+    assert list(dict(net.visible.named_children())) == stages[:share_net]
+    assert list(dict(net.infrared.named_children())) == stages[:share_net]
+    assert list(dict(net.shared.named_children())) == stages[share_net:]
+    visible, infrared = pictures(2)
+    net.eval()
+    same = torch.equal(net(visible, None), net(None, visible))
+    assert same, "both streams start from the same weights"
+    net.train()(visible, infrared)["feat"].sum().backward()
+    with torch.no_grad():
+        for p in net.infrared.parameters():
+            p.add_(0.1)
+    net.eval()
+    moved = not torch.allclose(net(visible, None), net(None, visible))
+    assert moved == (share_net > 0)
+
+
+def test_streams_do_not_mix():
+    net = small(memory="mg").eval()
+    visible, infrared = pictures()
+    v, i = net(visible, None), net(None, infrared)
+    torch.testing.assert_close(net(visible, infrared), torch.cat([v, i]))
+    torch.testing.assert_close(v.norm(dim=1), torch.ones(4))
+
+
+def test_evaluation_does_not_run_the_memory_unless_asked():
+    net = small(memory="mg").eval()
+    calls = []
+    net.memory.register_forward_hook(lambda *_: calls.append(1))
+    visible, _ = pictures()
+    headline = net(visible, None)
+    assert not calls
+    memory = net.embed(visible, None, "memory")
+    both = net.embed(visible, None, "both")
+    assert len(calls) == 2
+    assert (headline.shape, memory.shape, both.shape) == ((4, 96), (4, 512), (4, 608))
+    expected = torch.nn.functional.normalize(torch.cat([headline, memory], dim=1))
+    torch.testing.assert_close(both, expected)
+
+
+def test_test_features_are_named_in_errors():
+    with pytest.raises(ValueError, match="pcb; got 'memory'"):
+        small().eval().embed(*pictures(), "memory")
+    assert small(head="agw", memory="sg").test_feats() == ("neck", "pool", "memory", "both")
+
+
+def test_memory_feature_is_the_mean_of_map_plus_coarsest_read():
+    for memory in ("sg", "mg"):
+        net = small(memory=memory, shrink=0.0)
+        x = torch.randn(2, 512, 6, 2)
+        read = net.memory(x)
+        coarsest = read.part if memory == "sg" else read.semantic
+        expected = (x + coarsest).mean(dim=(2, 3))
+        torch.testing.assert_close(net._memory_feature(x, read), expected)
+
+
+def test_gem():
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    expected = ((x**3).mean(dim=(2, 3)) + 1e-12) ** (1 / 3)
+    torch.testing.assert_close(gem(x, 3.0, dims=(2, 3)), expected)
+    zero = torch.zeros(1, 1, 2, 2, requires_grad=True)
+    gem(zero, 10.0, dims=(2, 3)).sum().backward()
+    assert zero.grad.isfinite().all()
+    assert gem(torch.rand(1, 1, 2, 2).bfloat16(), 3.0, dims=(2, 3)).dtype == torch.float32
+
+
+def test_stripes_are_pooled_and_classified_one_by_one():
+    net = small(num_strips=3, gem_p=2.0)
+    x = torch.rand(4, 512, 6, 2)
+    feats = net.part_features(x)
+    logits = net.part_classifier(feats)
+    for s in range(3):
+        pooled = (x[:, :, 2 * s : 2 * s + 2] ** 2).mean(dim=(2, 3)).sqrt()
+        reduced = pooled @ net.part_reduce.weight[s].t() + net.part_reduce.bias[s]
+        norm = torch.nn.BatchNorm1d(16)(reduced).relu()
+        torch.testing.assert_close(feats[:, s], norm, atol=1e-4, rtol=1e-3)
+        expected = feats[:, s] @ net.part_classifier.weight[s].t() + net.part_classifier.bias[s]
+        torch.testing.assert_close(logits[:, s], expected)
+
+
+def test_non_local_block_equals_its_score_matrix():
+    block = NonLocal(6)
+    torch.nn.init.ones_(block.norm.weight)
+    block.eval()
+    x = torch.randn(2, 6, 3, 4)
+    theta, phi, g = (layer(x).flatten(2) for layer in (block.theta, block.phi, block.g))
+    scores = theta.transpose(1, 2) @ phi / 12  # (N, positions, positions)
+    attended = (scores @ g.transpose(1, 2)).transpose(1, 2).view(2, 1, 3, 4)
+    expected = x + block.norm(block.project(attended))
+    torch.testing.assert_close(block(x), expected)
+    torch.testing.assert_close(NonLocal(6)(x), x)  # starts as the identity
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    net = small(num_ids=200, memory="mg", local_feat_dim=64)
+    assert net.part_classifier.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert not net.part_classifier.bias.any()
+    assert net.part_reduce.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
+    assert net.memory_neck.weight.std().item() == pytest.approx(0.01, rel=0.2)
+    assert net.memory_neck.bias.requires_grad
+    bound = 1 / 512**0.5
+    assert net.memory.part_bank.abs().max().item() == pytest.approx(bound, rel=1e-3)
+    assert not small(head="agw").neck.bias.requires_grad
+
+
+def test_head_parameters_are_the_part_layers_or_neck_and_classifier():
+    names = {"pcb": ("part_",), "agw": ("neck.", "classifier.")}
+    for head, prefixes in names.items():
+        net = small(head=head, memory="mg")
+        ids = {id(p) for p in net.head_parameters()}
+        for name, p in net.named_parameters():
+            assert (id(p) in ids) == (name.startswith(prefixes) and p.requires_grad), name
+
+
+@pytest.mark.parametrize(("height", "fits"), [(96, True), (288, True), (100, False), (192, True)])
+def test_heights_that_do_not_divide_are_refused_with_ones_that_do(height, fits):
+    net = small()
+    if fits:
+        net.check_image_height(height)
+        return
+    with pytest.raises(ValueError, match="map of height 7.*6 stripes.*96, 192, 288"):
+        net.check_image_height(height)
+    with pytest.raises(ValueError, match="does not divide into 6 stripes"):
+        net(*pictures(height=height))
+
+
+def test_agw_without_memory_takes_any_height():
+    small(head="agw").check_image_height(100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"head": "bnneck"}, "head must be one of: pcb, agw; got 'bnneck'"),
+        ({"memory": "xl"}, "memory must be one of: None, sg, mg"),
+        ({"share_net": 6}, "share_net must be one of: 0, 1, 2, 3, 4, 5; got 6"),
+        ({"arch": "vgg16"}, "arch must be one of: resnet18"),
+        ({"gem_p": 0.0}, "gem_p"),
+        ({"num_ids": 0}, "num_ids"),
+        ({"memory": "mg", "memory_variant": "x"}, "paper, released"),
+    ],
+)
+def test_illegal_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(**settings)
+
+
+def test_no_images_at_all():
+    with pytest.raises(ValueError, match="got neither"):
+        small().eval()(None, None)
+
+
+def test_health_is_counted_by_the_caller_only():
+    net = small(memory="mg")
+    health = MemoryHealth()
+    net(*pictures(), health)
+    assert {name.split("/")[0] for name in health.summary()} == {"part", "instance", "semantic"}

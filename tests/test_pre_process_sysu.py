@@ -1,0 +1,227 @@
+import os
+import subprocess
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pre_process_sysu
+from data_loader import load_images
+from data_manager import DataError, train_set
+from pre_process_sysu import build_caches, main
+
+SCRIPT = Path(pre_process_sysu.__file__)
+NAMES = [f"train_{word}_resized_{kind}.npy" for word in ("rgb", "ir") for kind in ("img", "label")]
+SIZE = ["--img_h", "16", "--img-w", "8"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(pre_process_sysu, "CHUNK", 5)
+
+
+def run(root, *flags):
+    return main(["--data-path", str(root), *SIZE, "--workers", "1", *map(str, flags)])
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in NAMES}
+
+
+def leftovers(folder):
+    return sorted(
+        p.name for p in folder.iterdir() if p.name.startswith("train_") and p.name not in NAMES
+    )
+
+
+def test_caches_equal_decoding_the_jpgs(tiny_sysu):
+    plain = train_set("sysu", tiny_sysu)
+    assert run(tiny_sysu) == 0
+    cached = train_set("sysu", tiny_sysu)
+    for name in ("visible", "infrared"):
+        jpgs, cache = getattr(plain, name), getattr(cached, name)
+        assert cache.cache is not None and cache.cache.parent == tiny_sysu
+        expected = load_images(jpgs, height=16, width=8, progress=False)
+        assert np.array_equal(load_images(cache, height=16, width=8), expected)
+        labels = getattr(cached, f"{name}_labels")
+        assert labels.tolist() == getattr(plain, f"{name}_labels").tolist()
+    assert np.load(tiny_sysu / NAMES[1]).dtype == np.int64
+    assert leftovers(tiny_sysu) == []
+
+
+def test_several_processes_make_the_same_files(tiny_sysu, tmp_path):
+    assert run(tiny_sysu, "--output-dir", tmp_path / "one") == 0
+    command = [sys.executable, SCRIPT, "--data_path", tiny_sysu, "--output_dir", tmp_path / "two"]
+    done = subprocess.run([*command, *SIZE, "--workers", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert leftovers(tmp_path / "two") == []
+    assert not list(tiny_sysu.glob("train_*"))
+
+
+def test_finished_caches_are_kept(tiny_sysu, monkeypatch, capsys):
+    run(tiny_sysu)
+    times = {name: (tiny_sysu / name).stat().st_mtime_ns for name in NAMES}
+    monkeypatch.setattr(pre_process_sysu, "load_images", None)
+    assert run(tiny_sysu) == 0
+    assert {name: (tiny_sysu / name).stat().st_mtime_ns for name in NAMES} == times
+
+
+def count_chunks(monkeypatch, stop_after=None, error=KeyboardInterrupt):
+    """Note each chunk that is decoded; fail after some."""
+    seen = []
+    plain = pre_process_sysu._fill
+
+    def fill(partial, shape, start, images):
+        if len(seen) == stop_after:
+            raise error
+        plain(partial, shape, start, images)
+        seen.append((images.modality, start))
+
+    monkeypatch.setattr(pre_process_sysu, "_fill", fill)
+    return seen
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 5, 6])  # 5 chunks of 22 visible, 3 of 15 infrared
+def test_an_interrupted_run_goes_on_where_it_stopped(tiny_sysu, tmp_path, monkeypatch, stop_after):
+    run(tiny_sysu, "--output-dir", tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        first = count_chunks(patch, stop_after)
+        assert run(tiny_sysu) == 130
+        assert train_set("sysu", tiny_sysu).visible.cache is None  # no half cache is ever taken
+    rest = count_chunks(monkeypatch)
+    assert run(tiny_sysu) == 0
+    assert len(first) == stop_after and not set(first) & set(rest)
+    assert len(first) + len(rest) == 5 + 3
+    assert contents(tiny_sysu) == contents(tmp_path / "unbroken")
+    assert leftovers(tiny_sysu) == []
+
+
+@pytest.mark.parametrize(
+    "change", ["image", "size", "journal cut", "journal noise", "no partial", "cut partial"]
+)
+def test_what_an_interrupted_run_left_is_used_only_where_it_fits(
+    tiny_sysu, tmp_path, monkeypatch, change
+):
+    with monkeypatch.context() as patch:
+        count_chunks(patch, 3)
+        run(tiny_sysu)
+    partial = tiny_sysu / f"{NAMES[0]}.partial"
+    journal = tiny_sysu / f"{NAMES[0]}.journal"
+    assert partial.is_file() and journal.is_file()
+    size = ["--img_h", "12"] if change == "size" else []
+    if change == "image":
+        os.utime(tiny_sysu / "cam1/0001/0001.jpg", ns=(0, 0))
+    elif change == "journal cut":
+        journal.write_text(journal.read_text()[:-1])
+    elif change == "journal noise":
+        journal.write_bytes(b"\xff\x00 what")
+    elif change == "no partial":
+        partial.unlink()
+    elif change == "cut partial":
+        os.truncate(partial, 200)
+    seen = count_chunks(monkeypatch)
+    assert run(tiny_sysu, *size) == 0
+    assert len(seen) == 8 - (2 if change == "journal cut" else 0)
+    run(tiny_sysu, *size, "--output-dir", tmp_path / "fresh")
+    assert contents(tiny_sysu) == contents(tmp_path / "fresh")
+
+
+def test_a_cache_of_another_size_needs_overwrite(tiny_sysu, caplog):
+    run(tiny_sysu)
+    before = contents(tiny_sysu)
+    assert run(tiny_sysu, "--img_h", 20) == 2
+    assert "(22, 16, 8, 3)" in caplog.text and "--overwrite" in caplog.text
+    assert contents(tiny_sysu) == before
+    assert run(tiny_sysu, "--img_h", 20, "--overwrite") == 0
+    assert np.load(tiny_sysu / NAMES[2]).shape == (15, 20, 8, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["noise", "other"])
+def test_a_stranger_in_the_way_needs_overwrite(tiny_sysu, caplog, name, kind):
+    run(tiny_sysu, "--output-dir", tiny_sysu / "right")
+    if kind == "noise":
+        (tiny_sysu / name).write_bytes(b"mine")
+    else:
+        np.save(tiny_sysu / name, np.zeros((22 if "rgb" in name else 15), dtype=np.int64))
+    before = (tiny_sysu / name).read_bytes()
+    assert run(tiny_sysu) == 2
+    assert str(tiny_sysu / name) in caplog.text and "--overwrite" in caplog.text
+    assert (tiny_sysu / name).read_bytes() == before
+    assert run(tiny_sysu, "--overwrite") == 0
+    assert contents(tiny_sysu) == contents(tiny_sysu / "right")
+
+
+def test_a_broken_image_ends_with_its_name_and_keeps_what_is_done(tiny_sysu, caplog, monkeypatch):
+    image = tiny_sysu / "cam4/0020/0002.jpg"
+    good = image.read_bytes()
+    image.write_bytes(good[:100])
+    assert run(tiny_sysu) == 2
+    assert str(image) in caplog.text and "Traceback" not in caplog.text
+    assert not (tiny_sysu / NAMES[0]).exists()
+    image.write_bytes(good)
+    assert run(tiny_sysu) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-path", "nowhere"], "stand_in.py --layout sysu"),
+        (["--img_h", "0"], "expected at least 1"),
+        (["--workers", "0"], "expected at least 1"),
+        (["--output-dir", "/dev/null/x"], "/dev/null/x"),
+    ],
+)
+def test_bad_requests_end_before_any_work(tiny_sysu, caplog, monkeypatch, flags, message):
+    seen = count_chunks(monkeypatch)
+    assert run(tiny_sysu, *flags) == 2
+    assert message in caplog.text and not seen
+
+
+def test_a_bad_training_list_ends_before_any_work(tiny_sysu, caplog, monkeypatch):
+    (tiny_sysu / "exp/train_id.txt").write_text("1,x")
+    seen = count_chunks(monkeypatch)
+    assert run(tiny_sysu) == 2
+    assert "train_id.txt holds 'x'" in caplog.text and not seen
+    assert not list(tiny_sysu.glob("train_*"))
+
+
+def test_a_full_disk_is_noticed_first(tiny_sysu, caplog, monkeypatch):
+    usage = pre_process_sysu.shutil.disk_usage(tiny_sysu)
+    monkeypatch.setattr(pre_process_sysu.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    seen = count_chunks(monkeypatch)
+    assert run(tiny_sysu) == 2
+    assert "GB free" in caplog.text and not seen
+
+
+def test_a_disk_that_fills_up_on_the_way(tiny_sysu, caplog, monkeypatch):
+    with monkeypatch.context() as patch:
+        count_chunks(patch, 2, OSError(28, "No space left on device"))
+        assert run(tiny_sysu) == 2
+    assert "No space left" in caplog.text
+    assert run(tiny_sysu) == 0
+
+
+def test_a_worker_that_dies_is_an_error(tiny_sysu, caplog, monkeypatch):
+    count_chunks(monkeypatch, 1, BrokenProcessPool("a child process terminated abruptly"))
+    assert run(tiny_sysu) == 2
+    assert "a worker process died" in caplog.text
+
+
+def test_unknown_flags_and_values():
+    for flags in (["--size", "3"], ["--img_h", "tall"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(flags)
+        assert caught.value.code == 2
+
+
+def test_build_caches_names_what_it_built(tiny_sysu):
+    options = {"height": 16, "width": 8, "progress": False}
+    built = build_caches(tiny_sysu, tiny_sysu, **options)
+    assert built == [tiny_sysu / NAMES[0], tiny_sysu / NAMES[2]]
+    assert build_caches(tiny_sysu, tiny_sysu, **options) == []
+    with pytest.raises(DataError, match="--overwrite"):
+        build_caches(tiny_sysu, tiny_sysu, **(options | {"width": 9}))

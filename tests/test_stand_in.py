@@ -1,0 +1,507 @@
+"""Tests of stand_in.py: layouts, determinism, identities across modalities, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import loadmat
+
+import pedestrians
+import stand_in
+from pedestrians import make_person, render
+from stand_in import Settings, generate
+
+ROOT = Path(stand_in.__file__).parent
+REGDB = {"layout": "regdb", "train_ids": 8, "test_ids": 5, "images_per_id": 3, "seed": 5}
+SYSU = {"layout": "sysu", "train_ids": 8, "test_ids": 5, "images_per_id": 2, "seed": 5}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def regdb(tmp_path_factory) -> Path:
+    return generate(tmp_path_factory.mktemp("regdb") / "data", **REGDB)
+
+
+@pytest.fixture(scope="module")
+def sysu(tmp_path_factory) -> Path:
+    return generate(tmp_path_factory.mktemp("sysu") / "data", **SYSU)
+
+
+# ---------------------------------------------------------------------------------------- RegDB
+
+
+def test_regdb_images(regdb):
+    files = [p.relative_to(regdb).as_posix() for p in regdb.rglob("*.bmp")]
+    pattern = re.compile(r"(Visible|Thermal)/(\d+)/(fe)?male_(front|back)_([vt])_\d{5}_(\d+)\.bmp")
+    for name in files:
+        match = pattern.fullmatch(name)
+        assert match, name
+        assert match[2] == match[6] and str(int(match[2])) == match[2]
+        assert match[5] == {"Visible": "v", "Thermal": "t"}[match[1]]
+    counts = {}
+    for name in files:
+        counts[tuple(name.split("/")[:2])] = counts.get(tuple(name.split("/")[:2]), 0) + 1
+    assert counts == {(m, str(pid)): 3 for m in ("Visible", "Thermal") for pid in range(1, 14)}
+
+
+def test_regdb_holds_nothing_else(regdb):
+    assert {p.name for p in regdb.iterdir()} == {"Visible", "Thermal", "idx", "stand_in.json"}
+    assert {p.suffix for p in regdb.rglob("*") if p.is_file()} == {".bmp", ".txt", ".json"}
+
+
+def test_regdb_images_open_at_their_size(regdb):
+    for folder in ("Visible", "Thermal"):
+        with Image.open(next((regdb / folder / "1").iterdir())) as image:
+            assert image.format == "BMP"
+            assert image.size == (64, 128)
+            assert image.mode == "RGB"
+    thermal = np.asarray(Image.open(next((regdb / "Thermal" / "1").iterdir())))
+    assert (thermal == thermal[..., :1]).all()
+
+
+def read_list(path: Path) -> list[tuple[str, int]]:
+    lines = path.read_text().splitlines()
+    return [(line.split(" ")[0], int(line.split(" ")[1])) for line in lines]
+
+
+@pytest.mark.parametrize("trial", range(1, 11))
+def test_regdb_lists(regdb, trial):
+    of_role = {}
+    for role, ids in (("train", 8), ("test", 5)):
+        labels_of = {}
+        for modality, folder in (("visible", "Visible"), ("thermal", "Thermal")):
+            rows = read_list(regdb / "idx" / f"{role}_{modality}_{trial}.txt")
+            assert len(rows) == ids * 3
+            assert len({name for name, _ in rows}) == ids * 3
+            assert all(
+                name.startswith(folder + "/") and (regdb / name).is_file() for name, _ in rows
+            )
+            labels_of[modality] = {(int(name.split("/")[1]), label) for name, label in rows}
+        assert labels_of["visible"] == labels_of["thermal"]
+        pids = sorted(pid for pid, _ in labels_of["visible"])
+        assert labels_of["visible"] == {(pid, label) for label, pid in enumerate(pids)}
+        of_role[role] = set(pids)
+    assert of_role["train"] | of_role["test"] == set(range(1, 14))
+    assert not of_role["train"] & of_role["test"]
+
+
+def test_regdb_trials_differ(regdb):
+    lists = [(regdb / "idx" / f"train_visible_{t}.txt").read_text() for t in range(1, 11)]
+    assert len(set(lists)) == 10
+    assert len(list((regdb / "idx").iterdir())) == 40
+
+
+def test_all_possible_splits_are_found(tmp_path):
+    settings = Settings("regdb", train_ids=3, test_ids=2, images_per_id=1, trials=10).resolved()
+    shots = stand_in._regdb_shots(settings)
+    texts = dict(stand_in._regdb_lists(settings, shots))
+    assert len({texts[f"idx/test_visible_{t}.txt"] for t in range(1, 11)}) == 10
+
+
+def test_regdb_full_counts():
+    settings = Settings("regdb", full=True).resolved()
+    shots = stand_in._regdb_shots(settings)
+    assert len(shots) == 412
+    assert sum(map(len, shots.values())) == 8240
+    lists = dict(stand_in._regdb_lists(settings, shots))
+    assert {text.count("\n") for text in lists.values()} == {2060}
+
+
+# ----------------------------------------------------------------------------------------- SYSU
+
+
+def read_ids(path: Path) -> list[int]:
+    text = path.read_text()
+    assert text.count("\n") == 1
+    return [int(word) for word in text.split(",")]
+
+
+def test_sysu_images_and_ids(sysu):
+    files = [p.relative_to(sysu).as_posix() for p in sysu.rglob("*.jpg")]
+    assert all(re.fullmatch(r"cam[1-6]/\d{4}/\d{4}\.jpg", name) for name in files)
+    ids = {role: read_ids(sysu / "exp" / f"{role}_id.txt") for role in ("train", "val", "test")}
+    assert {role: len(pids) for role, pids in ids.items()} == {"train": 6, "val": 2, "test": 5}
+    assert all(pids == sorted(pids) for pids in ids.values())
+    assert sorted(sum(ids.values(), [])) == list(range(1, 14))
+    cameras = {pid: set() for pid in range(1, 14)}
+    for name in files:
+        cameras[int(name[5:9])].add(int(name[3]))
+    assert all(seen & {3, 6} and seen & {1, 2, 4, 5} for seen in cameras.values())
+    assert any(len(seen) < 6 for seen in cameras.values())
+    for folder in {Path(name).parent for name in files}:
+        assert sorted(p.name for p in (sysu / folder).iterdir()) == ["0001.jpg", "0002.jpg"]
+
+
+def test_sysu_image_sizes_vary_and_infrared_is_grey(sysu):
+    sizes = set()
+    for path in sorted(sysu.rglob("*.jpg")):
+        with Image.open(path) as image:
+            sizes.add(image.size)
+            pixels = np.asarray(image)
+        assert image.format == "JPEG" and pixels.ndim == 3
+        colour = np.abs(np.diff(pixels.astype(int), axis=2)).max()
+        assert (colour == 0) == (path.parts[-3] in ("cam3", "cam6"))
+    assert len(sizes) > 10
+    assert max(w for w, _ in sizes) <= 72 and max(h for _, h in sizes) <= 160
+
+
+def test_sysu_rand_perm_cam(sysu):
+    cells = loadmat(sysu / "exp" / "rand_perm_cam.mat")["rand_perm_cam"]
+    assert cells.shape == (6, 1)
+    for camera in range(1, 7):
+        assert cells[camera - 1][0].shape == (13, 1)
+        for pid in range(1, 14):
+            draws = cells[camera - 1][0][pid - 1][0]
+            folder = sysu / f"cam{camera}" / f"{pid:04d}"
+            count = len(list(folder.iterdir())) if folder.is_dir() else 0
+            assert draws.shape == ((10, count) if count else (0, 0))
+            if count:
+                assert (np.sort(draws, axis=1) == np.arange(1, count + 1)).all()
+
+
+def test_sysu_draws_differ_between_trials():
+    settings = Settings("sysu", train_ids=4, test_ids=3, images_per_id=9).resolved()
+    shots = stand_in._sysu_shots(settings)
+    pid = next(pid for pid, own in shots.items() if any(shot.camera == 3 for shot in own))
+    draws = stand_in._rand_perm_cam(settings, shots)[2, 0][pid - 1, 0]
+    assert len({tuple(row) for row in draws.tolist()}) == 10
+
+
+def test_sysu_full_counts():
+    settings = Settings("sysu", full=True).resolved()
+    shots = stand_in._sysu_shots(settings)
+    roles = stand_in._sysu_roles(settings)
+    assert {role: len(pids) for role, pids in roles.items()} == {
+        "train": 296,
+        "val": 99,
+        "test": 96,
+    }
+
+    def images(pids, cameras):
+        return sum(shot.camera in cameras for pid in pids for shot in shots[pid])
+
+    train = roles["train"] + roles["val"]
+    assert images(train, {1, 2, 4, 5}) == 22258
+    assert images(train, {3, 6}) == 11909
+    assert [images(roles["test"], {c}) for c in range(1, 7)] == [1374, 1565, 1883, 1918, 1918, 1920]
+    pairs = {(pid, shot.camera) for pid in roles["test"] for shot in shots[pid]}
+    assert sum(camera in (1, 2, 4, 5) for _, camera in pairs) == 301
+    first = [{pid for pid, seen in pairs if seen == camera} for camera in (1, 2)]
+    assert first[0] == first[1] and len(first[0]) == 56
+
+
+@pytest.mark.parametrize("train_ids", [2, 3, 7, 20, 101])
+@pytest.mark.parametrize("test_ids", [1, 2, 33])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sysu_nobody_lacks_a_modality(train_ids, test_ids, seed):
+    settings = Settings("sysu", train_ids, test_ids, images_per_id=1, seed=seed).resolved()
+    shots = stand_in._sysu_shots(settings)
+    assert len(shots) == train_ids + test_ids
+    for own in shots.values():
+        cameras = {shot.camera for shot in own}
+        assert cameras & {3, 6} and cameras & {1, 2, 4, 5}
+
+
+# ---------------------------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize("case", [REGDB, SYSU], ids=["regdb", "sysu"])
+def test_files_do_not_depend_on_workers(case, tmp_path, request):
+    alone = digest(request.getfixturevalue(case["layout"]))
+    assert digest(generate(tmp_path / "two", workers=2, **case)) == alone
+
+
+def test_another_seed_draws_other_people(regdb, tmp_path):
+    other = digest(generate(tmp_path / "other", **(REGDB | {"seed": 6})))
+    assert not set(other.values()) & set(digest(regdb).values())
+
+
+def test_people_do_not_depend_on_how_many_there_are(regdb, tmp_path):
+    fewer = generate(
+        tmp_path / "fewer", **(REGDB | {"train_ids": 4, "test_ids": 2, "images_per_id": 2})
+    )
+    larger = digest(regdb)
+    for name, value in digest(fewer).items():
+        if name.endswith(".bmp"):
+            assert larger[name] == value
+
+
+def test_stopped_run_is_continued(regdb, tmp_path, monkeypatch):
+    calls = []
+
+    def stop_after_four(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    draw = stand_in._draw_identity
+    monkeypatch.setattr(stand_in, "_draw_identity", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "data", **REGDB)
+    assert not (tmp_path / "data").exists()
+    partial = tmp_path / ".data.partial"
+    kept = {path: path.stat().st_mtime_ns for path in partial.rglob("*.bmp")}
+    assert len(kept) == 4 * 6
+    monkeypatch.setattr(stand_in, "_draw_identity", draw)
+    with pytest.raises(ValueError, match="stopped run with other settings"):
+        generate(tmp_path / "data", **(REGDB | {"seed": 6}))
+    generate(tmp_path / "data", **REGDB)
+    assert digest(tmp_path / "data") == digest(regdb)
+    assert not partial.exists()
+    for path, when in kept.items():
+        assert (tmp_path / "data" / path.relative_to(partial)).stat().st_mtime_ns == when
+
+
+def test_overwrite_drops_a_stopped_run(tmp_path):
+    partial = tmp_path / ".data.partial"
+    partial.mkdir()
+    (partial / "leftover").write_text("x")
+    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 2}
+    generate(tmp_path / "data", overwrite=True, **small)
+    assert not (tmp_path / "data" / "leftover").exists()
+
+
+# ------------------------------------------------------------------------------------- identity
+
+
+def structure(image: Image.Image) -> np.ndarray:
+    """Where edges of which orientation are, whatever their contrast's sign: (12 * 6 * 6,)."""
+    pixels = np.asarray(image.convert("L").resize((48, 96)), float)
+    dy, dx = np.gradient(pixels)
+    strength, angle = np.hypot(dx, dy), np.arctan2(dy, dx) % np.pi
+    cells = [
+        (strength * (np.floor(angle / np.pi * 6) == k)).reshape(12, 8, 6, 8).sum((1, 3))
+        for k in range(6)
+    ]
+    vector = np.sqrt(np.stack(cells)).ravel()
+    return vector / np.linalg.norm(vector)
+
+
+@pytest.fixture(scope="module")
+def descriptors() -> tuple[np.ndarray, np.ndarray]:
+    """Of 30 people, 3 visible and 3 infrared images each: (30, 3, 432) twice."""
+    both = []
+    for camera in (1, 2):
+        look = pedestrians.camera_look("regdb", camera, 0)
+        rows = [
+            [
+                structure(
+                    render(make_person(0, pid), look, np.random.default_rng((pid, n)), (96, 48))
+                )
+                for n in range(3 * camera, 3 * camera + 3)
+            ]
+            for pid in range(1, 31)
+        ]
+        both.append(np.array(rows))
+    return both[0], both[1]
+
+
+def test_structure_is_shared_across_modalities(descriptors):
+    visible, infrared = descriptors
+    similarity = np.einsum("iad,jbd->ijab", visible, infrared).mean((2, 3))
+    same = np.diag(similarity)
+    other = similarity[~np.eye(30, dtype=bool)]
+    assert same.mean() - other.mean() > 3 * similarity.std() / np.sqrt(30)
+    assert (same > np.quantile(other, 0.9)).mean() > 0.6
+
+
+def test_nearest_structure_finds_the_person_across_modalities(descriptors):
+    visible, infrared = (d.reshape(90, -1) for d in descriptors)
+    hits = np.argmax(visible @ infrared.T, axis=1) // 3 == np.arange(90) // 3
+    assert hits.mean() > 0.5  # chance 0.033
+
+
+def test_tones_alone_do_not_tell_people_apart():
+    people = [make_person(0, pid, tone_correlation=0.0) for pid in range(1, 401)]
+    fabrics = [person.fabrics["upper"].first for person in people]
+    luma = [np.dot(f.visible, (0.299, 0.587, 0.114)) for f in fabrics]
+    assert abs(np.corrcoef(luma, [f.infrared for f in fabrics])[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize(("given", "low", "high"), [(0.5, 0.35, 0.85), (1.0, 0.95, 1.0)])
+def test_tone_correlation_is_honoured(given, low, high):
+    fabrics = [make_person(0, pid, given).fabrics["upper"].first for pid in range(1, 401)]
+    luma = [np.dot(f.visible, (0.299, 0.587, 0.114)) for f in fabrics]
+    assert low < np.corrcoef(luma, [f.infrared for f in fabrics])[0, 1] <= high
+
+
+def test_materials_of_a_fabric_contrast_in_the_infrared_both_ways():
+    fabrics = [make_person(1, pid).fabrics["upper"] for pid in range(1, 101)]
+    steps = np.array([f.first.infrared - f.second.infrared for f in fabrics])
+    assert np.abs(steps).min() > 0.3
+    assert (steps > 0).any() and (steps < 0).any()
+
+
+def test_five_hundred_people_differ():
+    people = [make_person(0, pid) for pid in range(1, 501)]
+    looks = {tuple(sorted(p.style.items())) + (p.fabrics["upper"].pattern,) for p in people}
+    assert len(looks) == 500
+    assert len({tuple(p.body.values()) for p in people}) == 500
+
+
+@pytest.mark.parametrize("pattern", sorted(set(pedestrians.PATTERNS.split())))
+def test_every_pattern_shows_both_materials(pattern):
+    rng = np.random.default_rng(0)
+    u, v = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(0, 1, 60))
+    for _ in range(20):
+        fabric = pedestrians._cloth(rng, 0.5, pattern)
+        weight = pedestrians.pattern_weight(fabric, u, v)
+        assert weight.shape == u.shape and weight.min() >= 0 and weight.max() <= 1
+        if pattern == "plain":
+            assert (weight == 0).all()
+        else:
+            assert 0.03 < weight.mean() < 0.97
+
+
+@pytest.mark.parametrize("style", [
+    {"bag": "umbrella"}, {"bag": "case"}, {"bag": "handbag"}, {"bag": "satchel"}, {"bag": "box"},
+    {"bag": "backpack"}, {"hat": "brim"}, {"hair": "long"}, {"hair": "afro"}, {"legs": "maxi"},
+    {"legs": "shorts"}, {"coat": "knee"}, {"scarf": "yes"}, {"sleeves": "long"},
+], ids=lambda style: "-".join(style.values()))  # fmt: skip
+def test_style_changes_the_silhouette_or_what_is_in_it(style):
+    base = {"bag": "none", "hat": "none", "hair": "bald", "legs": "trousers", "coat": "hip"}
+    base |= {"scarf": "no", "sleeves": "none", "open": "no", "belt": "no", "view": "front"}
+    person = make_person(0, 1)
+    look = pedestrians.camera_look("regdb", 2, 0)
+    images = []
+    for changes in (base, base | style):
+        dressed = pedestrians.replace(person, style=person.style | changes)
+        image = render(dressed, look, np.random.default_rng(1), (128, 64))
+        images.append(np.asarray(image, float))
+    assert (np.abs(images[0] - images[1]).max(axis=2) > 30).mean() > 0.005
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"layout": "llcm"}, "--layout llcm: expected one of regdb, sysu"),
+    ({"train_ids": 0}, "--train-ids 0: expected 1 or more"),
+    ({"test_ids": 0}, "--test-ids 0"),
+    ({"test_ids": -3}, "--test-ids -3"),
+    ({"images_per_id": 0}, "--images-per-id 0"),
+    ({"seed": -1}, "--seed -1"),
+    ({"trials": 0}, "--trials 0"),
+    ({"trials": 1288}, "--trials 1288: expected 1287 or fewer"),
+    ({"img_h": 8}, "--img-h 8"),
+    ({"img_w": 0}, "--img-w 0"),
+    ({"tone_correlation": 1.5}, "--tone-correlation 1.5: expected 0 to 1"),
+    ({"tone_correlation": float("nan")}, "--tone-correlation nan"),
+    ({"workers": 0}, "--workers 0"),
+    ({"layout": "sysu", "train_ids": 1}, "--train-ids 1: expected 2 or more"),
+    ({"layout": "sysu", "val_ids": 0}, "--val-ids 0"),
+    ({"layout": "sysu", "val_ids": 8}, "--val-ids 8: expected 1 to 7"),
+])  # fmt: skip
+def test_bad_values_are_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate(tmp_path / "data", **(REGDB | changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_data_is_not_overwritten(tmp_path):
+    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 2}
+    out = generate(tmp_path / "data", **small)
+    before = digest(out)
+    with pytest.raises(ValueError, match="holds stand-in data already"):
+        generate(out, **(small | {"seed": 9}))
+    assert digest(out) == before
+    generate(out, overwrite=True, **(small | {"seed": 9}))
+    assert digest(out) != before
+    assert json.loads((out / "stand_in.json").read_text())["seed"] == 9
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, overwrite):
+    precious = tmp_path / "RegDB" / "Visible" / "1" / "image.bmp"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("real")
+    with pytest.raises(ValueError, match="not stand-in data"):
+        generate(tmp_path / "RegDB", overwrite=overwrite, **REGDB)
+    assert precious.read_text() == "real"
+    assert [p.name for p in tmp_path.iterdir()] == ["RegDB"]
+
+
+def test_out_that_is_a_file(tmp_path):
+    (tmp_path / "data").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        generate(tmp_path / "data", overwrite=True, **REGDB)
+
+
+def test_empty_folder_is_filled(tmp_path):
+    (tmp_path / "data").mkdir()
+    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 1}
+    generate(tmp_path / "data", **small)
+    assert (tmp_path / "data" / "idx" / "train_visible_1.txt").is_file()
+
+
+def test_unknown_setting_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="colour"):
+        generate(tmp_path / "data", colour="red", **REGDB)
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def test_command_line_as_documented(tmp_path):
+    command = [sys.executable, str(ROOT / "stand_in.py"), "--layout", "sysu", "--out", "data"]
+    command += ["--train-ids", "2", "--test-ids", "1", "--images-per-id", "1", "--seed", "0"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "of 3 identities" in run.stderr
+    settings = json.loads((tmp_path / "data" / "stand_in.json").read_text())
+    assert settings["layout"] == "sysu" and settings["val_ids"] == 1
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("--layout llcm --out x", "--layout llcm"),
+    ("--layout regdb", "--out is missing"),
+    ("--out x", "--layout"),
+    ("--layout regdb --out x --train-ids none", "--train-ids"),
+    ("--layout regdb --out x --workers 0", "--workers 0"),
+    ("--layout regdb --sheet x.png --sheet-ids 0", "--sheet-ids 0"),
+    ("--layout regdb --sheet nowhere/x.png", "nowhere"),
+])  # fmt: skip
+def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        stand_in.main(line.split())
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, caplog):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stand_in, "generate", interrupt)
+    with caplog.at_level("INFO"):
+        assert stand_in.main(["--layout", "regdb", "--out", str(tmp_path / "data")]) == 130
+    assert "the same command continues" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["regdb", "sysu"])
+def test_sheet(tmp_path, layout):
+    path = tmp_path / "sheet.png"
+    assert stand_in.main(["--layout", layout, "--sheet", str(path), "--sheet-ids", "2"]) == 0
+    page = np.asarray(Image.open(path))
+    height, width = stand_in.SIZES[layout]
+    assert page.shape[0] > 2 * height and page.shape[1] > 8 * width
+    assert page[20:, 36:].std() > 20

@@ -1,0 +1,347 @@
+"""What the three training scripts share: from flags to data, network, loop and files.
+
+A training script says which method it is, how its network and its criterion are built, and calls
+`run`. Order of work: everything that can be checked is checked before the first image is decoded.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import options
+from data_loader import (
+    Augmentation,
+    EvalLoader,
+    IdentitySampler,
+    ImageStore,
+    TrainLoader,
+    load_images,
+)
+from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
+from engine import (
+    Progress,
+    RunFiles,
+    Schedule,
+    extract_features,
+    fit,
+    format_result,
+    make_optimizer,
+    score,
+)
+from loss import LABEL_SMOOTHING, Criterion
+from model import TwoStreamNet
+from utils import (
+    CheckpointError,
+    load_checkpoint,
+    make_writable_dir,
+    resolve_device,
+    seed_everything,
+    setup_logging,
+    user_errors,
+    versions,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+
+def network_from_flags(args: argparse.Namespace, num_ids: int, memory: str | None) -> TwoStreamNet:
+    """Builds the network that the flags describe.
+
+    Args:
+        args: Resolved flags.
+        num_ids: Training identities.
+        memory: None, "sg" or "mg".
+    """
+    return TwoStreamNet(
+        num_ids,
+        head="agw" if args.method == "agw" else "pcb",
+        memory=memory,
+        memory_variant=args.memory_variant,
+        share_net=args.share_net,
+        num_strips=args.num_strips,
+        local_feat_dim=args.local_feat_dim,
+        gem_p=args.gem_p,
+        arch=args.arch,
+        weights=None if starts_from_checkpoint(args) else args.weights,
+        instances_per_id=args.instances_per_id,
+        parts_per_instance=args.parts_per_instance,
+        shrink=args.shrink,
+    )
+
+
+def criterion_from_flags(args: argparse.Namespace) -> Criterion:
+    """Builds the criterion, weights included, that the flags describe."""
+    return Criterion(
+        margin=args.margin,
+        label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
+        num_strips=args.num_strips,
+        weights={
+            "id": args.w_id,
+            "triplet": args.w_triplet,
+            "center_triplet": args.w_center,
+            "memory_id": args.w_memory_id,
+            "memory_triplet": args.w_memory_triplet,
+            "alignment": args.w_alignment,
+            "decorrelation": args.w_decorrelation,
+        },
+    )
+
+
+def starts_from_checkpoint(args: argparse.Namespace) -> bool:
+    """Whether the weights come from ``--resume``."""
+    return args.resume != ""
+
+
+def run(
+    method: str,
+    description: str,
+    build_model: Callable[[argparse.Namespace, int], TwoStreamNet],
+    build_criterion: Callable[[argparse.Namespace], Criterion],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Trains, or with ``--test-only`` evaluates, one method.
+
+    Args:
+        method: Name in folders and logs.
+        description: Text of ``--help``.
+        build_model: From flags and number of identities to the network.
+        build_criterion: From flags to the criterion.
+        argv: Command line; None takes the process's.
+
+    Returns:
+        The process's exit code.
+    """
+    with user_errors():
+        args = options.train_parser(description).parse_args(argv)
+        sources = options.resolve(args)
+        name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
+        name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
+        files = _prepare_files(args, name)
+        device = resolve_device(args.gpu)
+        log.info("%s\n%s", name, options.describe(args, sources))
+        seed_everything(args.seed)
+        on_val = args.select_on == "val"
+        training = train_set(
+            args.dataset, args.data_path, trial=args.trial, subset="fit" if on_val else "all"
+        )
+        testing = eval_set(
+            args.dataset,
+            args.data_path,
+            trial=args.trial,
+            direction=args.direction,
+            mode=args.mode,
+            gallery=args.gallery,
+            shots=args.shots,
+            trials=args.trials,
+            subset="val" if on_val else "test",
+        )
+        data = data_name(args.dataset, args.data_path)
+        log.info("data: %s; %s", data, training.description)
+        resumed = _read_resume(args, files)
+        net = build_model(args, training.num_ids)
+        net.check_image_height(args.img_h)
+        sampler = IdentitySampler(
+            training.visible_labels,
+            training.infrared_labels,
+            ids_per_batch=args.batch_size,
+            images_per_id=args.num_pos,
+            seed=args.seed,
+        )
+        net = net.to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(
+            net,
+            name=args.optim,
+            backbone_lr_scale=args.backbone_lr_scale,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+        )
+        progress = _restore(resumed, net, optimizer) if resumed else Progress()
+        evaluate = _evaluator(args, testing, net, device, data)
+        if args.test_only:
+            log.info("%s  (%s)", format_result(evaluate()), data)
+            return 0
+        if progress.epoch >= args.epochs:
+            raise ValueError(
+                f"the checkpoint has all of its {progress.epoch} epochs and --epochs is "
+                f"{args.epochs}: nothing to train; evaluate it with test.py"
+            )
+        files.header.update(
+            method=name,
+            options=options.to_json(args),
+            versions=versions(),
+            data=data,
+            identities=training.pids.tolist(),
+        )
+        write_json(
+            files.output_dir / "options.json",
+            {k: files.header[k] for k in ("method", "data", "options", "versions")},
+        )
+        loader = _train_loader(args, training, sampler, device)
+        final = fit(
+            net,
+            build_criterion(args),
+            optimizer,
+            loader,
+            schedule=Schedule(
+                lr=args.lr,
+                epochs=args.epochs,
+                warmup_epochs=args.warmup_epochs,
+                milestones=args.milestones,
+                kind=args.schedule,
+                triplet_ramp=args.triplet_ramp,
+            ),
+            files=files,
+            seed=args.seed,
+            evaluate=evaluate,
+            selection="the validation identities" if on_val else "the test set",
+            eval_start=args.eval_start,
+            eval_every=args.eval_every,
+            save_epoch=args.save_epoch,
+            amp=args.amp,
+            resume_from=progress,
+            progress=not args.quiet,
+        )
+        for label, result in (("last", final.last), ("best", final.best)):
+            chosen = f"epoch {result['epoch']}, {result['selection']}"
+            log.info("%s (%s; %s): %s", label, chosen, data, format_result(result))
+    return 0
+
+
+def _prepare_files(args: argparse.Namespace, name: str) -> RunFiles:
+    """Makes the output folders, refusing those that hold another run.
+
+    Raises:
+        ValueError: When a folder cannot be written, or holds a run that would be overwritten.
+    """
+    output = args.output_dir or Path("runs") / name
+    checkpoints = args.model_path or output
+    existing = checkpoints / "last.pt"
+    if existing.exists() and not starts_from_checkpoint(args):
+        if not args.overwrite:
+            raise ValueError(
+                f"{existing} is there already: continue that run with --resume, start it afresh "
+                f"with --overwrite, or choose another --output-dir"
+            )
+        for old in (*checkpoints.glob("*.pt"), *output.glob("*.json*")):
+            old.unlink()
+    logs = args.log_path or output
+    board = args.vis_log_path or output / "tensorboard"
+    for folder in (output, checkpoints, logs, board):
+        make_writable_dir(folder)
+    setup_logging(logs / "train.log")
+    return RunFiles(output, checkpoints, board)
+
+
+def _read_resume(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
+    """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt."""
+    if not starts_from_checkpoint(args):
+        if args.test_only:
+            raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
+        return None
+    path = Path(args.resume or files.checkpoint_dir / "last.pt")
+    if not path.exists() and (files.checkpoint_dir / path).exists():
+        path = files.checkpoint_dir / path
+    content = load_checkpoint(path)
+    if "config" not in content or "optimizer" not in content:
+        raise CheckpointError(
+            f"{path} is no checkpoint of an interrupted run of this project; to start from its "
+            f"weights use --weights {path}, to evaluate it test.py --resume {path}"
+        )
+    return {**content, "path": path}
+
+
+def _restore(
+    content: dict[str, Any], net: TwoStreamNet, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Loads a checkpoint's states.
+
+    Raises:
+        CheckpointError: When it belongs to another method, network or number of identities.
+    """
+    differing = [
+        f"{key} {content['config'].get(key)!r} there, {value!r} here"
+        for key, value in net.config.items()
+        if content["config"].get(key) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{content['path']} belongs to another network ({'; '.join(differing)}); to start from "
+            f"its weights use --weights"
+        )
+    net.load_state_dict(content["net"])
+    optimizer.load_state_dict(content["optimizer"])
+    log.info("resumed %s after epoch %d", content["path"], content["epoch"])
+    return Progress(content["epoch"], content["best"], content["last"])
+
+
+def _train_loader(
+    args: argparse.Namespace, training: TrainSet, sampler: IdentitySampler, device: torch.device
+) -> TrainLoader:
+    """Decodes the training images and builds the loader."""
+    stores = [
+        ImageStore(
+            load_images(
+                images,
+                height=args.img_h,
+                width=args.img_w,
+                workers=args.workers,
+                progress=not args.quiet,
+            ),
+            device=device,
+        )
+        for images in (training.visible, training.infrared)
+    ]
+    return TrainLoader(
+        visible=stores[0],
+        infrared=stores[1],
+        sampler=sampler,
+        augmentation=Augmentation(
+            pad=args.pad, flip=args.flip, grey=args.grey, erase=args.erase, tone=args.tone
+        ),
+        seed=args.seed,
+        device=device,
+    )
+
+
+def _evaluator(
+    args: argparse.Namespace,
+    testing: EvalSet,
+    net: nn.Module,
+    device: torch.device,
+    data: str,
+) -> Callable[[], dict[str, Any]]:
+    """Evaluation of the present weights; images are decoded at the first call and kept."""
+    loaders: dict[str, EvalLoader] = {}
+    test_feat = args.test_feat or net.test_feats()[0]
+
+    def evaluate() -> dict[str, Any]:
+        features = []
+        for role in ("query", "gallery"):
+            images = getattr(testing, role)
+            if role not in loaders:
+                decoded = load_images(
+                    images,
+                    height=args.img_h,
+                    width=args.img_w,
+                    workers=args.workers,
+                    progress=not args.quiet,
+                )
+                loaders[role] = EvalLoader(decoded, batch_size=args.test_batch, device=device)
+            embedded = extract_features(
+                net,
+                loaders[role],
+                modality=images.modality,
+                test_feats=(test_feat,),
+                amp=args.amp,
+            )
+            features.append(embedded[test_feat])
+        result = score(testing, *features, args.re_rank)
+        return {**result, "dataset": data, "test_feat": test_feat}
+
+    return evaluate
