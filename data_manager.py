@@ -12,13 +12,14 @@ import logging
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from scipy.io import loadmat
 
 logger = logging.getLogger(__name__)
 
@@ -451,6 +452,10 @@ INFRARED_CAMERAS = (3, 6)
 GALLERY_CAMERAS = {"all": VISIBLE_CAMERAS, "indoor": (1, 2)}
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"
 CACHE_WORDS = {"visible": "rgb", "infrared": "ir"}
+MAT_MATRIX, MAT_COMPRESSED, MAT_CELL = 14, 15, 1  # element types and a class of MATLAB 5 files
+MAT_NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+MAT_NUMBERS |= {12: "<i8", 13: "<u8"}  # element type -> dtype
+MAT_LIMIT = 1 << 28  # bytes after decompression; the data set's own file has about 1 MB
 
 _Item = tuple[int, int, str]  # pid, camera, relative path
 _Index = dict[tuple[int, int], list[str]]  # (pid, camera) -> sorted relative paths
@@ -633,9 +638,9 @@ def _official_draw(root: Path) -> Callable[[_Index, int, int], list[_Item]]:
     if not os.path.isfile(real):
         raise DataError(f"{file} does not exist; {help_text}")
     try:
-        cells = np.ravel(loadmat(real, variable_names=["rand_perm_cam"])["rand_perm_cam"])
+        cells = _read_mat(Path(real).read_bytes(), "rand_perm_cam").ravel()
         cameras = {camera: np.ravel(cells[camera - 1]) for camera in VISIBLE_CAMERAS}
-    except Exception as error:  # a damaged file makes scipy raise nearly anything
+    except Exception as error:  # a damaged file fails anywhere in the reader
         raise DataError(f"{file} can't be read ({error!r}); {help_text}") from error
 
     def draw(index: _Index, trial: int, shots: int) -> list[_Item]:
@@ -655,6 +660,52 @@ def _official_draw(root: Path) -> Callable[[_Index, int, int], list[_Item]]:
         return items
 
     return draw
+
+
+def _read_mat(data: bytes, name: str) -> np.ndarray:
+    """Read one numeric or cell array of a MATLAB 5 file (MATLAB's `save` up to -v7).
+
+    Deviation: not scipy's reader, which a damaged file can make crash the whole process.
+    """
+    if data[124:128] != b"\x00\x01IM":
+        raise ValueError("not a little-endian MATLAB 5 file; in MATLAB: save -v7")
+    for kind, body in _mat_elements(data[128:]):
+        if kind == MAT_MATRIX and [*islice(_mat_elements(body), 3)][2][1] == name.encode():
+            return _mat_array(body)
+    raise ValueError(f"no variable {name}")
+
+
+def _mat_elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Split into elements: type and content."""
+    at = 0
+    while at < len(data):
+        kind, size = struct.unpack_from("<II", data, at)
+        start = at + 8
+        if kind >> 16:  # both in two bytes each, up to four bytes of content after them
+            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
+        content = data[start : start + size]
+        if len(content) < size:
+            raise ValueError(f"cut off: {size} bytes announced, {len(content)} found")
+        if kind == MAT_COMPRESSED:
+            yield from _mat_elements(zlib.decompressobj().decompress(content, MAT_LIMIT))
+            at = start + size
+        else:
+            yield kind, content
+            at = -(-(start + size) // 8) * 8
+
+
+def _mat_array(body: bytes) -> np.ndarray:
+    """Read the values of a matrix element; cells become an object array of arrays."""
+    if not body:
+        return np.zeros((0, 0))
+    (_, flags), (_, shape), _, *parts = _mat_elements(body)
+    if flags[0] == MAT_CELL:
+        values = np.empty(len(parts), dtype=object)
+        for i, (_, part) in enumerate(parts):
+            values[i] = _mat_array(part)
+    else:
+        values = np.frombuffer(parts[0][1], MAT_NUMBERS[parts[0][0]])
+    return values.reshape(np.frombuffer(shape, "<i4"), order="F")
 
 
 def _open_cache(root: Path, word: str) -> tuple[Path, np.ndarray]:

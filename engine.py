@@ -476,7 +476,7 @@ def _warn_if_collapsed(numbers: Mapping[str, float], epoch: int) -> None:
         log.warning(
             "epoch %d: the features have collapsed, all images look alike to the network (spread "
             "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
-            "untrained network needs --preset scratch, or --triplet-ramp 6 14 with a smaller --lr",
+            "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
             epoch + 1,
             numbers["feature_spread"],
         )

@@ -136,10 +136,9 @@ def _evaluate(
     if max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}, expected at least 1")
     ids, g_labels, counts = np.unique(g_pids, return_inverse=True, return_counts=True)
-    by_label = np.argsort(g_labels, kind="stable")  # gallery columns, identity by identity
+    of_id = np.split(np.argsort(g_labels, kind="stable"), np.cumsum(counts)[:-1])
     q_labels = np.minimum(np.searchsorted(ids, q_pids), len(ids) - 1)
     q_counts = np.where(ids[q_labels] == q_pids, counts[q_labels], 0)
-    q_starts = (np.cumsum(counts) - counts)[q_labels]
     step = max(1, BLOCK_ENTRIES // len(g_pids))
 
     def measure(start: int) -> np.ndarray:
@@ -150,8 +149,9 @@ def _evaluate(
         if np.isnan(values.min()):
             row, column = np.argwhere(np.isnan(values))[0]
             raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
-        rows, places = _segments(q_counts[queries])
-        columns = by_label[q_starts[queries][rows] + places]
+        rows = np.repeat(np.arange(len(values)), q_counts[queries])
+        matched = q_labels[queries][q_counts[queries] > 0]
+        columns = np.concatenate([of_id[0][:0], *(of_id[label] for label in matched)])
         mask = excluded(queries) if excluded else None
         return _measure(exact, values, mask, rows, columns, g_labels if count_identities else None)
 
@@ -165,11 +165,8 @@ def _evaluate(
             "for it, expected at least one: do query and gallery share identities?"
         )
     hits = np.bincount(np.minimum(first_hits[valid], max_rank).astype(int), minlength=max_rank)
-    return (
-        np.cumsum(hits[:max_rank]) / valid.sum(),
-        float(ap[valid].mean()),
-        float(inp[valid].mean()),
-    )
+    cmc = np.cumsum(hits[:max_rank]) / valid.sum()
+    return cmc, float(ap[valid].mean()), float(inp[valid].mean())
 
 
 def _measure(
@@ -189,23 +186,22 @@ def _measure(
         values = np.where(mask, np.float32(np.inf), values)  # infinity precedes nothing
         kept = ~mask[rows, columns]
         rows, columns = rows[kept], columns[kept]
-    result = np.full((3, len(values)), -1.0)
+    count, width = values.shape
+    result = np.full((3, count), -1.0)
     if not len(rows):
         return result
     if np.can_cast(exact.dtype, np.float32):
         exact = values  # float16 comparisons are slow
     ranks, tied = _ranks(values, rows, columns)
-    ambiguous = np.flatnonzero(tied)
-    for part in (
-        np.array_split(ambiguous, -(-len(ambiguous) // len(values))) if len(ambiguous) else ()
-    ):
+    unsettled = np.flatnonzero(tied)
+    for start in range(0, len(unsettled), count):
+        part = unsettled[start : start + count]
         ahead = _precedes(exact, mask, rows[part], columns[part])
         ranks[part] = [np.count_nonzero(images) for images in ahead]
 
-    width = values.shape[1]
     order = np.argsort(rows * width + ranks)  # by query, then by rank
     ranks, columns, tied = ranks[order], columns[order], tied[order]
-    counts = np.bincount(rows, minlength=len(values))
+    counts = np.bincount(rows, minlength=count)
     queries = np.flatnonzero(counts)
     counts = counts[queries]
     firsts = np.cumsum(counts) - counts
@@ -219,22 +215,16 @@ def _measure(
         seen = np.zeros((len(queries), g_labels.max() + 1), bool)
         seen[row, g_labels[column]] = True
         result[0, queries] = seen.sum(axis=1)
-    precision = (np.arange(len(rows)) - np.repeat(firsts, counts) + 1) / (ranks + 1)
-    result[1, queries] = np.add.reduceat(precision, firsts) / counts
+    found = np.arange(len(rows)) - np.repeat(firsts, counts) + 1
+    result[1, queries] = np.add.reduceat(found / (ranks + 1), firsts) / counts
     result[2, queries] = counts / (ranks[firsts + counts - 1] + 1)
     return result
-
-
-def _segments(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For rows of `counts` items: the row of each item, and its place in that row."""
-    rows = np.repeat(np.arange(len(counts)), counts)
-    return rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
 
 
 def _ranks(
     values: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Number of smaller values in the row of each entry, and whether another value equals it."""
+    """Number of smaller values in the row of each entry, and whether it may have an equal."""
     width = values.shape[1]
     wanted = values[rows, columns]
     ordered = np.sort(values, axis=1).ravel()
@@ -246,7 +236,7 @@ def _ranks(
         ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
         step >>= 1
     following = np.minimum(ranks + 1, width - 1)
-    return ranks, (ordered[base + following] == wanted) & (following > ranks)
+    return ranks, ordered[base + following] == wanted
 
 
 def _precedes(

@@ -97,9 +97,16 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 
 
 def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
-    """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32."""
+    """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32.
+
+    Each pooled region is scaled by its maximum first, which cancels out: in float32, 7200^10 would
+    overflow, and an untrained network's evaluation reaches such activations.
+    """
     x = x.to(_at_least_float32(x))
-    return (x.pow(p).mean(dim=dims) + GEM_EPSILON).pow(1 / p)
+    scale = x.detach().amax(dim=dims, keepdim=True).clamp_min(1)
+    mean = (x / scale).pow(p).mean(dim=dims)
+    scale = scale.view_as(mean)
+    return (mean + GEM_EPSILON / scale.pow(p)).pow(1 / p) * scale
 
 
 class StripeLinear(nn.Module):

@@ -80,14 +80,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smooth": "on",
         "lr": 0.05,
         "backbone_lr_scale": 1.0,
-        "epochs": 24,
+        "epochs": 14,
         "schedule": "cosine",
         "warmup_epochs": 3,
-        "triplet_ramp": (6, 14),
+        "triplet_ramp": (4, 9),
         "grey": 0.5,
         "tone": 0.3,
         "eval_start": 0,
-        "eval_every": 8,
+        "eval_every": 7,
     },
 }
 PRESET_SOURCES = {

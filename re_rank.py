@@ -231,8 +231,8 @@ def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
     closer = within.multiply(within.T).tocsr()
     overlap = (mutual @ closer.T).multiply(mutual).tocsr()
     overlap.data = (3 * overlap.data > 2 * np.diff(closer.indptr)[overlap.indices]).astype("f4")
+    overlap.eliminate_zeros()
     expanded = mutual + overlap @ closer
-    expanded.eliminate_zeros()
     rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))
     weights = np.exp(-_squared_of(images, rows, expanded.indices) / images.farthest[rows])
     expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)

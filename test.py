@@ -9,6 +9,7 @@ protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen.
 """
 
 import argparse
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from engine import METRICS, distances, extract_features, score
 from eval_metrics import mean_and_std
 from model import TwoStreamNet, load_network
 from utils import (
+    load_checkpoint,
     make_writable_dir,
     resolve_device,
     setup_logging,
@@ -209,6 +211,18 @@ def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
+    """A folder beside the checkpoint that names the protocol: no evaluation overwrites another's."""
+    if args.dataset == "regdb":
+        words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
+    else:
+        words = [args.mode, args.gallery, f"{args.shots}shot"]
+    words += [word for word in (args.test_feat, args.subset) if word not in (None, "test")]
+    words += [args.re_rank] if args.re_rank != "no" else []
+    parent = Path(checkpoint.replace("{trial}", "1")).parent
+    return parent / "_".join(["test", args.dataset, *words, Path(checkpoint).stem])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with user_errors():
@@ -217,23 +231,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging()
         device = resolve_device(args.gpu)
         found = checkpoints(args)
-        networks = [
-            load_network(p, gem_p=args.gem_p, memory_variant=args.memory_variant)
-            for _, p in found[:1]
-        ]
-        output = make_writable_dir(args.output_dir or Path(found[0][1]).parent)
-        cache = ImageCache(workers=args.workers, progress=not args.quiet)
-        data = data_name(args.dataset, args.data_path)
-        results = []
-        for number, (trial, path) in enumerate(found):
-            net, info = (
-                networks[0]
-                if number == 0
-                else load_network(path, gem_p=args.gem_p, memory_variant=args.memory_variant)
-            )
-            size = image_size(args, info)
-            net.check_image_height(size[0])
-            protocol = eval_set(
+        given = {"gem_p": args.gem_p, "memory_variant": args.memory_variant}
+        for _, path in found[1:]:
+            load_checkpoint(path)  # a broken one is found before the others' long work
+        protocols = [
+            eval_set(
                 args.dataset,
                 args.data_path,
                 trial=trial,
@@ -244,27 +246,37 @@ def main(argv: Sequence[str] | None = None) -> int:
                 trials=args.trials,
                 subset=args.subset,
             )
-            load = lambda images, size=size: cache(images, size)  # noqa: E731
+            for trial, _ in found
+        ]
+        output = make_writable_dir(args.output_dir or default_output(args, args.resume))
+        cache = ImageCache(workers=args.workers, progress=not args.quiet)
+        data = data_name(args.dataset, args.data_path)
+        results = []
+        for (_, path), protocol in zip(found, protocols, strict=True):
+            net, info = load_network(path, **given)
+            size = image_size(args, info)
+            net.check_image_height(size[0])
+            load = functools.partial(cache, size=size)
             rows, features = evaluate_checkpoint(
                 net.to(device, memory_format=torch.channels_last),
                 protocol,
                 load,
                 test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-                rankings=dict.fromkeys(("no", args.re_rank)),
+                rankings=tuple(dict.fromkeys(("no", args.re_rank))),
                 batch_size=args.test_batch,
                 device=device,
                 amp=args.amp,
             )
             about = {"dataset": data, **describe_checkpoint(path, info)}
             results.append([{**row, **about} for row in rows])
-            if args.figures and number == 0:
+            if args.figures and len(results) == 1:
                 log.info("wrote %s", figures(output, protocol, load, features, results[0][-1]))
         rows = over_checkpoints(results)
         sys.stdout.write(table(rows) + "\n")
-        # The headline is the row that was asked for: re-ranked only when --re_rank says so.
-        wanted = [row for row in rows if row["re_rank"] == args.re_rank][0]
+        # The headline is what was asked for: re-ranked only where --re_rank says so.
+        headline = next(row for row in rows if row["re_rank"] == args.re_rank)
         content = {
-            **{k: v for k, v in wanted.items() if k not in ("per_trial", "std")},
+            **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
             "rows": rows,
             "checkpoints": [path for _, path in found],
             "options": options.to_json(args),

@@ -190,7 +190,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         where = path.parent if path.parent.is_dir() else Path.cwd()
-        found = ", ".join(sorted(p.name for p in where.glob("*.t*"))[:8]) or "none"
+        names = (p.name for p in where.iterdir() if p.suffix in (".pt", ".pth", ".t"))
+        found = ", ".join(sorted(names)[:8]) or "none"
         raise CheckpointError(f"no checkpoint at {path}; checkpoints in {where}: {found}")
     try:
         with torch.serialization.safe_globals(_numpy_types()):

@@ -47,10 +47,22 @@ def parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return 1 + 0.1 * draw if name.endswith("weight") else 0.1 * draw
 
 
-def released_state_dict(method: str) -> dict[str, torch.Tensor]:
-    """A released method's state dict (206 identities), float64."""
+def released_shapes(method: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a released method's state dict (206 identities)."""
     shapes = json.loads((GOLDEN / f"released_keys_{method}.json").read_text())
-    return {name: torch.tensor(parameter(name, tuple(shape))) for name, shape in shapes.items()}
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def released_state_dict(method: str) -> dict[str, torch.Tensor]:
+    """A released method's state dict, float64."""
+    return {k: torch.tensor(parameter(k, shape)) for k, shape in released_shapes(method).items()}
+
+
+def numbered(method: str) -> dict[str, torch.Tensor]:
+    """The same names and shapes, each entry filled with its number: tells whence values come."""
+    shapes = released_shapes(method).values()
+    full = [torch.full(shape, i, dtype=torch.int32) for i, shape in enumerate(shapes)]
+    return dict(zip(released_shapes(method), full, strict=True))
 
 
 def images(name: str, count: int) -> torch.Tensor:

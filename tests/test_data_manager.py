@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import pytest
 from conftest import REGDB_IDS, SYSU_COUNTS, save_image
 from scipy.io import loadmat, savemat
 
+import data_manager
 from data_manager import DataError, EvalOptions, ImageList, eval_set, train_set
 
 OFFICIAL = Path(__file__).parents[2] / "shared/golden/official_sysu/split_test.npz"
@@ -436,6 +438,44 @@ def test_official_galleries(tiny_sysu, mode, shots):
     assert "official gallery, 10 trials" in test.protocol
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.float32, np.float64, np.uint16])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_permutations_are_read_as_scipy_reads_them(kind, compressed):
+    rng = np.random.default_rng(0)
+    cells = np.empty((3, 1), dtype=object)
+    for i, shape in enumerate([(10, 7), (0, 0), (1, 1)]):
+        cells[i, 0] = np.empty((2, 1), dtype=object)
+        cells[i, 0][0, 0] = rng.integers(0, 200, shape).astype(kind)
+        cells[i, 0][1, 0] = rng.integers(0, 200, (2, 3)).astype(kind)
+    stream = io.BytesIO()
+    variables = {"note": "text", "other": {"a": 1}, "rand_perm_cam": cells}
+    savemat(stream, variables, do_compression=compressed)
+    found = data_manager._read_mat(stream.getvalue(), "rand_perm_cam")
+    expected = loadmat(stream)["rand_perm_cam"]
+    assert found.shape == expected.shape == (3, 1)
+    for mine, theirs in zip(found[:, 0], expected[:, 0], strict=True):
+        assert mine.shape == theirs.shape == (2, 1)
+        for one, other in zip(mine[:, 0], theirs[:, 0], strict=True):
+            assert np.array_equal(one, other) and one.shape == other.shape
+
+
+def test_damaged_permutations_never_raise_anything_else(tiny_sysu):
+    write_permutations(tiny_sysu, SYSU_COUNTS["test"])
+    file = tiny_sysu / "exp/rand_perm_cam.mat"
+    good, rng = file.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(150):
+        bad = bytearray(good)
+        for _ in range(3):
+            bad[rng.randrange(120, len(bad))] = rng.randrange(256)
+        file.write_bytes(bad[: rng.choice([None, None, rng.randrange(len(bad))])])
+        try:
+            eval_set("sysu", tiny_sysu, gallery="official", trials=1)
+        except DataError:
+            refused += 1
+    assert refused > 50
+
+
 def test_official_numbers_count_files_in_sorted_order(tiny_sysu):
     folder = tiny_sysu / "cam1/0003"
     for i in range(12, 0, -1):
@@ -576,7 +616,7 @@ BAD_OFFICIAL = {
     "fraction": (put([[1.5, 2]] * 10), r"camera 1, identity 3"),
     "nan": (put([[np.nan, 2]] * 10), r"camera 1, identity 3"),
     "repeated": (put([[2, 2, 1]] * 10), r"camera 1, identity 3"),
-    "strings": (put("permutation"), r"camera 1, identity 3"),
+    "strings": (put("permutation"), r"rand_perm_cam.mat can't be read"),
     "few trials": (put([list(range(1, 13))] * 4), r"identity 3, trial 5"),
     "empty": (put(np.zeros((0, 0))), r"identity 3, trial 1"),
     "few identities": (

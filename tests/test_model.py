@@ -155,6 +155,9 @@ def test_gem():
     gem(zero, 10.0, dims=(2, 3)).sum().backward()
     assert zero.grad.isfinite().all()
     assert gem(torch.rand(1, 1, 2, 2).bfloat16(), 3.0, dims=(2, 3)).dtype == torch.float32
+    large = 1e5 * torch.rand(2, 2, 3, 4)
+    expected = ((large.double() ** 10).mean(dim=(2, 3)) + 1e-12) ** 0.1
+    torch.testing.assert_close(gem(large, 10.0, dims=(2, 3)).double(), expected)
 
 
 def test_stripes_are_pooled_and_classified_one_by_one():

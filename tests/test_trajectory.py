@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from recipe import GOLDEN, METHODS, images, released_state_dict
+from recipe import GOLDEN, METHODS, images, numbered, released_state_dict
 
 from engine import make_optimizer, set_learning_rate, training_step
 from loss import TERM_WEIGHTS, Criterion
@@ -58,12 +58,9 @@ def final_norms(method, net, state):
     names = sorted(k for k in state if not k.endswith("num_batches_tracked"))
     norms = {k: state[k].norm().item() for k in names}
     # Convert numbers in place of values: each entry of ours then tells whence it came.
-    numbers = {
-        k: torch.full(v.shape, i, dtype=torch.int32) for i, (k, v) in enumerate(state.items())
-    }
     released = list(state)
     trained = net.state_dict()
-    for ours, origin in convert_released_state_dict(numbers).items():
+    for ours, origin in convert_released_state_dict(numbered(method)).items():
         for number in origin.unique().tolist():
             if released[number] in norms:
                 norms[released[number]] = trained[ours][origin == number].norm().item()

@@ -1,0 +1,161 @@
+import argparse
+from pathlib import Path
+
+import pytest
+
+import options
+
+PUBLISHED = [
+    "--dataset regdb --lr 0.1 --gpu 0 --batch-size 8 --num_pos 4",
+    "--dataset sysu --lr 0.1 --batch-size 6 --num_pos 8 --gpu 0",
+]
+ANCESTORS_FLAGS = {
+    "dataset": "sysu",
+    "lr": "0.2",
+    "optim": "adam",
+    "arch": "resnet18",
+    "resume": "x.t",
+    "model_path": "m",
+    "save_epoch": "5",
+    "log_path": "l",
+    "vis_log_path": "v",
+    "workers": "2",
+    "img_w": "72",
+    "img_h": "192",
+    "batch-size": "4",
+    "test-batch": "16",
+    "method": "agw",
+    "margin": "0.5",
+    "num_pos": "2",
+    "trial": "3",
+    "seed": "7",
+    "gpu": "1",
+    "mode": "indoor",
+    "share_net": "3",
+    "re_rank": "random_walk",
+    "pcb": "off",
+    "w_center": "1.5",
+    "local_feat_dim": "128",
+    "num_strips": "3",
+    "label_smooth": "on",
+}
+
+
+def resolved(line=""):
+    args = options.train_parser("").parse_args(line.split())
+    return args, options.resolve(args)
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_published_commands_parse(line):
+    args, _ = resolved(line)
+    assert args.lr == 0.1
+    assert args.epochs == 61
+
+
+@pytest.mark.parametrize("spelling", ["-", "_"])
+@pytest.mark.parametrize("name", ANCESTORS_FLAGS)
+def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
+    value = ANCESTORS_FLAGS[name]
+    flag = "--" + name.replace("_", spelling).replace("-", spelling)
+    extra = ["--method", "agw"] if name == "pcb" else []
+    args = options.train_parser("").parse_args([flag, value, *extra])
+    options.resolve(args)
+    found = getattr(args, name.replace("-", "_"))
+    assert str(found) == value or found == float(value)
+
+
+def test_switches_and_short_forms():
+    args, _ = resolved("--tvsearch --test-only -r x")
+    assert (args.direction, args.test_only, args.resume) == ("i2v", True, "x")
+    assert resolved("--resume")[0].resume is None
+    assert resolved("")[0].resume == ""
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("regdb", (0.1, 8, 4, 10.0, 2.0, "on")),
+        ("sysu", (0.1, 6, 8, 3.0, 1.0, "off")),
+    ],
+)
+def test_presets_are_those_of_the_table(dataset, expected):
+    args, sources = resolved(f"--dataset {dataset}")
+    names = ("lr", "batch_size", "num_pos", "gem_p", "w_center", "label_smooth")
+    assert tuple(getattr(args, n) for n in names) == expected
+    assert sources["w_center"] == f"preset {dataset}"
+    assert sources["lr"] == "default"
+
+
+def test_an_explicit_flag_wins_over_any_preset():
+    for preset in options.PRESETS:
+        for name in ("w_center", "gem_p", "lr"):
+            args, sources = resolved(f"--preset {preset} --{name} 0.75")
+            assert getattr(args, name) == 0.75
+            assert sources[name] == "flag"
+
+
+def test_presets_name_known_flags_and_their_source():
+    assert set(options.PRESETS) == set(options.PRESET_SOURCES)
+    for values in options.PRESETS.values():
+        assert set(values) <= set(options.DEFAULTS)
+
+
+def test_agw_has_its_own_settings():
+    args, sources = resolved("--method agw")
+    assert (args.pcb, args.gem_p, args.label_smooth) == ("off", 3.0, "off")
+    assert sources["gem_p"] == "AGW"
+    assert resolved("--method agw --label_smooth on")[0].label_smooth == "on"
+
+
+@pytest.mark.parametrize("line", ["--method agw --pcb on", "--pcb off"])
+def test_contradictions(line):
+    with pytest.raises(ValueError, match="is not a method of this project"):
+        resolved(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dataset market",
+        "--share_net 6",
+        "--lr 0",
+        "--lr fast",
+        "--batch-size 0",
+        "--shrink 2",
+        "--flip -0.1",
+        "--re_rank yes",
+        "--mode outdoor",
+        "--shots 5",
+        "--unknown 1",
+        "--lea 3",
+        "--seed -1",
+        "--epochs 1.5",
+        "--triplet-ramp 3",
+    ],
+)
+def test_illegal_values_name_the_legal_ones(line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        resolved(line)
+    assert stop.value.code == 2
+    assert line.split()[0] in capsys.readouterr().err
+
+
+def test_defaults_of_evaluation_are_the_same_for_training_and_testing():
+    train = vars(options.train_parser("").parse_args([]))
+    test = vars(options.test_parser("").parse_args([]))
+    for name in ("mode", "gallery", "shots", "trials", "direction", "re_rank", "test_feat"):
+        assert train[name] == test[name], name
+    assert train["re_rank"] == "no"
+
+
+def test_description_and_json_hold_every_flag():
+    args, sources = resolved("--data-path d")
+    text = options.describe(args, sources)
+    assert all(name in text for name in vars(args))
+    assert "(preset regdb)" in text
+    content = options.to_json(args)
+    assert content["data_path"] == "d"
+    assert content["milestones"] == [20, 50]
+    assert isinstance(args, argparse.Namespace)
+    assert resolved("--dataset sysu")[0].data_path == Path("data/SYSU-MM01")

@@ -1,0 +1,228 @@
+"""The scripts as a user runs them: subprocesses on tiny stand-in data."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stand_in
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = [
+    *("--arch", "resnet18", "--weights", "none", "--img_h", 96, "--img_w", 32, "--pad", 2),
+    *("--num_pos", 2, "--batch-size", 4, "--local_feat_dim", 32, "--warmup-epochs", 1),
+    *("--lr", 0.05, "--backbone-lr-scale", 1, "--triplet-ramp", 9, 9, "--eval-start", 0),
+    *("--gpu", "cpu", "--quiet"),
+]
+
+
+def run(script, *flags, cwd, code=0):
+    """Runs a script; returns its standard output and error."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Stand-in data in both layouts: 12 training and 6 test identities."""
+    root = tmp_path_factory.mktemp("data")
+    common = {"train_ids": 12, "test_ids": 6, "images_per_id": 8, "seed": 1, "workers": 1}
+    stand_in.generate(root / "regdb", layout="regdb", **common)
+    stand_in.generate(root / "sysu", layout="sysu", val_ids=4, **common)
+    return root
+
+
+def log_lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def train(script, data, folder, *flags, dataset="regdb", code=0):
+    where = ("--dataset", dataset, "--data-path", data / dataset, "--output-dir", folder)
+    return run(script, *where, *QUICK, *flags, cwd=folder.parent, code=code)
+
+
+METHODS = {
+    "HCT": ("train_HCT.py", ()),
+    "AGW": ("train_HCT.py", ("--method", "agw", "--lr", 0.005)),
+    "SGMRA": ("train_SGMRA.py", ()),
+    "MGMRA": ("train_MGMRA.py", ("--amp",)),
+    "AGW + MGMRA released": (
+        "train_MGMRA.py",
+        ("--method", "agw", "--lr", 0.005, "--memory-variant", "released", "--share_net", 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
+    script, flags = METHODS[name]
+    folder = tmp_path / "run"
+    train(script, data, folder, *flags, "--epochs", 2)
+    first, second = log_lines(folder)
+    assert second["id"] < first["id"]
+    assert second["total"] < first["total"] + 1.0
+    assert all(np.isfinite(v) for v in second.values() if isinstance(v, float))
+    assert ("memory/part/survivors" in second) == ("MRA" in name)
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert saved["epoch"] == 2
+    assert saved["options"]["seed"] == 0
+    assert {"torch", "commit"} <= set(saved["versions"])
+    report = json.loads((folder / "training.json").read_text())
+    assert report["last"]["selection"] == "last epoch"
+    assert report["best"]["selection"] == "best Rank-1 on the test set"
+    assert any((folder / "tensorboard").iterdir())
+
+    train(script, data, folder, *flags, "--epochs", 3, "--resume")
+    assert [line["epoch"] for line in log_lines(folder)] == [1, 2, 3]
+
+    output = run(
+        *("test.py", "--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu"),
+        *("--resume", folder / "last.pt", "--output-dir", tmp_path / "test", "--quiet"),
+        *(("--amp",) if "--amp" in flags else ()),
+        cwd=tmp_path,
+    )[0]
+    assert "stand-in data in RegDB's layout" in output
+    result = json.loads((tmp_path / "test" / "results.json").read_text())
+    last = log_lines(folder)[-1]["eval"]
+    for metric in ("rank1", "mAP", "mINP"):
+        assert result[metric] == pytest.approx(last[metric], abs=1e-6), metric
+    assert (result["re_rank"], result["selection"]) == ("no", "last epoch")
+    assert {row["test_feat"] for row in result["rows"]} == (
+        {"neck", "pool"} if "AGW" in name else {"pcb"}
+    )
+
+
+def test_resumed_run_equals_an_unbroken_one(data, tmp_path):
+    train("train_MGMRA.py", data, tmp_path / "whole", "--epochs", 2)
+    train("train_MGMRA.py", data, tmp_path / "parts", "--epochs", 1)
+    train("train_MGMRA.py", data, tmp_path / "parts", "--epochs", 2, "--resume")
+    whole, parts = (
+        torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")
+    )
+    for name, value in whole["net"].items():
+        assert torch.equal(value, parts["net"][name]), name
+    for ours, theirs in zip(
+        log_lines(tmp_path / "whole"), log_lines(tmp_path / "parts"), strict=True
+    ):
+        for key in ("id", "triplet", "total", "alignment", "memory/part/survivors"):
+            assert ours[key] == theirs[key], key
+
+
+def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(data, tmp_path):
+    flags = ("--epochs", 1, "--trials", 2)
+    train("train_MGMRA.py", data, tmp_path / "jpg", *flags, dataset="sysu")
+    cached = tmp_path / "data" / "sysu"
+    cached.parent.mkdir()
+    shutil.copytree(data / "sysu", cached)
+    run("pre_process_sysu.py", "--data-path", cached, "--img_h", 96, "--img_w", 32, cwd=tmp_path)
+    assert (cached / "train_rgb_resized_img.npy").exists()
+    train("train_MGMRA.py", tmp_path / "data", tmp_path / "npy", *flags, dataset="sysu")
+    assert log_lines(tmp_path / "jpg")[0]["total"] == log_lines(tmp_path / "npy")[0]["total"]
+    train(*("train_HCT.py", data, tmp_path / "val", "--select-on", "val", *flags), dataset="sysu")
+    report = json.loads((tmp_path / "val" / "training.json").read_text())
+    assert report["best"]["selection"] == "best Rank-1 on the validation identities"
+    for gallery, shots in (("seeded", 1), ("official", 10)):
+        output = run(
+            *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--mode", "indoor"),
+            *("--gallery", gallery, "--shots", shots, "--resume", tmp_path / "jpg" / "last.pt"),
+            *("--gpu", "cpu", "--re_rank", "k_reciprocal", "--output-dir", tmp_path / gallery),
+            cwd=tmp_path,
+        )[0]
+        assert "indoor" in output
+        assert gallery in output
+        result = json.loads((tmp_path / gallery / "results.json").read_text())
+        assert result["re_rank"] == "k_reciprocal"
+        assert [row["re_rank"] for row in result["rows"]] == ["no", "k_reciprocal"]
+        assert len(result["rows"][0]["per_trial"]) == 10
+        mean = np.mean([t["mAP"] for t in result["rows"][0]["per_trial"]])
+        assert result["rows"][0]["mAP"] == pytest.approx(mean)
+
+
+def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
+    for trial in (1, 2):
+        train(*("train_HCT.py", data, tmp_path / f"trial{trial}", "--trial", trial, "--epochs", 1))
+    pattern = str(tmp_path / "trial{trial}" / "last.pt")
+    where = ("--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu")
+    output, _ = run(
+        *("test.py", *where, "--resume", pattern, "--trials", 2, "--tvsearch", "--figures"),
+        *("--output-dir", tmp_path / "both"),
+        cwd=tmp_path,
+    )
+    assert "infrared to visible" in output
+    result = json.loads((tmp_path / "both" / "results.json").read_text())
+    per_trial = result["rows"][0]["per_trial"]
+    assert len(per_trial) == 2
+    assert result["rank1"] == pytest.approx(np.mean([t["rank1"] for t in per_trial]))
+    assert result["rows"][0]["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in per_trial]))
+    assert (tmp_path / "both" / "ranked_lists.png").stat().st_size > 10_000
+    _, error = run("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
+    assert "1 of 3 checkpoints are missing" in error
+    assert "trial3" in error
+
+
+def test_a_run_is_not_overwritten_and_test_only_evaluates(data, tmp_path):
+    folder = tmp_path / "run"
+    train("train_HCT.py", data, folder, "--epochs", 1, "--save_epoch", 1)
+    assert (folder / "epoch_001.pt").exists()
+    before = (folder / "last.pt").read_bytes()
+    _, error = train("train_HCT.py", data, folder, "--epochs", 1, code=2)
+    assert "--overwrite" in error
+    assert "--resume" in error
+    assert (folder / "last.pt").read_bytes() == before
+    _, error = train("train_HCT.py", data, folder, "--test-only", "--resume", folder / "last.pt")
+    assert "R1 " in error
+    assert (folder / "last.pt").read_bytes() == before
+    _, error = train("train_HCT.py", data, folder, "--epochs", 1, "--resume", code=2)
+    assert "nothing to train" in error
+    _, error = train("train_MGMRA.py", data, folder, "--resume", code=2)
+    assert "belongs to another network" in error
+    # The same file starts another method's weights.
+    train(
+        *("train_MGMRA.py", data, tmp_path / "fine", "--weights", folder / "last.pt"),
+        *("--epochs", 1),
+    )
+    train("train_HCT.py", data, folder, "--epochs", 1, "--overwrite", "--optim", "adam")
+    assert (folder / "last.pt").read_bytes() != before
+
+
+BAD_INPUT = {
+    "no data folder": (("--data-path", "nowhere"), "stand_in.py"),
+    "height that does not divide": (("--img_h", "100"), "96, 192, 288"),
+    "fewer identities than P": (("--batch-size", "13"), "13"),
+    "trial out of range": (("--trial", "11"), "1"),
+    "unknown arch": (("--arch", "vgg"), "resnet18"),
+    "unknown flag": (("--num-gpus", "4"), "--num-gpus"),
+    "contradicting flags": (("--method", "agw", "--pcb", "on"), "--method agw"),
+    "negative rate": (("--lr", "-1"), "above 0"),
+    "no such checkpoint": (("--resume", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+    "no such weights": (("--weights", "nowhere.pth"), "no checkpoint at nowhere.pth"),
+    "test-only without a checkpoint": (("--test-only",), "--resume"),
+    "not a device": (("--gpu", "tpu"), "CUDA index"),
+    "both directions": (("--tvsearch", "--direction", "v2i"), "--direction"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_a_message_before_any_work(name, data, tmp_path):
+    flags, message = BAD_INPUT[name]
+    _, error = train("train_MGMRA.py", data, tmp_path / "run", *flags, code=2)
+    assert message in error
+    assert "decode" not in error
+    assert not list((tmp_path / "run").glob("*.pt")) if (tmp_path / "run").exists() else True
+
+
+def test_gpu_0_without_cuda_falls_back_and_says_so(data, tmp_path):
+    _, error = train("train_HCT.py", data, tmp_path / "run", "--epochs", 1, "--gpu", 0)
+    assert "no CUDA device on this machine, running on the CPU" in error

@@ -1,0 +1,167 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from utils import (
+    CheckpointError,
+    load_checkpoint,
+    make_writable_dir,
+    resolve_device,
+    save_checkpoint,
+    state_dict_of,
+    user_errors,
+    write_atomic,
+    write_json,
+)
+
+
+class Payload:
+    """Would create a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_checkpoints_round_trip(tmp_path):
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"net": {"w": torch.ones(3)}, "epoch": 2, "best": {"rank1": 0.5}})
+    content = load_checkpoint(path)
+    assert (content["format"], content["epoch"]) == (utils.FORMAT, 2)
+    assert torch.equal(content["net"]["w"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_earlier_releases_dictionaries_load_safely(tmp_path):
+    path = tmp_path / "released.t"
+    content = {
+        "net": {"module.w": torch.ones(2)},
+        "cmc": np.linspace(0, 1, 5),
+        "mAP": np.float64(0.25),
+        "mINP": np.float32(0.125),
+        "epoch": np.int64(7),
+    }
+    torch.save(content, path)
+    loaded = load_checkpoint(path)
+    np.testing.assert_array_equal(loaded["cmc"], content["cmc"])
+    assert (loaded["mAP"], loaded["mINP"], loaded["epoch"]) == (0.25, 0.125, 7)
+    assert list(state_dict_of(loaded, path)) == ["w"]
+
+
+def test_numpy_1_names_load_too(tmp_path):
+    path = tmp_path / "old.t"
+    torch.save({"net": {"w": torch.ones(1)}, "mAP": np.float64(0.5)}, path, pickle_protocol=2)
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries = {
+        k: v.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+        for k, v in entries.items()
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    assert load_checkpoint(path)["mAP"] == 0.5
+
+
+def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
+    victim = tmp_path / "victim"
+    for name, save in (("zip.pt", torch.save), ("raw.pt", None)):
+        path = tmp_path / name
+        if save:
+            save({"net": Payload(victim)}, path)
+        else:
+            path.write_bytes(pickle.dumps({"net": Payload(victim)}))
+        with pytest.raises(CheckpointError, match="not loaded for safety"):
+            load_checkpoint(path)
+        assert not victim.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "text", "list"])
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, damage):
+    path = tmp_path / "broken.pt"
+    save_checkpoint(path, {"net": {"w": torch.randn(1000)}})
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        data[: len(data) // 3] = bytes(b ^ 0xFF for b in data[: len(data) // 3])
+        path.write_bytes(data)
+    elif damage == "text":
+        path.write_text("hello")
+    else:
+        torch.save([1, 2], path)
+    with pytest.raises(CheckpointError, match="broken.pt"):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
+    save_checkpoint(tmp_path / "last.pt", {"net": {}})
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*lost.pt; .*: last.pt"):
+        load_checkpoint(tmp_path / "lost.pt")
+
+
+def test_a_dictionary_without_weights(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no network weights \(found: epoch\)"):
+        state_dict_of({"epoch": 3}, "x.pt")
+
+
+def test_a_failed_write_leaves_the_former_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"kept": 1})
+
+    def fail(stream):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomic(path, fail)
+    assert json.loads(path.read_text()) == {"kept": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output-dir"):
+        make_writable_dir(tmp_path / "file")
+    assert make_writable_dir(tmp_path / "a" / "b").is_dir()
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folders(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="cannot write"):
+        make_writable_dir(tmp_path)
+
+
+def test_devices(monkeypatch):
+    assert resolve_device("cpu").type == resolve_device("-1").type == "cpu"
+    with pytest.raises(ValueError, match="CUDA index"):
+        resolve_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("0").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"2 CUDA device\(s\)"):
+        resolve_device("2")
+
+
+def test_user_errors_are_one_paragraph_and_others_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise ValueError("what to mend")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: what to mend\n"
+    with pytest.raises(KeyError), user_errors():
+        raise KeyError("a bug")

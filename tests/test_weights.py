@@ -1,0 +1,134 @@
+import logging
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from recipe import METHODS, numbered
+
+import weights
+from model import TwoStreamNet, load_network
+from utils import CheckpointError, save_checkpoint
+from weights import convert_released_state_dict, is_released, released_config
+
+
+def small(**settings):
+    return TwoStreamNet(**{"num_ids": 5, "arch": "resnet18", "local_feat_dim": 16, **settings})
+
+
+@pytest.mark.parametrize("method", ["HCT", "SGMRA", "MGMRA", "AGW"])
+def test_released_checkpoints_are_rebuilt_and_loaded(method, tmp_path):
+    state = {f"module.{k}": v.float() for k, v in numbered(method).items()}
+    path = tmp_path / "released.t"
+    torch.save({"net": state, "mAP": 0.5, "epoch": 3}, path)
+    net, info = load_network(path, gem_p=10.0)
+    assert info["epoch"] == 3
+    assert net.gem_p == 10.0
+    assert net.config["num_ids"] == 206
+    assert net.config["memory"] == {"SGMRA": "sg", "MGMRA": "mg"}.get(method)
+    stem = "visible_module.visible.conv1.weight"
+    assert torch.equal(net.visible.stem.conv1.weight, state[f"module.{stem}"])
+
+
+def test_every_entry_is_mapped_or_known_to_be_unused():
+    for method, unused in {"HCT": 0, "SGMRA": 5, "MGMRA": 5}.items():
+        state = numbered(method)
+        converted = convert_released_state_dict(state)
+        reached = {int(i) for v in converted.values() for i in v.unique()}
+        lost = [k for i, k in enumerate(state) if i not in reached]
+        # Stripes' counters of batches are all equal: the first stands for the six.
+        lost = [k for k in lost if not (k.startswith("local") and k.endswith("tracked"))]
+        assert len(lost) == unused, lost
+        assert all(k.startswith("bn.") for k in lost)
+    agw = convert_released_state_dict(numbered("AGW"))
+    assert set(agw) == set(TwoStreamNet(206, head="agw", share_net=1).state_dict())
+
+
+def test_shared_stage_and_depth_are_read_off_the_names():
+    state = numbered("HCT")
+    assert released_config(state)["share_net"] == 2
+    moved = {
+        k.replace("base_resnet.base.layer2", "visible_module.visible.layer2"): v
+        for k, v in state.items()
+    }
+    assert released_config(moved)["share_net"] == 3
+    with pytest.raises(ValueError, match="unknown backbone"):
+        released_config({"base_resnet.base.layer4.0.conv1.weight": torch.zeros(1)})
+
+
+def test_other_dictionaries_are_no_releases():
+    assert not is_released(small().state_dict())
+    with pytest.raises(ValueError, match="not a checkpoint of the earlier releases"):
+        convert_released_state_dict({"a": torch.zeros(1)})
+
+
+def test_imagenet_names_fill_both_streams(tmp_path):
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(weights=None)
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    net = small(weights=path)
+    assert torch.equal(net.visible.stem.conv1.weight, resnet.conv1.weight)
+    assert torch.equal(net.infrared.layer1.blocks[1].conv2.weight, resnet.layer1[1].conv2.weight)
+    assert torch.equal(net.shared.layer4.blocks[0].conv1.weight, resnet.layer4[0].conv1.weight)
+    with pytest.raises(CheckpointError, match="is --arch right"):
+        small(weights=path, arch="resnet50")
+
+
+def test_without_internet_the_message_names_the_file(monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        small(weights="imagenet")
+    text = str(error.value)
+    for part in ("resnet18-f37072fd.pth", str(tmp_path / "checkpoints"), "--weights none"):
+        assert part in text
+
+
+def test_fine_tuning_keeps_what_fits_and_names_the_rest(tmp_path, caplog):
+    torch.manual_seed(0)
+    donor = small(num_ids=9, memory="mg")
+    path = tmp_path / "donor.pt"
+    save_checkpoint(path, {"net": donor.state_dict(), "config": donor.config})
+    with caplog.at_level(logging.INFO):
+        net = small(num_ids=5, memory="mg", weights=path)
+    assert torch.equal(net.part_reduce.weight, donor.part_reduce.weight)
+    assert net.part_classifier.weight.shape[1] == 5
+    assert "part_classifier.weight" in caplog.text
+    assert "memory.part_bank" in caplog.text
+    with pytest.raises(CheckpointError, match="belongs to another network"):
+        small(arch="resnet34", weights=path, head="agw")
+
+
+def test_fine_tuning_from_a_release(tmp_path):
+    state = {k: v.float() for k, v in numbered("MGMRA").items()}
+    path = tmp_path / "released.t"
+    torch.save({"net": state}, path)
+    net = TwoStreamNet(50, memory="mg", weights=path)
+    assert torch.equal(
+        net.memory.part_gate.weight, state["mem_rep.memory.reweight_layer_part.weight"]
+    )
+    assert net.memory.part_bank.shape == (1500, 2048)
+
+
+def test_own_checkpoints_carry_their_architecture(tmp_path):
+    net = small(head="agw", memory="sg", share_net=3, gem_p=2.5)
+    path = tmp_path / "own.pt"
+    save_checkpoint(path, {"net": net.state_dict(), "config": net.config})
+    loaded, _ = load_network(path)
+    assert loaded.config == net.config
+    images = torch.randn(2, 3, 96, 32)
+    torch.testing.assert_close(loaded.eval()(images, None), net.eval()(images, None))
+    content = {"net": net.state_dict(), "config": {**net.config, "head": "pcb"}}
+    save_checkpoint(path, content)
+    with pytest.raises(CheckpointError, match="own.pt holds no network of this project"):
+        load_network(path)
+
+
+def test_methods_cover_the_golden_files():
+    assert {method for method, _, _ in METHODS.values()} == {"AGW", "HCT", "MGMRA", "SGMRA"}
+    assert weights.is_backbone(["conv1.weight", "fc.bias"])
