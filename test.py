@@ -212,7 +212,7 @@ def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
-    """A folder beside the checkpoint that names the protocol: no evaluation overwrites another's."""
+    """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
     if args.dataset == "regdb":
         words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
     else:
