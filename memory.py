@@ -8,15 +8,20 @@ Source: "Memory Regulation and Alignment toward Generalizer RGB-Infrared Person 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped (released setting)
 INSTANCES_PER_ID = 5  # T, released setting
 PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, float64 goldens do
+CHUNK_ENTRIES = 1 << 20  # scores held at a time on the CPU: 4 MiB, within its cache
+GATHER_ENTRIES = 1 << 22  # entries of gathered rows held at a time in the backward
+DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
+SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
 VARIANTS = ("paper", "released")
 LEVELS = ("part", "instance", "semantic")
 
@@ -47,22 +52,24 @@ class MemoryHealth:
         self._levels: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, level: str, weights: Tensor) -> None:
+    def update(self, level: str, survivors: "Survivors", num_prototypes: int) -> None:
         """Adds one read.
 
         Args:
             level: "part", "instance" or "semantic".
-            weights: Addressing weights (n, m); rows sum to 1 or are zero.
+            survivors: Who was addressed, and how strongly.
+            num_prototypes: Size m of the bank.
         """
-        used = weights > 0
-        survivors = used.sum(dim=1)
-        entropy = -torch.special.xlogy(weights, weights).sum()
+        counts = survivors.offsets.diff()
+        used = torch.zeros(num_prototypes, dtype=torch.bool, device=counts.device)
+        used[survivors.columns] = True
+        weights = survivors.weights
         new = {
-            "rows": torch.tensor(len(weights), device=weights.device),
-            "zero_rows": (survivors == 0).sum(),
-            "survivors": survivors.sum(),
-            "entropy": entropy.double(),
-            "used": used.any(dim=0),
+            "rows": torch.tensor(len(counts), device=counts.device),
+            "zero_rows": (counts == 0).sum(),
+            "survivors": counts.sum(),
+            "entropy": -torch.special.xlogy(weights, weights).sum(dtype=torch.float64),
+            "used": used,
         }
         old = self._levels.get(level)
         if old is not None:
@@ -83,8 +90,27 @@ class MemoryHealth:
             result[f"{level}/zero_reads"] = zero_rows / rows
             result[f"{level}/survivors"] = int(counters["survivors"]) / rows
             result[f"{level}/used"] = float(counters["used"].double().mean())
-            result[f"{level}/entropy"] = float(counters["entropy"]) / max(rows - zero_rows, 1)
+            result[f"{level}/entropy"] = abs(float(counters["entropy"])) / max(rows - zero_rows, 1)
         return result
+
+
+class Survivors(NamedTuple):
+    """Sparse addressing weights of n queries: row i owns entries offsets[i] to offsets[i + 1].
+
+    Attributes:
+        offsets: (n + 1,) int64.
+        columns: Prototype of each entry, (nnz,) int64.
+        weights: Its weight, (nnz,); a row's sum to 1.
+    """
+
+    offsets: Tensor
+    columns: Tensor
+    weights: Tensor
+
+    def rows(self) -> Tensor:
+        """Query of each entry, (nnz,)."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(counts, output_size=len(self.columns))
 
 
 def address(x: Tensor, bank: Tensor, shrink: float) -> Tensor:
@@ -104,10 +130,93 @@ def address(x: Tensor, bank: Tensor, shrink: float) -> Tensor:
     Source: MemAE's hard shrinkage, ``relu(w - lambda) * w / (|w - lambda| + epsilon)``.
     """
     logits = x @ bank.t()  # (n, m)
-    weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    weights = logits.softmax(dim=1, dtype=_at_least_float32(logits))
     excess = (weights - shrink).relu()
     survivors = weights * (excess / (excess + EPSILON))
     return survivors / survivors.sum(dim=1, keepdim=True).clamp_min(EPSILON)
+
+
+@torch.no_grad()
+def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
+    """Finds the prototypes above the threshold, chunk by chunk: no (n, m) matrix is kept.
+
+    Args:
+        x: Queries, (n, C).
+        bank: Prototypes, (m, C), of x's type.
+        shrink: Softmax weights at or below it do not survive.
+
+    Deviation: without the epsilon of `address`, whose effect float32 does not resolve.
+    """
+    per_chunk = max(1, CHUNK_ENTRIES // len(bank)) if x.device.type == "cpu" else len(x)
+    counts, columns, weights = [], [], []
+    for queries in x.split(per_chunk):
+        logits = (queries @ bank.t()).to(_at_least_float32(x))  # (chunk, m)
+        log_norm = logits.logsumexp(dim=1, keepdim=True)
+        survives = logits > log_norm + (math.log(shrink) if shrink else -math.inf)
+        count = survives.sum(dim=1)
+        found = survives.nonzero()  # row by row
+        weight = (logits[found[:, 0], found[:, 1]] - log_norm[found[:, 0], 0]).exp()
+        total = torch.zeros_like(log_norm[:, 0]).index_add_(0, found[:, 0], weight)
+        counts.append(count)
+        columns.append(found[:, 1])
+        weights.append(weight / total[found[:, 0]])
+    offsets = torch.cat([counts[0].new_zeros(1), torch.cat(counts).cumsum(0)])
+    return Survivors(offsets, torch.cat(columns), torch.cat(weights))
+
+
+class _SparseRead(torch.autograd.Function):
+    """Weighted sums of the survivors; the backward, too, costs what the survivors cost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bank: Tensor, offsets: Tensor, columns: Tensor, weights: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, bank, offsets, columns, weights)
+        return _bag(bank, columns, offsets, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, bank, offsets, columns, weights = ctx.saved_tensors
+        survivors = Survivors(offsets, columns, weights)
+        rows = survivors.rows()
+        # Softmax over the survivors: d logit = a * (d a - sum of a * d a over the row).
+        grad_weight = _row_products(grad, rows, bank, columns)  # (nnz,)
+        mean = torch.zeros_like(grad[:, 0]).index_add_(0, rows, weights * grad_weight)
+        grad_logit = weights * (grad_weight - mean[rows])
+        grad_x = grad_bank = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _bag(bank, columns, offsets, grad_logit).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            order = columns.argsort(stable=True)
+            by_column = torch.bincount(columns, minlength=len(bank)).cumsum(0)
+            starts = torch.cat([by_column.new_zeros(1), by_column])
+            grad_bank = _bag(grad, rows[order], starts, weights[order])
+            grad_bank += _bag(x.to(grad.dtype), rows[order], starts, grad_logit[order])
+        return grad_x, grad_bank, None, None, None
+
+
+def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sums of ``weights * table[indices]`` over each bag: (bags, C); empty bags are zero."""
+    if not len(indices):
+        return table.new_zeros(len(offsets) - 1, table.shape[1])
+    return F.embedding_bag(
+        indices,
+        table,
+        offsets,
+        mode="sum",
+        per_sample_weights=weights.to(table.dtype),
+        include_last_offset=True,
+    )
+
+
+def _row_products(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor) -> Tensor:
+    """Scalar products ``a[rows] . b[columns]``, (nnz,), a chunk of gathered rows at a time."""
+    per_chunk = max(1, GATHER_ENTRIES // a.shape[1])
+    parts = [
+        (a[r] * b[c]).sum(dim=1)
+        for r, c in zip(rows.split(per_chunk), columns.split(per_chunk), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def read(
@@ -115,7 +224,10 @@ def read(
 ) -> Tensor:
     """Reads a bank at every position of a map.
 
-    Positions are independent: a whole map at once equals stripe by stripe.
+    Positions are independent: a whole map at once equals stripe by stripe. The read is a softmax
+    over the survivors alone, hence computed from them: scores for all, sums and gradients for the
+    few. float64 takes the dense route, which follows the releases to the last epsilon, and so do
+    banks of which many prototypes can survive at once.
 
     Args:
         x: Queries, (B, C, H, W).
@@ -125,15 +237,49 @@ def read(
         health: Where to count; None costs nothing.
 
     Returns:
-        Map of x's shape; zero where no prototype's weight is above `shrink`.
+        Map of x's shape, float32 or wider; zero where no prototype's weight is above `shrink`.
     """
     batch, channels, height, width = x.shape
     queries = x.permute(0, 2, 3, 1).reshape(-1, channels)  # (B*H*W, C)
-    weights = address(queries, bank, shrink)
+    survivors = None
+    if x.dtype != torch.float64 and len(bank) * shrink >= SPARSE_BANK:
+        survivors = select(*_autocast(queries, bank), shrink)
+    if survivors is None or len(survivors.columns) > DENSE_SHARE * len(queries) * len(bank):
+        weights = address(queries, bank, shrink)
+        survivors = None if health is None else _from_dense(weights.detach())
+        values = weights.to(queries.dtype) @ bank.to(queries.dtype)  # (B*H*W, C)
+    else:
+        values = sparse_read(queries, bank, survivors)
     if health is not None:
-        health.update(level, weights.detach())
-    values = weights.to(queries.dtype) @ bank.to(queries.dtype)  # (B*H*W, C)
+        health.update(level, survivors, len(bank))
     return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def sparse_read(queries: Tensor, bank: Tensor, survivors: Survivors) -> Tensor:
+    """Weighted sums of the survivors' prototypes, differentiable in both: (n, C)."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return _SparseRead.apply(queries, bank, *survivors)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Detached tensors in the type that autocast would multiply them in."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return tuple(t.detach().to(torch.get_autocast_dtype(kind)) for t in tensors)
+    return tuple(t.detach() for t in tensors)
+
+
+def _from_dense(weights: Tensor) -> Survivors:
+    """Sparse form of addressing weights (n, m)."""
+    found = weights.nonzero()
+    counts = (weights > 0).sum(dim=1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Survivors(offsets, found[:, 1], weights[found[:, 0], found[:, 1]])
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    """Float32 under autocast, the tensor's own type where that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class SingleGranularityMemory(nn.Module):

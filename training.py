@@ -178,6 +178,8 @@ def run(
             data=data,
             identities=training.pids.tolist(),
         )
+        if args.overwrite:
+            _clear(files)
         write_json(
             files.output_dir / "options.json",
             {k: files.header[k] for k in ("method", "data", "options", "versions")},
@@ -222,20 +224,28 @@ def _prepare_files(args: argparse.Namespace, name: str) -> RunFiles:
     output = args.output_dir or Path("runs") / name
     checkpoints = args.model_path or output
     existing = checkpoints / "last.pt"
-    if existing.exists() and not starts_from_checkpoint(args):
-        if not args.overwrite:
-            raise ValueError(
-                f"{existing} is there already: continue that run with --resume, start it afresh "
-                f"with --overwrite, or choose another --output-dir"
-            )
-        for old in (*checkpoints.glob("*.pt"), *output.glob("*.json*")):
-            old.unlink()
+    if existing.exists() and not (starts_from_checkpoint(args) or args.overwrite):
+        raise ValueError(
+            f"{existing} is there already: continue that run with --resume, start it afresh "
+            f"with --overwrite, or choose another --output-dir"
+        )
     logs = args.log_path or output
     board = args.vis_log_path or output / "tensorboard"
     for folder in (output, checkpoints, logs, board):
         make_writable_dir(folder)
     setup_logging(logs / "train.log")
     return RunFiles(output, checkpoints, board)
+
+
+def _clear(files: RunFiles) -> None:
+    """Removes a former run's checkpoints and logs, once nothing can keep the new one from starting."""
+    former = (
+        *files.checkpoint_dir.glob("*.pt"),
+        *files.output_dir.glob("*.json*"),
+        *files.tensorboard_dir.glob("events.*"),
+    )
+    for file in former:
+        file.unlink()
 
 
 def _read_resume(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:

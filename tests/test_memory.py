@@ -12,6 +12,8 @@ from memory import (
     SingleGranularityMemory,
     address,
     read,
+    select,
+    sparse_read,
 )
 
 GOLDEN_NAMES = {
@@ -125,6 +127,72 @@ def test_the_threshold_itself_does_not_survive():
     assert read(x, torch.ones(4, 4), 0.2499).all()
 
 
+def masked_softmax_read(x, bank, shrink):
+    """Softmax over the survivors by masking, without the releases' epsilon; who survives."""
+    logits = x @ bank.t()
+    survive = logits.softmax(1) > shrink
+    none = ~survive.any(1, keepdim=True)
+    weights = logits.masked_fill(~survive & ~none, -math.inf).softmax(1)
+    return weights.masked_fill(none, 0) @ bank, survive
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("shrink", [0.0, 0.002, 0.01, 0.1, 0.9])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
+    """From no survivor (uniform weights are 1/150) to all of them."""
+    monkeypatch.setattr("memory.CHUNK_ENTRIES", chunk * 150)
+    monkeypatch.setattr("memory.GATHER_ENTRIES", chunk * 9)
+    gen = torch.Generator().manual_seed(6)
+    x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
+    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
+    toward = torch.randn(40, 9, generator=gen, dtype=torch.float64)
+    dense, survive = masked_softmax_read(x, bank, shrink)
+    expected = torch.autograd.grad((toward * dense).sum(), (x, bank))
+    survivors = select(x, bank, shrink)
+    assert torch.equal(survivors.offsets.diff(), survive.sum(1))
+    sparse = sparse_read(x, bank, survivors)
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad((toward * sparse).sum(), (x, bank)), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_sparse_gradcheck():
+    gen = torch.Generator().manual_seed(7)
+    x = torch.randn(5, 4, generator=gen, dtype=torch.float64, requires_grad=True)
+    bank = torch.randn(12, 4, generator=gen, dtype=torch.float64, requires_grad=True)
+    call = lambda x, bank: sparse_read(x, bank, select(x, bank, 0.08))  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, bank))
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
+def test_float32_read_takes_the_sparse_route_and_agrees(scale, monkeypatch):
+    gen = torch.Generator().manual_seed(8)
+    x = scale * torch.randn(2, 16, 4, 3, generator=gen)
+    bank = torch.randn(900, 16, generator=gen)
+    expected = read(x.double(), bank.double(), 0.0025)
+    torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
+    called = []
+    monkeypatch.setattr("memory.DENSE_SHARE", 1.0)
+    monkeypatch.setattr("memory.address", lambda *_: called.append(1))
+    torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
+    assert not called
+
+
+def test_under_autocast_only_the_scores_are_half_precision():
+    gen = torch.Generator().manual_seed(9)
+    x = torch.randn(2, 16, 4, 3, generator=gen)
+    bank = torch.randn(900, 16, generator=gen).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = read(x.bfloat16(), bank, 0.0025)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert bank.grad.dtype == torch.float32
+    torch.testing.assert_close(out, read(x, bank, 0.0025), rtol=0.1, atol=0.1)
+
+
 def test_whole_map_equals_stripe_by_stripe():
     gen = torch.Generator().manual_seed(3)
     memory = SingleGranularityMemory(4, 2, 3, dim=8, shrink=0.03)
@@ -205,7 +273,7 @@ def test_health_counts_what_a_loop_counts():
     bank = torch.randn(60, 6, generator=gen)
     all_weights = torch.cat([address(x, bank, 0.03) for x in rows])
     for x in rows:
-        health.update("part", address(x, bank, 0.03))
+        health.update("part", select(x, bank, 0.03), len(bank))
     numbers = health.summary()
     survivors = [sum(w > 0 for w in row.tolist()) for row in all_weights]
     assert numbers["part/zero_reads"] == sum(s == 0 for s in survivors) / 40 > 0
