@@ -238,7 +238,7 @@ def _prepare_files(args: argparse.Namespace, name: str) -> RunFiles:
 
 
 def _clear(files: RunFiles) -> None:
-    """Removes a former run's checkpoints and logs, once nothing can keep the new one from starting."""
+    """Removes a former run's checkpoints and logs, once the new one is sure to start."""
     former = (
         *files.checkpoint_dir.glob("*.pt"),
         *files.output_dir.glob("*.json*"),
