@@ -122,9 +122,9 @@ def run(
         sources = options.resolve(args)
         name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
-        files = _prepare_files(args, name)
+        setup_logging()
+        files = _run_files(args, name)
         device = resolve_device(args.gpu)
-        log.info("%s\n%s", name, options.describe(args, sources))
         seed_everything(args.seed)
         on_val = args.select_on == "val"
         training = train_set(
@@ -142,7 +142,6 @@ def run(
             subset="val" if on_val else "test",
         )
         data = data_name(args.dataset, args.data_path)
-        log.info("data: %s; %s", data, training.description)
         resumed = _read_resume(args, files)
         net = build_model(args, training.num_ids)
         net.check_image_height(args.img_h)
@@ -162,6 +161,9 @@ def run(
             momentum=args.momentum,
         )
         progress = _restore(resumed, net, optimizer) if resumed else Progress()
+        _make_folders(files, args.log_path)
+        log.info("%s\n%s", name, options.describe(args, sources))
+        log.info("data: %s; %s", data, training.description)
         evaluate = _evaluator(args, testing, net, device, data)
         if args.test_only:
             log.info("%s  (%s)", format_result(evaluate()), data)
@@ -215,11 +217,11 @@ def run(
     return 0
 
 
-def _prepare_files(args: argparse.Namespace, name: str) -> RunFiles:
-    """Makes the output folders, refusing those that hold another run.
+def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
+    """Where the run will write; nothing is made yet.
 
     Raises:
-        ValueError: When a folder cannot be written, or holds a run that would be overwritten.
+        ValueError: When the folder holds a run that would be overwritten.
     """
     output = args.output_dir or Path("runs") / name
     checkpoints = args.model_path or output
@@ -229,12 +231,19 @@ def _prepare_files(args: argparse.Namespace, name: str) -> RunFiles:
             f"{existing} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
         )
-    logs = args.log_path or output
-    board = args.vis_log_path or output / "tensorboard"
-    for folder in (output, checkpoints, logs, board):
+    return RunFiles(output, checkpoints, args.vis_log_path or output / "tensorboard")
+
+
+def _make_folders(files: RunFiles, log_path: Path | None) -> None:
+    """Makes the output folders and starts logging into them.
+
+    Raises:
+        ValueError: When one cannot be written to.
+    """
+    logs = log_path or files.output_dir
+    for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
         make_writable_dir(folder)
     setup_logging(logs / "train.log")
-    return RunFiles(output, checkpoints, board)
 
 
 def _clear(files: RunFiles) -> None:
