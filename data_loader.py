@@ -79,7 +79,10 @@ def load_images(
     with (
         ThreadPoolExecutor(max(1, workers)) as pool,
         tqdm(
-            total=len(images), desc=f"decode {images.modality}", unit="img", disable=not progress
+            total=len(images),
+            desc=f"decode {images.modality}",
+            unit="img",
+            disable=None if progress else True,
         ) as bar,
     ):
         futures = [pool.submit(decode, start) for start in range(0, len(images), DECODE_CHUNK)]

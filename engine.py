@@ -276,6 +276,7 @@ def extract_features(
     modality: str,
     test_feats: Sequence[str],
     amp: bool = False,
+    progress: bool = False,
 ) -> dict[str, np.ndarray]:
     """Embeds images once for every kind of retrieval feature asked for.
 
@@ -285,6 +286,7 @@ def extract_features(
         modality: "visible" or "infrared".
         test_feats: Names of `TwoStreamNet.embed`.
         amp: bf16 autocast.
+        progress: Whether to show a bar.
 
     Returns:
         (n, D) float32 arrays by name, rows L2-normalised.
@@ -294,7 +296,8 @@ def extract_features(
     """
     net.eval()
     parts: dict[str, list[Tensor]] = {name: [] for name in test_feats}
-    for images in batches:
+    hidden = None if progress else True
+    for images in tqdm(batches, f"embed {modality}", disable=hidden, leave=False):
         inputs = (images, None) if modality == "visible" else (None, images)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
             for name, feat in net.embed_all(*inputs, test_feats).items():
@@ -320,7 +323,8 @@ def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np
         ValueError: When `ranking` is unknown.
     """
     if ranking == "no":
-        return -(query @ gallery.T)
+        similarity = query @ gallery.T
+        return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
     if ranking == "k_reciprocal":
         return re_rank.k_reciprocal(query, gallery)
     if ranking == "random_walk":

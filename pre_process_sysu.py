@@ -156,7 +156,7 @@ def _build(
         initial=len(images) - sum(min(CHUNK, len(images) - start) for start in todo),
         desc=f"cache {images.modality}",
         unit="img",
-        disable=not progress,
+        disable=None if progress else True,
     )
     with _pool(workers) as pool, journal.open("a") as notes, bar:
         chunks = {

@@ -250,7 +250,7 @@ def _draw_identity(settings: Settings, pid: int, shots: list[Shot], folder: Path
 
 def _draw_all(settings: Settings, shots: Shots, folder: Path, workers: int, progress: bool) -> None:
     total = sum(map(len, shots.values()))
-    with tqdm(total=total, unit="image", desc="drawing", disable=not progress) as bar:
+    with tqdm(total=total, unit="image", desc="drawing", disable=None if progress else True) as bar:
         if workers == 1:
             for pid, own in shots.items():
                 bar.update(_draw_identity(settings, pid, own, folder))

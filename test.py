@@ -104,6 +104,7 @@ def evaluate_checkpoint(
     batch_size: int,
     device: torch.device,
     amp: bool,
+    progress: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Scores one network under one protocol, embedding each image once.
 
@@ -116,6 +117,7 @@ def evaluate_checkpoint(
         batch_size: Images a batch.
         device: Where the network is.
         amp: bf16 autocast.
+        progress: Whether to show bars.
 
     Returns:
         A result (`engine.score`) for each feature and ranking, and the features by role and kind.
@@ -125,7 +127,12 @@ def evaluate_checkpoint(
         images = getattr(protocol, role)
         loader = EvalLoader(load(images), batch_size=batch_size, device=device)
         features[role] = extract_features(
-            net, loader, modality=images.modality, test_feats=test_feats, amp=amp
+            net,
+            loader,
+            modality=images.modality,
+            test_feats=test_feats,
+            amp=amp,
+            progress=progress,
         )
     rows = []
     for feat in test_feats:
@@ -266,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 batch_size=args.test_batch,
                 device=device,
                 amp=args.amp,
+                progress=not args.quiet,
             )
             about = {"dataset": data, **describe_checkpoint(path, info)}
             results.append([{**row, **about} for row in rows])

@@ -358,6 +358,7 @@ def _evaluator(
                 modality=images.modality,
                 test_feats=(test_feat,),
                 amp=args.amp,
+                progress=not args.quiet,
             )
             features.append(embedded[test_feat])
         result = score(testing, *features, args.re_rank)
