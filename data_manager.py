@@ -211,6 +211,36 @@ def eval_set(dataset: str, data_path: str | Path, **options: int | str) -> EvalS
     return _source(dataset).evaluate(Path(data_path), EvalOptions(**options))
 
 
+def folder_images(folder: str | Path, modality: str) -> ImageList:
+    """List the images in a folder of one's own and below it, by name; identities are unknown (-1).
+
+    Args:
+        folder: any folder; hidden files and folders are passed over.
+        modality: "visible" or "infrared".
+
+    Raises:
+        DataError: there is no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"image folder {root} does not exist; expected a folder of images")
+    root = root.resolve()
+    below = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
+    names = [
+        path.as_posix()
+        for path in below
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.parts)
+    ]
+    if not names:
+        raise DataError(
+            f"{folder} holds no image, nor do the folders in it; expected files named"
+            f" {', '.join(IMAGE_SUFFIXES)}"
+        )
+    unknown = np.full(len(names), -1, dtype=np.int64)
+    return ImageList(root, tuple(sorted(names)), unknown, unknown, modality)
+
+
 # --- What the data sets share ---------------------------------------------------------------------
 
 

@@ -345,10 +345,11 @@ def score(
 
     Returns:
         ``rank1``, ``rank5``, ``rank10``, ``rank20``, ``mAP``, ``mINP`` as fractions, means over the
-        trials; ``std`` and ``per_trial`` with the same keys; ``re_rank``; ``protocol``.
+        trials; ``std`` and ``per_trial`` with the same keys; ``cmc``, the share of queries answered
+        by ranks 1 to 20; ``re_rank``; ``protocol``.
     """
     q, g = eval_set.query, eval_set.gallery
-    per_trial = []
+    per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
         distmat = distances(query, gallery[rows], ranking)
         if eval_set.camera_rule == "sysu":
@@ -356,11 +357,13 @@ def score(
         else:
             result = eval_regdb(distmat, q.pids, g.pids[rows])
         per_trial.append(summarize(*result))
+        curves.append(result[0])
     mean, std = mean_and_std(per_trial)
     return {
         **mean,
         "std": std,
         "per_trial": per_trial,
+        "cmc": np.mean(curves, axis=0).tolist(),
         "re_rank": ranking,
         "protocol": eval_set.protocol,
     }

@@ -41,6 +41,7 @@ HEADS = ("pcb", "agw")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
 OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
 GEM_EPSILON = 1e-12
+RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
 CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
 
@@ -403,6 +404,16 @@ def load_network(
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
     return net, rest
+
+
+def trained_size(info: dict[str, Any]) -> tuple[int, int]:
+    """Height and width, pixels, of the images that a checkpoint was trained on.
+
+    Args:
+        info: The entries that `load_network` gives beside the network.
+    """
+    trained = info.get("options", {})
+    return trained.get("img_h", RELEASED_SIZE[0]), trained.get("img_w", RELEASED_SIZE[1])
 
 
 def _require(ok: bool, name: str, value: object, legal: object) -> None:

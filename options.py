@@ -277,6 +277,23 @@ def test_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    _evaluation_flags(parser)
+    add = _Flags(parser, "output")
+    add("output-dir", "where results.json goes (default: beside the checkpoint)", type=Path)
+    add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
+    add("save-features", "write all features, identities and paths to this .npz", type=Path)
+    add = _Flags(parser, "one's own images, in place of a data set")
+    for role in ("query", "gallery"):
+        add(f"{role}-dir", f"folder of {role} images, searched below it too", type=Path)
+        add(
+            f"{role}-modality",
+            f"of the {role} images (default: as --direction has it)",
+            choices=("visible", "infrared"),
+        )
+    return parser
+
+
+def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add = _Flags(parser, "what to evaluate")
     add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1..N", "-r")
     add("dataset", "which data set's layout and protocol", choices=DATASETS, default="regdb")
@@ -297,9 +314,57 @@ def test_parser(description: str) -> argparse.ArgumentParser:
     add("workers", "threads that decode images", type=_positive(int), default=4)
     add("amp", "bf16 autocast", action="store_true")
     add("gpu", "CUDA index, or cpu", default="0")
-    add("output-dir", "where results.json goes (default: beside the checkpoint)", type=Path)
-    add("figures", "draw ranked lists", action="store_true")
     add("quiet", "no progress bars", action="store_true")
+
+
+def figure_parser(description: str) -> argparse.ArgumentParser:
+    """Parser of ``visualize.py``: one command a figure."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=description, **form)
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+
+    def command(name: str, text: str) -> tuple[argparse.ArgumentParser, _Flags]:
+        figure = commands.add_parser(name, help=text, description=f"Draws {text}.", **form)
+        add = _Flags(figure, "figure")
+        add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
+        return figure, add
+
+    some = {"type": _positive(int)}
+    parsers = {}
+    for name, text in {
+        "ranked": "queries with their nearest gallery images",
+        "distances": "distances within and between identities, before and after training",
+        "embedding": "test features in the plane",
+        "addressing": "where on an image each granularity's strongest prototypes fire",
+        "prototypes": "the image patches that address a prototype most",
+    }.items():
+        figure, parsers[name] = command(name, text)
+        _evaluation_flags(figure)
+        _Flags(figure, "choice")("seed", "of random choices", type=_non_negative(int), default=0)
+    parsers["ranked"]("num-queries", "queries", **some, default=8)
+    parsers["ranked"]("top", "gallery images a query", **some, default=10)
+    parsers["distances"]("before", "weights before training: imagenet, none or a file")
+    parsers["embedding"]("ids", "identities, 7 at most", **some, default=7)
+    parsers["embedding"]("method", "projection", choices=("pca", "tsne"), default="pca")
+    parsers["addressing"]("ids", "identities, two images each", **some, default=3)
+    parsers["addressing"]("top", "prototypes an image and level", **some, default=3)
+    add = parsers["prototypes"]
+    levels = ("part", "instance", "semantic")
+    add("level", "granularity", choices=levels, default="part")
+    add("numbers", "prototypes (default: the most addressed)", type=_non_negative(int), nargs="+")
+    add("count", "prototypes, where no numbers are given", **some, default=8)
+    add("top", "patches a prototype and modality", **some, default=6)
+    add("images", "images a modality to look through", **some, default=200)
+
+    figure, add = command("cmc", "cumulative matching curves of several evaluations")
+    figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
+    add("names", "of the curves (default: the folders')", nargs="+")
+    for name, text in {
+        "curves": "loss terms, rate and evaluations over the epochs",
+        "health": "how the memory's levels are addressed over the epochs",
+    }.items():
+        figure, _ = command(name, text)
+        figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
     return parser
 
 

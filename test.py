@@ -3,9 +3,11 @@
     python test.py --dataset sysu --mode all --resume CHECKPOINT --gpu 0
     python test.py --dataset regdb --trial 1 --tvsearch --resume CHECKPOINT
     python test.py --dataset regdb --trials 10 --resume 'runs/MGMRA_regdb_trial{trial}/last.pt'
+    python test.py --query-dir people --gallery-dir night --resume CHECKPOINT    # own images
 
 Prints a table and writes ``results.json``. Every row names the data (real or stand-in), the
-protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen.
+protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen. One's own folders of
+images need no identities: ``ranks.csv``, ``ranks.json`` and a picture say who resembles whom.
 """
 
 import argparse
@@ -22,9 +24,10 @@ import torch
 import options
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
-from engine import METRICS, distances, extract_features, score
+from engine import METRICS, extract_features, score
 from eval_metrics import mean_and_std
-from model import TwoStreamNet, load_network
+from model import TwoStreamNet, load_network, trained_size
+from search import search_folders
 from utils import (
     load_checkpoint,
     make_writable_dir,
@@ -32,12 +35,11 @@ from utils import (
     setup_logging,
     user_errors,
     versions,
+    write_atomic,
     write_json,
 )
 
 log = logging.getLogger(__name__)
-
-RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
 
 
 def checkpoints(args: argparse.Namespace) -> list[tuple[int, str]]:
@@ -66,8 +68,7 @@ def checkpoints(args: argparse.Namespace) -> list[tuple[int, str]]:
 
 def image_size(args: argparse.Namespace, info: dict[str, Any]) -> tuple[int, int]:
     """Height and width to evaluate at: the flags', else those the checkpoint was trained at."""
-    trained = info.get("options", {})
-    height, width = trained.get("img_h", RELEASED_SIZE[0]), trained.get("img_w", RELEASED_SIZE[1])
+    height, width = trained_size(info)
     return args.img_h or height, args.img_w or width
 
 
@@ -150,8 +151,11 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
     for same in zip(*per_checkpoint, strict=True):
         mean, std = mean_and_std([{m: row[m] for m in METRICS} for row in same])
         trials = [{m: row[m] for m in METRICS} for row in same]
+        cmc = np.mean([row["cmc"] for row in same], axis=0).tolist()
         protocol = f"{same[0]['protocol']} and on to {len(same)} trials, one model each"
-        rows.append({**same[0], **mean, "std": std, "per_trial": trials, "protocol": protocol})
+        rows.append(
+            {**same[0], **mean, "std": std, "per_trial": trials, "cmc": cmc, "protocol": protocol}
+        )
     return rows
 
 
@@ -174,36 +178,59 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figures(
+def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
+    """Where the features of one checkpoint go: one file each where there are several.
+
+    Raises:
+        ValueError: When it is no .npz, or its folder cannot be written to.
+    """
+    path = args.save_features
+    if path is None:
+        return None
+    if path.suffix != ".npz":
+        raise ValueError(f"--save-features {path}: expected a name that ends with .npz")
+    make_writable_dir(path.parent)
+    return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
+
+
+def save_features(
+    path: Path, protocol: EvalSet, features: dict[str, dict[str, np.ndarray]], row: dict[str, Any]
+) -> None:
+    """Writes everything that an evaluation ranks, in the order of the protocol's lists.
+
+    The arrays are, for ``query`` and ``gallery`` each, ``<role>_<feature>`` (n, D) float32 with
+    rows of norm 1, ``<role>_pids`` (n,), ``<role>_camids`` (n,), ``<role>_paths`` (n,) and
+    ``<role>_modality``; ``gallery_trials`` (trials, g) with rows of the gallery, -1 behind a
+    trial's last; ``protocol``, ``dataset``, ``checkpoint``. None needs pickle to be read.
+    """
+    trials = protocol.gallery_trials
+    padded = np.full((len(trials), max(map(len, trials))), -1, np.int64)
+    for number, rows in enumerate(trials):
+        padded[number, : len(rows)] = rows
+    arrays: dict[str, Any] = {"gallery_trials": padded}
+    arrays |= {name: np.array(str(row[name])) for name in ("protocol", "dataset", "checkpoint")}
+    for role in ("query", "gallery"):
+        images = getattr(protocol, role)
+        arrays |= {f"{role}_{feat}": values for feat, values in features[role].items()}
+        arrays[f"{role}_pids"], arrays[f"{role}_camids"] = images.pids, images.camids
+        arrays[f"{role}_paths"] = np.array(images.paths)
+        arrays[f"{role}_modality"] = np.array(images.modality)
+    write_atomic(path, lambda stream: np.savez(stream, **arrays))
+
+
+def draw_figures(
     folder: Path,
     protocol: EvalSet,
     load: Callable[[ImageList], np.ndarray],
-    features: dict[str, Any],
-    row: dict[str, Any],
-) -> Path:
-    """Draws ranked lists of the first trial's gallery; returns the picture's path."""
-    from visualize import ranked_lists
+    features: dict[str, dict[str, np.ndarray]],
+    rows: Sequence[dict[str, Any]],
+) -> None:
+    """Draws ranked lists, CMC, distances and an embedding of the last row's feature."""
+    from visualize import evaluation_figures  # drawing takes its time to import
 
-    query, rows = protocol.query, protocol.gallery_trials[0]
-    gallery = protocol.gallery.take(rows)
-    feat, ranking = row["test_feat"], row["re_rank"]
-    distmat = distances(features["query"][feat], features["gallery"][feat][rows], ranking)
-    excluded = None
-    if protocol.camera_rule == "sysu":
-        excluded = (query.camids == 3)[:, None] & (gallery.camids == 2)[None]
-    path = folder / "ranked_lists.png"
-    ranked = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
-    ranked_lists(
-        path,
-        query_images=load(query),
-        gallery_images=load(protocol.gallery)[rows],
-        distmat=distmat,
-        q_pids=query.pids,
-        g_pids=gallery.pids,
-        excluded=excluded,
-        title=f"{row['dataset']}: {row['protocol']}; {ranked}",
-    )
-    return path
+    feat = rows[-1]["test_feat"]
+    of_feat = {role: kinds[feat] for role, kinds in features.items()}
+    log.info("wrote %s", ", ".join(evaluation_figures(folder, protocol, load, of_feat, rows)))
 
 
 def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
@@ -236,8 +263,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = options.test_parser(__doc__).parse_args(argv)
         options.resolve_protocol(args)
         setup_logging()
+        if args.query_dir or args.gallery_dir:
+            search_folders(args)
+            return 0
         device = resolve_device(args.gpu)
         found = checkpoints(args)
+        targets = [feature_file(args, trial) for trial, _ in found]
         given = {"gem_p": args.gem_p, "memory_variant": args.memory_variant}
         for _, path in found[1:]:
             load_checkpoint(path)  # a broken one is found before the others' long work
@@ -259,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cache = ImageCache(workers=args.workers, progress=not args.quiet)
         data = data_name(args.dataset, args.data_path)
         results = []
-        for (_, path), protocol in zip(found, protocols, strict=True):
+        for (_, path), protocol, target in zip(found, protocols, targets, strict=True):
             net, info = load_network(path, **given)
             size = image_size(args, info)
             net.check_image_height(size[0])
@@ -277,8 +308,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             about = {"dataset": data, **describe_checkpoint(path, info)}
             results.append([{**row, **about} for row in rows])
+            if target:
+                save_features(target, protocol, features, results[-1][-1])
+                log.info("wrote %s", target)
             if args.figures and len(results) == 1:
-                log.info("wrote %s", figures(output, protocol, load, features, results[0][-1]))
+                draw_figures(output, protocol, load, features, results[0])
         rows = over_checkpoints(results)
         sys.stdout.write(table(rows) + "\n")
         # The headline is what was asked for: re-ranked only where --re_rank says so.

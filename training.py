@@ -362,6 +362,7 @@ def _evaluator(
             )
             features.append(embedded[test_feat])
         result = score(testing, *features, args.re_rank)
+        del result["cmc"]  # of no use in a log
         return {**result, "dataset": data, "test_feat": test_feat}
 
     return evaluate

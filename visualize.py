@@ -1,353 +1,724 @@
-"""Figures: readable at print size and in grey, in one style (`mgmra.mplstyle`).
+"""Draws one figure from a checkpoint, from several results, or from a run's log.
 
-    ranked_lists("ranked.png", query_images=..., gallery_images=..., distmat=..., q_pids=...,
-                 g_pids=..., title="RegDB, visible to infrared, not re-ranked")
+    python visualize.py ranked     --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py distances  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py embedding  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt --ids 7
+    python visualize.py addressing --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py prototypes --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py cmc runs/*/test_regdb_v2i_trial1_last --names HCT MG-MRA
+    python visualize.py curves runs/MGMRA_regdb_trial1
+    python visualize.py health runs/MGMRA_regdb_trial1
 
-A figure is a PNG or a PDF, by the suffix of its path. Nothing here touches pyplot's state.
+Test identities only: no figure shows an identity that the network was trained on. Every figure goes
+beside its input, or where --out says; --help after a figure's name lists what can be chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.patches import Rectangle
-from matplotlib.textpath import text_to_path
-from numpy.typing import ArrayLike
-from PIL import Image
+import torch
 
-from utils import write_atomic
+import figures
+import options
+import pictures
+from data_loader import EvalLoader, load_images
+from data_manager import EvalSet, ImageList, data_name, eval_set
+from engine import distances, extract_features
+from memory import Survivors
+from model import TwoStreamNet, load_network, trained_size
+from utils import resolve_device, seed_everything, setup_logging, user_errors
 
-STYLE = Path(__file__).with_name("mgmra.mplstyle")
-POINTS = 72  # an inch
-DENSITY = 2  # pixels a point; geometry in whole points lands on whole pixels
-FORMATS = (".png", ".pdf")
-IMAGE_COLORS, PAGE_COLORS = 48, 256  # of one image, of a whole PNG: a third of the bytes
+log = logging.getLogger(__name__)
 
-PAGE_WIDTH = 516  # points; the text width of a two-column conference page
-PAGE_HEIGHT = 640  # points; longer lists get smaller images, down to the least size
-COLUMN_WIDTH = 252  # points; one column of such a page, which no figure is narrower than
-TILE_WIDTHS = (26, 48)  # points, least and largest width of an image
-MARGIN, GAP, NOTE_WIDTH, LINE = 5, 7, 66, 12  # points; LINE: from one line of text to the next
-FONT, TITLE_FONT = 8, 9  # points
-LEGEND_WIDTH = 122  # points, of each of its two entries
-INK, FAINT = "#1a1a1a", "#555555"
+Features = Mapping[str, np.ndarray]  # "query" (Q, D) and "gallery" (G, D), rows of norm 1
+PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
+EMBEDDED_IMAGES = 20  # an identity and modality
+PERPLEXITY = 20  # of t-SNE, for a few hundred points
 
 
-@dataclass(frozen=True)
-class Frame:
-    """How an answer of one kind is framed; each of the three marks suffices to tell it."""
-
-    meaning: str
-    color: str
-    dashes: str | tuple[float, tuple[float, ...]]
-    mark: str
-    badge: str  # what the mark stands on
-    ink: str  # colour of the mark
-
-
-RIGHT = Frame("right: same identity", "#0072B2", "-", "\N{CHECK MARK}", "#0072B2", "white")
-WRONG = Frame("wrong: other identity", "#E69F00", (0, (2.6, 1.5)), "\N{BALLOT X}", "white", INK)
-
-
-# ------------------------------------------------------------------------------------------ base
-
-
-def _draw(path: str | Path, make: Callable[[], Figure]) -> None:
-    """Writes the figure that `make` returns, made and saved in the project's style."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"cannot draw {path}: a figure is named {' or '.join(FORMATS)}")
-    with matplotlib.rc_context(fname=STYLE):  # the reader's own settings do not count
-        figure = make()
-        save = _save_png if path.suffix.lower() == ".png" else _save_pdf
-        write_atomic(path, lambda stream: save(figure, stream))
-
-
-def _save_png(figure: Figure, stream: BinaryIO) -> None:
-    """Writes a PNG with a palette."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    page = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    _palette(page, PAGE_COLORS).save(stream, "PNG", optimize=True, dpi=(figure.dpi, figure.dpi))
-
-
-def _save_pdf(figure: Figure, stream: BinaryIO) -> None:
-    """Writes a PDF without its date, so that the same figure is the same file."""
-    figure.savefig(stream, format="pdf", metadata={"CreationDate": None})
-
-
-def _palette(image: Image.Image, colors: int) -> Image.Image:
-    """The image in so many colours; the choice keeps rare ones, such as a bag's or a frame's."""
-    coverage = Image.Quantize.MAXCOVERAGE
-    return image.quantize(colors, coverage, kmeans=2, dither=Image.Dither.NONE)
-
-
-def _page(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty page, and axes over all of it in points with the origin at its top left."""
-    figure = Figure(figsize=(width / POINTS, height / POINTS), dpi=DENSITY * POINTS)
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
-    axes.set_axis_off()
-    return figure, axes
-
-
-def _write(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
-    """Puts one line of text on a page, its top at y; dollars in it are dollars."""
-    options = {"fontsize": FONT, "color": INK, "va": "top", "parse_math": False} | options
-    axes.text(x, y, text, **options)
-
-
-def _wrap(text: str, width: float, font: FontProperties) -> list[str]:
-    """Breaks text between words into lines of at most `width` points, where a word allows it."""
-    lines = []
-    for paragraph in text.splitlines():
-        line = ""
-        for word in paragraph.split():
-            longer = f"{line} {word}".strip()
-            if line and text_to_path.get_text_width_height_descent(longer, font, False)[0] > width:
-                lines.append(line)
-                longer = word
-            line = longer
-        lines.append(line)
-    return lines
-
-
-# ---------------------------------------------------------------------------------- ranked lists
-
-
-def ranked_lists(
-    path: str | Path,
-    *,
-    query_images: np.ndarray,
-    gallery_images: np.ndarray,
-    distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    excluded: np.ndarray | None = None,
-    queries: Sequence[int] | None = None,
-    num_queries: int = 8,
-    top: int = 10,
-    title: str = "",
-    seed: int = 0,
-) -> None:
-    """Draws queries, each with its nearest gallery images, right and wrong answers told apart.
-
-    Beside a query stand the rank of its first right answer and its average precision, over the
-    whole gallery. Where `queries` is None they are drawn at random among those with a right answer
-    to find, in the proportion of right and wrong nearest images, but a quarter or more of each kind
-    where there are so many; the figure says how many there were to draw from.
-
-    Args:
-        path: File to write, .png or .pdf.
-        query_images: (Q, H, W, 3) uint8.
-        gallery_images: (G, H, W, 3) uint8.
-        distmat: (Q, G), smaller is closer; ties keep gallery order.
-        q_pids: (Q,) identities of the queries.
-        g_pids: (G,) identities of the gallery.
-        excluded: (Q, G) bool, True where the protocol ignores a gallery image for a query.
-        queries: Rows to draw, in this order.
-        num_queries: How many to draw at random otherwise.
-        top: Gallery images a query.
-        title: What was measured: data set, protocol, whether re-ranked.
-        seed: Of the random choice.
-
-    Raises:
-        ValueError: Shapes or types that disagree, a distance that is not finite, a query that does
-            not exist, none with a right answer to find, or another kind of file.
-        OSError: When the file cannot be written.
-    """
-    if excluded is None:
-        excluded = np.broadcast_to(False, np.shape(distmat))
-    given = (query_images, gallery_images, distmat, q_pids, g_pids, excluded)
-    lists = _Lists(*map(np.asarray, given))
-    if top < 1 or num_queries < 1:
-        raise ValueError(f"top is {top}, num_queries {num_queries}, expected at least 1 of each")
-    chosen, how = lists.draw(num_queries, seed) if queries is None else lists.named(queries)
-    if lists.excluded.any():
-        how += " Gallery images that the protocol ignores for a query are left out."
-    _draw(path, lambda: _ranked_lists(lists, chosen, min(top, len(lists.g_pids)), title, how))
+# ------------------------------------------------------------------------------ what is measured
 
 
 @dataclass(frozen=True, eq=False)
-class _Lists:
-    """What `ranked_lists` was given, checked."""
+class Subject:
+    """A network and the images it is shown on.
 
-    query_images: np.ndarray
-    gallery_images: np.ndarray
-    distmat: np.ndarray
-    q_pids: np.ndarray
-    g_pids: np.ndarray
-    excluded: np.ndarray
+    Attributes:
+        net: On its device, in evaluation mode.
+        protocol: Queries and gallery; figures use its first trial's.
+        args: The command line.
+        info: What the checkpoint holds beside the network.
+        name: Data and network in words.
+    """
 
-    def __post_init__(self) -> None:
-        """Holds every shape and type against the distances'."""
-        distmat, shape = self.distmat, self.distmat.shape
-        if distmat.ndim != 2 or 0 in shape or distmat.dtype.kind not in "fiu":
-            raise ValueError(
-                f"distmat has shape {shape} of {distmat.dtype}, expected numbers (Q, G), neither 0"
-            )
-        if not np.isfinite(distmat).all():
-            row, column = np.argwhere(~np.isfinite(distmat))[0]
-            value = distmat[row, column]
-            raise ValueError(f"distmat[{row}, {column}] is {value}, expected a finite distance")
-        size = self.query_images.shape[1:3] if self.query_images.ndim == 4 else ("H", "W")
-        for name, expected, dtype in (
-            ("q_pids", shape[:1], self.q_pids.dtype),
-            ("g_pids", shape[1:], self.g_pids.dtype),
-            ("query_images", (shape[0], *size, 3), np.uint8),
-            ("gallery_images", (shape[1], *size, 3), np.uint8),
-            ("excluded", shape, np.bool_),
-        ):
-            array = getattr(self, name)
-            if array.shape != expected or 0 in array.shape or array.dtype != dtype:
-                raise ValueError(
-                    f"{name} has shape {array.shape} of {array.dtype}, expected "
-                    f"{expected} of {np.dtype(dtype)} (distmat: {shape})"
-                )
+    net: TwoStreamNet
+    protocol: EvalSet
+    args: argparse.Namespace
+    info: dict[str, Any]
+    name: str
 
-    def ranking(self, query: int) -> np.ndarray:
-        """Gallery rows that count for a query, nearest first."""
-        order = np.argsort(self.distmat[query], kind="stable")
-        return order[~self.excluded[query, order]]
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
 
-    def named(self, queries: Sequence[int]) -> tuple[list[int], str]:
-        """The rows that the caller named, and the figure's words for it."""
-        chosen = np.asarray(queries)
-        total = len(self.q_pids)
-        if chosen.ndim != 1 or not len(chosen) or chosen.dtype.kind not in "iu":
-            raise ValueError(f"queries is {queries!r}, expected row numbers, at least one")
-        if chosen.min() < 0 or chosen.max() >= total:
-            raise ValueError(f"queries is {queries!r}, expected row numbers from 0 to {total - 1}")
-        return chosen.tolist(), f"Queries chosen by hand, {len(chosen)} of {total:,}."
-
-    def draw(self, count: int, seed: int) -> tuple[list[int], str]:
-        """Random rows, those with a right nearest image first, and the figure's words for it."""
-        matches = self.q_pids[:, None] == self.g_pids
-        rows = np.flatnonzero((matches & ~self.excluded).any(axis=1))
-        if not len(rows):
-            raise ValueError(
-                f"none of {len(self.q_pids)} queries has its identity among the gallery images "
-                "that count for it: do query and gallery share identities?"
-            )
-        distances = np.where(self.excluded, np.inf, self.distmat)
-        succeeds = matches[rows, distances[rows].argmin(axis=1)]
-        kinds = rows[succeeds], rows[~succeeds]
-        shares = _shares(min(count, len(rows)), len(kinds[0]), len(kinds[1]))
-        rng = np.random.default_rng(seed)
-        chosen = [
-            row
-            for kind, share in zip(kinds, shares, strict=True)
-            for row in np.sort(rng.choice(kind, share, replace=False)).tolist()
-        ]
-        how = (
-            f"Queries drawn at random (seed {seed}): {shares[0]} of the {len(kinds[0]):,} whose "
-            f"nearest image is right, {shares[1]} of the {len(kinds[1]):,} whose nearest is wrong."
+    def load(self, images: ImageList) -> np.ndarray:
+        """Images (n, H, W, 3) uint8 at the network's size."""
+        height, width = trained_size(self.info)
+        return load_images(
+            images,
+            height=self.args.img_h or height,
+            width=self.args.img_w or width,
+            workers=self.args.workers,
+            progress=not self.args.quiet,
         )
-        return chosen, how
+
+    def batches(self, images: ImageList) -> EvalLoader:
+        """Normalised batches of images."""
+        return EvalLoader(self.load(images), batch_size=self.args.test_batch, device=self.device)
+
+    def features(self, net: TwoStreamNet | None = None) -> dict[str, np.ndarray]:
+        """Retrieval features of query and gallery, of this network or another like it."""
+        feat = self.args.test_feat or self.net.test_feats()[0]
+        return {
+            role: extract_features(
+                self.net if net is None else net,
+                self.batches(getattr(self.protocol, role)),
+                modality=getattr(self.protocol, role).modality,
+                test_feats=(feat,),
+                amp=self.args.amp,
+            )[feat]
+            for role in ("query", "gallery")
+        }
 
 
-def _shares(count: int, successes: int, failures: int) -> tuple[int, int]:
-    """How many of `count` queries to take of either kind, `count` at most their sum."""
-    least = count // 4
-    wanted = min(max(round(count * successes / (successes + failures)), least), count - least)
-    right = max(min(wanted, successes), count - failures)
-    return right, count - right
+def open_subject(args: argparse.Namespace) -> Subject:
+    """Loads the checkpoint and lists the images that the flags name.
+
+    Raises:
+        ValueError: When no checkpoint is named, or it or the data cannot be used.
+    """
+    if not args.resume:
+        raise ValueError("name the checkpoint to draw from: --resume PATH")
+    options.resolve_protocol(args)
+    device = resolve_device(args.gpu)
+    net, info = load_network(args.resume, gem_p=args.gem_p, memory_variant=args.memory_variant)
+    protocol = eval_set(
+        args.dataset,
+        args.data_path,
+        trial=args.trial,
+        direction=args.direction,
+        mode=args.mode,
+        gallery=args.gallery,
+        shots=args.shots,
+        trials=1 if args.dataset == "sysu" else args.trials,
+        subset=args.subset,
+    )
+    name = f"{data_name(args.dataset, args.data_path)}: {protocol.protocol}"
+    net = net.to(device, memory_format=torch.channels_last).eval()
+    net.check_image_height(args.img_h or trained_size(info)[0])
+    return Subject(net, protocol, args, info, name)
 
 
-def _note(lists: _Lists, query: int, ranking: np.ndarray) -> list[str]:
-    """What stands beside a query: its identity, first right answer, average precision."""
-    ranks = np.flatnonzero(lists.g_pids[ranking] == lists.q_pids[query]) + 1
-    lines = [f"identity {lists.q_pids[query]}"]
-    if not len(ranks):
-        return [*lines, "no right answer"]
-    precision = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-    return [*lines, f"first hit: {ranks[0]:,}", f"AP: {100 * precision:.1f} %"]
+def ignored(protocol: EvalSet) -> np.ndarray:
+    """Which images of the first trial's gallery the protocol ignores for a query: (Q, G) bool."""
+    query, gallery = protocol.query, protocol.gallery.take(protocol.gallery_trials[0])
+    if protocol.camera_rule == "sysu":
+        return (query.camids == 3)[:, None] & (gallery.camids == 2)
+    return np.zeros((len(query), len(gallery)), bool)
 
 
-def _tile_size(columns: int, rows: int, aspect: float) -> tuple[int, int]:
-    """Width and height of an image, whole points; aspect is height / width."""
-    room = PAGE_WIDTH - 2 * MARGIN - NOTE_WIDTH - 2 * GAP
-    width = min(room / columns - GAP, (PAGE_HEIGHT / rows - GAP) / aspect)
-    width = int(np.clip(width, *TILE_WIDTHS))
-    return width, max(round(width * aspect), 1)
+def pair_distances(protocol: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine distances across modalities within and between identities, over the first trial."""
+    rows = protocol.gallery_trials[0]
+    distmat = 1 + distances(features["query"], features["gallery"][rows])
+    same = protocol.query.pids[:, None] == protocol.gallery.pids[rows]
+    counts = ~ignored(protocol)
+    return distmat[same & counts], distmat[~same & counts]
 
 
-def _ranked_lists(lists: _Lists, chosen: Sequence[int], top: int, title: str, how: str) -> Figure:
-    """The figure: words, column heads, a row per query, legend."""
-    height, width = lists.query_images.shape[1:3]
-    tile = _tile_size(top + 1, len(chosen), height / width)
-    pitch = tile[0] + GAP, tile[1] + GAP
-    first = MARGIN + GAP + tile[0] + NOTE_WIDTH + 2 * GAP  # left edge of the nearest image
-    page_width = max(first + top * pitch[0] - GAP + MARGIN + 2, COLUMN_WIDTH)
-
-    text_width = page_width - 2 * MARGIN
-    bold, plain = FontProperties(size=TITLE_FONT, weight="bold"), FontProperties(size=FONT)
-    head = [(line, bold, INK) for line in _wrap(title, text_width, bold)]
-    head += [(line, plain, FAINT) for line in _wrap(how, text_width, plain)]
-    below = MARGIN + LINE * (len(head) + 1) + 6  # top edge of the first image
-    bottom = below + len(chosen) * pitch[1]
-
-    figure, axes = _page(page_width, bottom + 12 + MARGIN)
-    for number, (line, font, color) in enumerate(head):
-        _write(axes, MARGIN, MARGIN + LINE * number, line, fontproperties=font, color=color)
-    _write(axes, MARGIN + 2 + tile[0] / 2, below - 5, "query", va="baseline", ha="center")
-    for place in range(top):
-        x = first + place * pitch[0] + tile[0] / 2
-        _write(axes, x, below - 5, str(place + 1), va="baseline", ha="center")
-    for number, query in enumerate(chosen):
-        y = below + number * pitch[1]
-        _row(axes, lists, query, top, (first, y), tile)
-    _legend(axes, bottom, first, page_width)
-    return figure
+def chosen_identities(protocol: EvalSet, count: int, seed: int) -> np.ndarray:
+    """Random test identities, ascending, among those with images in both modalities."""
+    shown = protocol.gallery.pids[protocol.gallery_trials[0]]
+    pids = np.intersect1d(protocol.query.pids, shown)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(pids, min(count, len(pids)), replace=False))
 
 
-def _row(
-    axes: Axes, lists: _Lists, query: int, top: int, corner: tuple[int, int], tile: tuple[int, int]
+def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str], str]:
+    """Puts features (n, D) into the plane.
+
+    Returns:
+        Points (n, 2), names of the axes, and what was done, in words.
+
+    Raises:
+        ValueError: Under three points, or t-SNE without scikit-learn.
+    """
+    if len(points) < 3:
+        raise ValueError(f"{len(points)} images are too few for a plane, expected at least 3")
+    centered = points.astype(np.float64) - points.mean(axis=0)
+    left, scale, right = np.linalg.svd(centered, full_matrices=False)
+    if method == "pca":
+        right *= np.sign(right[np.arange(len(right)), np.abs(right).argmax(axis=1)])[:, None]
+        shares = 100 * scale**2 / max((scale**2).sum(), 1e-300)
+        names = tuple(f"component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
+        return centered @ right[:2].T, names, "Principal components of the features shown."
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError(
+            "--method tsne needs scikit-learn, which is not among this project's requirements: "
+            "pip install scikit-learn, or take --method pca"
+        ) from error
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    words = f"t-SNE, perplexity {perplexity:.3g}, seed {seed}: distances in it mean little."
+    return tsne.fit_transform(points), ("", ""), words
+
+
+# -------------------------------------------------------------------- figures of test features
+
+
+def draw_ranked(
+    path: Path,
+    protocol: EvalSet,
+    load: Callable[[ImageList], np.ndarray],
+    features: Features,
+    *,
+    title: str,
+    ranking: str = "no",
+    num_queries: int = 8,
+    top: int = 10,
+    seed: int = 0,
 ) -> None:
-    """Draws a query, what is said of it, and its nearest images, the first of them at corner."""
-    (first, y), ranking = corner, lists.ranking(query)
-    _picture(axes, lists.query_images[query], (MARGIN + 2, y), tile)
-    for line, text in enumerate(_note(lists, query, ranking)):
-        x, weight = MARGIN + 2 + tile[0] + GAP, "normal" if line else "bold"
-        _write(axes, x, y + tile[1] / 2 + (line - 1.5) * LINE, text, fontweight=weight)
-    for place, row in enumerate(ranking[:top].tolist()):
-        x = first + place * (tile[0] + GAP)
-        _picture(axes, lists.gallery_images[row], (x, y), tile)
-        _frame(axes, RIGHT if lists.g_pids[row] == lists.q_pids[query] else WRONG, (x, y), tile)
+    """Draws ranked lists over the first trial's gallery; see `pictures.ranked_lists`."""
+    rows = protocol.gallery_trials[0]
+    mask = ignored(protocol)
+    words = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
+    pictures.ranked_lists(
+        path,
+        query_images=load(protocol.query),
+        gallery_images=load(protocol.gallery)[rows],
+        distmat=distances(features["query"], features["gallery"][rows], ranking),
+        q_pids=protocol.query.pids,
+        g_pids=protocol.gallery.pids[rows],
+        excluded=mask if mask.any() else None,
+        num_queries=num_queries,
+        top=top,
+        title=f"{title}; {words}",
+        seed=seed,
+    )
 
 
-def _picture(axes: Axes, image: np.ndarray, corner: tuple[int, int], tile: tuple[int, int]) -> None:
-    """Puts an image (H, W, 3) on a page, with no more pixels than can be seen there."""
-    (x, y), (width, height) = corner, tile
-    pixels = (DENSITY * width, DENSITY * height)
-    image = Image.fromarray(np.asarray(image)).resize(pixels, Image.Resampling.BILINEAR)
-    image = _palette(image, IMAGE_COLORS).convert("RGB")
-    axes.imshow(image, extent=(x, x + width, y + height, y), aspect="auto", interpolation="none")
+def draw_distances(
+    path: Path, protocol: EvalSet, features: Mapping[str, Features], *, title: str
+) -> None:
+    """Draws distances across modalities, a panel for each of several features by name."""
+    figures.distance_histograms(
+        path,
+        {name: pair_distances(protocol, each) for name, each in features.items()},
+        title=title,
+        note=f"Pairs of {protocol.query.modality} queries and {protocol.gallery.modality} gallery "
+        "images of test identities.",
+    )
 
 
-def _frame(axes: Axes, frame: Frame, corner: tuple[float, float], tile: tuple[int, int]) -> None:
-    """Frames what lies at a corner, with the answer's mark in a badge at its top left."""
-    (x, y), (width, height) = corner, tile
-    line = {"linewidth": 1.8, "edgecolor": frame.color, "linestyle": frame.dashes}
-    axes.add_patch(Rectangle((x - 1.5, y - 1.5), width + 3, height + 3, fill=False, **line))
-    badge = {"facecolor": frame.badge, "edgecolor": frame.color, "linewidth": 1}
-    axes.add_patch(Rectangle((x - 2, y - 2), 9, 9, **badge))
-    mark = {"ha": "center", "va": "center_baseline", "color": frame.ink, "fontweight": "bold"}
-    _write(axes, x + 2.5, y + 2.5, frame.mark, **mark)
+def draw_embedding(
+    path: Path,
+    protocol: EvalSet,
+    features: Features,
+    *,
+    title: str,
+    ids: int = figures.MOST_CURVES,
+    method: str = "pca",
+    seed: int = 0,
+) -> None:
+    """Draws a few test identities' features in the plane.
+
+    Raises:
+        ValueError: More identities than can be told apart, or see `project`.
+    """
+    if ids > figures.MOST_CURVES:
+        raise ValueError(f"--ids {ids}: expected at most {figures.MOST_CURVES}, told apart by eye")
+    wanted = chosen_identities(protocol, ids, seed)
+    points, pids, infrared = [], [], []
+    gallery_rows = protocol.gallery_trials[0]
+    for role, rows in (("query", np.arange(len(protocol.query))), ("gallery", gallery_rows)):
+        images = getattr(protocol, role)
+        of_pid = [rows[images.pids[rows] == pid][:EMBEDDED_IMAGES] for pid in wanted]
+        kept = np.concatenate(of_pid)
+        points.append(features[role][kept])
+        pids.append(images.pids[kept])
+        infrared.append(np.full(len(kept), images.modality == "infrared"))
+    plane, axes, words = project(np.concatenate(points), method, seed)
+    figures.embedding(
+        path,
+        plane,
+        np.concatenate(pids),
+        np.concatenate(infrared),
+        axis_names=axes,
+        title=title,
+        note=f"{words} {len(wanted)} test identities, drawn at random (seed {seed}).",
+    )
 
 
-def _legend(axes: Axes, y: float, first: float, page_width: float) -> None:
-    """Says what the frames mean, below the images, from the first of them on if there is room."""
-    x = min(first, page_width - 2 * LEGEND_WIDTH)
-    for frame in (RIGHT, WRONG):
-        _frame(axes, frame, (x, y + 2), (20, 10))
-        _write(axes, x + 27, y + 7, frame.meaning, va="center_baseline")
-        x += LEGEND_WIDTH
+def evaluation_figures(
+    folder: Path,
+    protocol: EvalSet,
+    load: Callable[[ImageList], np.ndarray],
+    features: Features,
+    rows: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Draws what an evaluation has at hand into its folder.
+
+    Args:
+        folder: Where to.
+        protocol: What was evaluated.
+        load: From an image list to its images.
+        features: Of the rows' last kind of feature.
+        rows: Results as in ``results.json``; the last one is what the ranked lists show.
+
+    Returns:
+        Names of the files.
+    """
+    last = rows[-1]
+    title = f"{last['dataset']}: {last['protocol']}"
+    names = ("ranked_lists", "cmc", "distances", "embedding")
+    paths = [folder / f"{name}.png" for name in names]
+    draw_ranked(paths[0], protocol, load, features, title=title, ranking=last["re_rank"])
+    figures.cmc_curves(paths[1], {_curve_name(r): (r["cmc"], r["mAP"]) for r in rows}, title=title)
+    draw_distances(paths[2], protocol, {"after training": features}, title=title)
+    draw_embedding(paths[3], protocol, features, title=title)
+    return [path.name for path in paths]
+
+
+def _curve_name(row: Mapping[str, Any]) -> str:
+    ranked = "" if row["re_rank"] == "no" else f", {row['re_rank']}"
+    return f"{row['test_feat']}{ranked}"
+
+
+# ------------------------------------------------------------------------------- the memory
+
+
+@dataclass
+class Recorder:
+    """Takes the place of a `memory.MemoryHealth`: keeps who is addressed, level by level."""
+
+    levels: dict[str, tuple[Survivors, int]] = field(default_factory=dict)
+
+    def update(self, level: str, survivors: Survivors, num_prototypes: int) -> None:
+        """Keeps one read of a batch."""
+        self.levels[level] = (survivors, num_prototypes)
+
+
+@torch.no_grad()
+def addressed(
+    net: TwoStreamNet, images: torch.Tensor, modality: str
+) -> tuple[dict[str, tuple[Survivors, int]], tuple[int, int]]:
+    """Reads the memory at every position of a batch's maps.
+
+    Args:
+        net: With a memory, in evaluation mode.
+        images: (n, 3, H, W), normalised.
+        modality: "visible" or "infrared".
+
+    Returns:
+        By level the addressing weights of the n*h*w positions and the size of the bank; (h, w).
+
+    Raises:
+        ValueError: The network has no memory.
+    """
+    if net.memory is None:
+        raise ValueError(
+            "the network has no memory to look into: draw from a checkpoint of train_SGMRA.py or "
+            "train_MGMRA.py"
+        )
+    inputs = (images, None) if modality == "visible" else (None, images)
+    x = net.feature_map(*inputs)
+    recorder = Recorder()
+    net.memory(x, recorder)
+    return recorder.levels, tuple(x.shape[2:])
+
+
+def fired(survivors: Survivors, size: int, shape: tuple[int, int], top: int) -> pictures.Fired:
+    """Each image's most addressed prototypes of a level, and where it addresses them.
+
+    Args:
+        survivors: Of n*h*w positions.
+        size: Prototypes in the bank.
+        shape: (h, w).
+        top: Prototypes an image.
+    """
+    positions = shape[0] * shape[1]
+    rows = survivors.rows().cpu().numpy()
+    columns, weights = (t.float().cpu().numpy() for t in (survivors.columns, survivors.weights))
+    dense = np.zeros((len(survivors.offsets) - 1, size), np.float32)
+    dense[rows, columns.astype(np.int64)] = weights
+    dense = dense.reshape(-1, positions, size)
+    totals = dense.sum(axis=1)
+    numbers = np.argsort(-totals, axis=1, kind="stable")[:, :top]
+    maps = np.take_along_axis(dense, numbers[:, None], axis=2).transpose(0, 2, 1)
+    empty = np.take_along_axis(totals, numbers, axis=1) == 0
+    return pictures.Fired(size, np.where(empty, -1, numbers), maps.reshape(*numbers.shape, *shape))
+
+
+@dataclass
+class Addresses:
+    """Who addresses one level's bank, over all images of a modality that were looked through.
+
+    Attributes:
+        images: (entries,) row of the image.
+        places: (entries,) position in the map, h * w of them an image.
+        columns: (entries,) prototype.
+        weights: (entries,) its weight.
+        shape: (h, w).
+        size: Prototypes in the bank.
+    """
+
+    images: np.ndarray
+    places: np.ndarray
+    columns: np.ndarray
+    weights: np.ndarray
+    shape: tuple[int, int]
+    size: int
+
+    def totals(self) -> np.ndarray:
+        """Sum of each prototype's weights, (size,)."""
+        return np.bincount(self.columns, self.weights, self.size)
+
+    def best(self, number: int, top: int) -> np.ndarray:
+        """Entries that address a prototype most, best first, one an image."""
+        entries = np.flatnonzero(self.columns == number)
+        entries = entries[np.argsort(-self.weights[entries], kind="stable")]
+        firsts = np.unique(self.images[entries], return_index=True)[1]
+        return entries[np.sort(firsts)[:top]]
+
+
+def collect_addresses(
+    net: TwoStreamNet, batches: EvalLoader, modality: str, level: str
+) -> Addresses:
+    """Looks through batches of one modality.
+
+    Raises:
+        ValueError: The network has no memory, or none with this level.
+    """
+    parts, seen, shape, size = [], 0, (0, 0), 0
+    for images in batches:
+        levels, shape = addressed(net, images, modality)
+        if level not in levels:
+            raise ValueError(f"the memory has no {level} level, expected {' or '.join(levels)}")
+        survivors, size = levels[level]
+        rows = survivors.rows().cpu().numpy()
+        image, place = np.divmod(rows, shape[0] * shape[1])
+        held = (t.cpu().numpy() for t in (survivors.columns, survivors.weights.float()))
+        parts.append((image + seen, place, *held))
+        seen += len(images)
+    return Addresses(*map(np.concatenate, zip(*parts, strict=True)), shape, size)
+
+
+def cut_patch(image: np.ndarray, place: int, shape: tuple[int, int]) -> np.ndarray:
+    """The square around a position of the map, `PATCH_CELLS` positions wide; grey beyond the edge.
+
+    Args:
+        image: (H, W, 3) uint8.
+        place: Number of the position, row by row.
+        shape: (h, w) of the map.
+
+    Returns:
+        (p, p, 3) uint8, the position itself in the middle.
+    """
+    cell = image.shape[0] // shape[0]
+    margin = cell * (PATCH_CELLS // 2)
+    padded = np.full((image.shape[0] + 2 * margin, image.shape[1] + 2 * margin, 3), 200, np.uint8)
+    padded[margin : margin + image.shape[0], margin : margin + image.shape[1]] = image
+    row, column = divmod(place, shape[1])
+    side = cell * PATCH_CELLS
+    return padded[row * cell : row * cell + side, column * cell : column * cell + side]
+
+
+def prototype_patches(
+    found: Mapping[str, Addresses],
+    images: Mapping[str, np.ndarray],
+    *,
+    level: str,
+    numbers: Sequence[int] | None,
+    count: int,
+    top: int,
+) -> list[pictures.Patches]:
+    """Prototypes with the patches of both modalities that address them most.
+
+    Args:
+        found: By modality who addresses the level.
+        images: By modality the images looked through, (n, H, W, 3).
+        level: Its name.
+        numbers: Prototypes to show; None takes the `count` most addressed ones.
+        count: How many.
+        top: Patches a prototype and modality.
+
+    Raises:
+        ValueError: A number that is no prototype, or a level of which nothing is ever read.
+    """
+    totals = {modality: each.totals() for modality, each in found.items()}
+    both = sum(totals.values())
+    if not both.sum():
+        raise ValueError(
+            f"no position of the images reads any {level} prototype (all weights are at or below "
+            "lambda): look at `visualize.py health`, or train longer"
+        )
+    if numbers is None:
+        numbers = [n for n in np.argsort(-both, kind="stable")[:count].tolist() if both[n]]
+    elif max(numbers) >= len(both):
+        raise ValueError(f"--numbers {max(numbers)}: the {level} bank has 0 to {len(both) - 1}")
+    rows = []
+    for number in numbers:
+        best = {m: each.best(number, top) for m, each in found.items()}
+        patches = {
+            m: [
+                cut_patch(images[m][found[m].images[e]], found[m].places[e], found[m].shape)
+                for e in entries
+            ]
+            for m, entries in best.items()
+        }
+        share = 100 * both[number] / both.sum()
+        visible = 100 * totals["visible"][number] / max(both[number], 1e-12)
+        rows.append(
+            pictures.Patches(
+                f"{level} {number}\n{share:.2g} % of reads\n{visible:.0f} % visible",
+                *(np.array(patches[m]) for m in ("visible", "infrared")),
+                *(found[m].weights[best[m]] for m in ("visible", "infrared")),
+            )
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------ commands
+
+
+def ranked(args: argparse.Namespace, path: Path) -> None:
+    """``ranked``: queries with their nearest gallery images."""
+    it = open_subject(args)
+    choice = {"num_queries": args.num_queries, "top": args.top, "seed": args.seed}
+    draw_ranked(
+        path, it.protocol, it.load, it.features(), title=it.name, ranking=args.re_rank, **choice
+    )
+
+
+def distances_before_and_after(args: argparse.Namespace, path: Path) -> None:
+    """``distances``: within and between identities, before and after training."""
+    it = open_subject(args)
+    weights = args.before or it.info.get("options", {}).get("weights") or "imagenet"
+    seed_everything(args.seed)
+    untrained = TwoStreamNet(**it.net.config, weights=weights)
+    untrained = untrained.to(it.device, memory_format=torch.channels_last)
+    origin = {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, weights)
+    features = {f"before ({origin})": it.features(untrained), "after training": it.features()}
+    draw_distances(path, it.protocol, features, title=it.name)
+
+
+def embedding(args: argparse.Namespace, path: Path) -> None:
+    """``embedding``: test features in the plane."""
+    it = open_subject(args)
+    choice = {"ids": args.ids, "method": args.method, "seed": args.seed}
+    draw_embedding(path, it.protocol, it.features(), title=it.name, **choice)
+
+
+def addressing(args: argparse.Namespace, path: Path) -> None:
+    """``addressing``: where on an image each granularity's strongest prototypes fire."""
+    it = open_subject(args)
+    rng = np.random.default_rng((args.seed, 1))
+    wanted = chosen_identities(it.protocol, args.ids, args.seed)
+    parts: dict[str, list] = {}
+    shown, names = [], []
+    for images in (it.protocol.query, it.protocol.gallery):
+        rows = [rng.choice(np.flatnonzero(images.pids == pid)) for pid in wanted]
+        some = images.take(rows)
+        shown.append(it.load(some))
+        names.append([f"identity {pid}\n{images.modality}" for pid in wanted])
+        (batch,) = EvalLoader(shown[-1], batch_size=len(rows), device=it.device)
+        levels, shape = addressed(it.net, batch, images.modality)
+        for level, (survivors, size) in levels.items():
+            parts.setdefault(level, []).append(fired(survivors, size, shape, args.top))
+    order = np.arange(2 * len(wanted)).reshape(2, -1).T.ravel()  # modalities side by side
+    levels = {
+        level: pictures.Fired(
+            each[0].size,
+            np.concatenate([f.numbers for f in each])[order],
+            np.concatenate([f.maps for f in each])[order],
+        )
+        for level, each in parts.items()
+    }
+    pictures.addressing(
+        path,
+        images=np.concatenate(shown)[order],
+        names=[sum(names, [])[i] for i in order],
+        levels=levels,
+        title=f"{it.name}; {args.resume}",
+    )
+
+
+def prototypes(args: argparse.Namespace, path: Path) -> None:
+    """``prototypes``: the image patches that address a prototype most."""
+    it = open_subject(args)
+    rng = np.random.default_rng(args.seed)
+    found, shown = {}, {}
+    for images in (it.protocol.query, it.protocol.gallery):
+        count = min(args.images, len(images))
+        some = images.take(rng.choice(len(images), count, replace=False))
+        shown[images.modality] = it.load(some)
+        batches = EvalLoader(shown[images.modality], batch_size=args.test_batch, device=it.device)
+        found[images.modality] = collect_addresses(it.net, batches, images.modality, args.level)
+    rows = prototype_patches(
+        found,
+        shown,
+        level=args.level,
+        numbers=args.numbers,
+        count=args.count,
+        top=args.top,
+    )
+    looked = " and ".join(f"{len(images)} {m}" for m, images in shown.items())
+    note = (
+        f"Best of {looked} test images, each by its best position (framed; below, the prototype's "
+        f"weight in what is read there); ties in random order (seed {args.seed})."
+    )
+    pictures.prototypes(path, rows, title=f"{it.name}; {args.resume}", note=note)
+
+
+def cmc(args: argparse.Namespace, path: Path) -> None:
+    """``cmc``: curves of several evaluations."""
+    files = [p / "results.json" if p.is_dir() else p for p in args.results]
+    names = args.names or _short_names(files)
+    if len(names) != len(files):
+        raise ValueError(f"{len(names)} --names for {len(files)} results, expected one each")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names are {', '.join(names)}: tell them apart with --names")
+    results = [read_result(file) for file in files]
+    titles = dict.fromkeys(f"{each['dataset']}: {each['protocol']}" for each in results)
+    ranked = ["" if r["re_rank"] == "no" else f", {r['re_rank']}" for r in results]
+    names = [name + words for name, words in zip(names, ranked, strict=True)]
+    runs = {name: (r["cmc"], r["mAP"]) for name, r in zip(names, results, strict=True)}
+    figures.cmc_curves(path, runs, title="\n".join(titles))
+
+
+def _short_names(files: Sequence[Path]) -> list[str]:
+    """The folders that tell results apart: the first path component that differs, else the file."""
+    folders = [file.resolve().parts for file in files]
+    for depth in range(min(map(len, folders))):
+        names = [parts[depth] for parts in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(file.parent) for file in files]
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Reads a ``results.json`` with a CMC in it.
+
+    Raises:
+        ValueError: It is not there, or is none of `test.py`'s.
+    """
+    hint = "write one with test.py --output-dir FOLDER"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {file}: {hint}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read as JSON ({error}): {hint}") from error
+    lacking = {"cmc", "mAP", "dataset", "protocol", "re_rank"}
+    lacking -= set(content if isinstance(content, dict) else ())
+    if lacking:
+        raise ValueError(f"{file} has no {', '.join(sorted(lacking))}: evaluate again; {hint}")
+    return content
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Reads a run's ``log.jsonl``, epochs ascending; of an epoch run twice, the later line.
+
+    Args:
+        run: The run's folder, or the file.
+
+    Raises:
+        ValueError: It is not there, is empty, or a line is no JSON object with an epoch.
+    """
+    file = run / "log.jsonl" if run.is_dir() else run
+    if not file.is_file():
+        raise ValueError(f"there is no {file}: name the folder that a training script wrote into")
+    lines: dict[int, dict[str, Any]] = {}
+    for number, text in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            lines[int(line["epoch"])] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number} is no epoch of a training log ({text[:40]!r})"
+            ) from error
+    if not lines:
+        raise ValueError(f"{file} is empty: no epoch is complete yet")
+    return [lines[epoch] for epoch in sorted(lines)]
+
+
+def run_name(run: Path) -> str:
+    """Method and data of a run, from the ``options.json`` beside its log; else its path."""
+    folder = run if run.is_dir() else run.parent
+    try:
+        content = json.loads((folder / "options.json").read_text())
+        return f"{content['method']}: {content['data']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(run)
+
+
+def curves(args: argparse.Namespace, path: Path) -> None:
+    """``curves``: loss terms, rate and evaluations over the epochs."""
+    figures.training_curves(path, read_log(args.run), title=run_name(args.run))
+
+
+def health(args: argparse.Namespace, path: Path) -> None:
+    """``health``: how the memory's levels are addressed over the epochs."""
+    figures.memory_health(path, read_log(args.run), title=run_name(args.run))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
+    "ranked": ranked,
+    "cmc": cmc,
+    "distances": distances_before_and_after,
+    "embedding": embedding,
+    "addressing": addressing,
+    "prototypes": prototypes,
+    "health": health,
+    "curves": curves,
+}
+
+
+def default_path(args: argparse.Namespace) -> Path:
+    """The figure's file beside what it is drawn from."""
+    if args.figure == "cmc":
+        source = args.results[0]
+    else:
+        source = args.run if args.figure in ("curves", "health") else Path(args.resume or ".")
+    return (source if source.is_dir() else source.parent) / f"{args.figure}.png"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    with user_errors():
+        args = options.figure_parser(__doc__).parse_args(argv)
+        setup_logging()
+        path = args.out or default_path(args)
+        if path.suffix.lower() not in figures.FORMATS or not path.parent.is_dir():
+            raise ValueError(
+                f"--out {path}: expected a .png or .pdf in a folder that exists, {path.parent}"
+            )
+        COMMANDS[args.figure](args, path)
+        log.info("wrote %s", path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Tests of visualize.py: what a figure shows, how queries are chosen, files, refusals."""
+"""Tests of pictures.py: what a figure shows, how queries are chosen, files, refusals."""
 
 import re
 from itertools import product
@@ -10,8 +10,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-import visualize
-from visualize import RIGHT, STYLE, WRONG, ranked_lists
+import figures
+import pictures
+from figures import STYLE
+from pictures import RIGHT, WRONG, ranked_lists
 
 Q, G, SIZE = 6, 9, (24, 12)
 Q_PIDS = np.array([3, 3, 7, 7, 9, 9])
@@ -41,7 +43,7 @@ def draw(monkeypatch):
     def run(**arguments):
         figures = []
         with monkeypatch.context() as patch:
-            patch.setattr(visualize, "_draw", lambda path, make: figures.append(make()))
+            patch.setattr(pictures, "draw", lambda path, make: figures.append(make()))
             ranked_lists("unused.png", **arguments)
         return figures[0]
 
@@ -234,7 +236,7 @@ def test_global_generators_and_settings_are_left_alone(tmp_path):
     ranked_lists(tmp_path / "a.png", **inputs())
     assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
     assert dict(matplotlib.rcParams) == settings
-    assert not hasattr(visualize, "plt")
+    assert not hasattr(pictures, "plt")
 
 
 # ------------------------------------------------------------------------------------- legibility
@@ -344,7 +346,7 @@ def test_a_failure_leaves_the_former_file(tmp_path, monkeypatch):
     def fail(image, colors):
         raise OSError("disk full")
 
-    monkeypatch.setattr(visualize, "_palette", fail)
+    monkeypatch.setattr(figures, "palette", fail)
     with pytest.raises(OSError, match="disk full"):
         ranked_lists(path, **inputs())
     assert path.read_bytes() == b"former" and len(list(tmp_path.iterdir())) == 1
@@ -408,7 +410,7 @@ def test_other_formats_are_refused(tmp_path, name):
 def test_shares_add_up():
     for count, successes, failures in product(range(1, 12), range(9), range(9)):
         if count <= successes + failures:
-            right, wrong = visualize._shares(count, successes, failures)
+            right, wrong = pictures._shares(count, successes, failures)
             assert right + wrong == count
             assert 0 <= right <= successes and 0 <= wrong <= failures
             assert right >= min(successes, count // 4) and wrong >= min(failures, count // 4)
