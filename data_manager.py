@@ -766,6 +766,6 @@ STAND_IN_MARKER = "stand_in.json"  # written by stand_in.py; the real data sets 
 
 def data_name(dataset: str, data_path: str | Path) -> str:
     """Name the data in printed rows, so that stand-in numbers are never taken for real ones."""
-    name = {"regdb": "RegDB", "sysu": "SYSU-MM01"}[dataset]
+    name = DATASETS[dataset].title
     stand_in = (Path(data_path) / STAND_IN_MARKER).exists()
     return f"stand-in data in {name}'s layout" if stand_in else name

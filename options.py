@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DATASETS = ("regdb", "sysu")
+DATA_FOLDERS = {"regdb": "RegDB", "sysu": "SYSU-MM01"}
+DATASETS = tuple(DATA_FOLDERS)
 
 # Values shared by all presets: METHOD, section 4, and the releases' settings.
 DEFAULTS: dict[str, Any] = {
@@ -418,7 +419,7 @@ def resolve_protocol(args: argparse.Namespace) -> None:
         raise ValueError("--tvsearch asks for infrared to visible, --direction v2i for the reverse")
     args.direction = "i2v" if args.tvsearch else args.direction or "v2i"
     if args.data_path is None:
-        args.data_path = Path("data") / {"regdb": "RegDB", "sysu": "SYSU-MM01"}[args.dataset]
+        args.data_path = Path("data") / DATA_FOLDERS[args.dataset]
     args.shots = args.shots or 1
     args.trials = args.trials or 10
 

@@ -78,7 +78,12 @@ def search_folders(args: argparse.Namespace) -> Path:
         )
         batches = EvalLoader(pixels[-1], batch_size=args.test_batch, device=device)
         embedded = extract_features(
-            net, batches, modality=images.modality, test_feats=(feat,), amp=args.amp
+            net,
+            batches,
+            modality=images.modality,
+            test_feats=(feat,),
+            amp=args.amp,
+            progress=not args.quiet,
         )
         features.append(embedded[feat])
     distmat = distances(*features, args.re_rank)

@@ -75,9 +75,14 @@ def network_from_flags(args: argparse.Namespace, num_ids: int, memory: str | Non
     )
 
 
-def criterion_from_flags(args: argparse.Namespace) -> Criterion:
-    """Builds the criterion, weights included, that the flags describe."""
-    return Criterion(
+def criterion_from_flags(args: argparse.Namespace, kind: type[Criterion] = Criterion) -> Criterion:
+    """Builds the criterion, weights included, that the flags describe.
+
+    Args:
+        args: Resolved flags.
+        kind: `Criterion`, or a class with further terms.
+    """
+    return kind(
         margin=args.margin,
         label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
         num_strips=args.num_strips,

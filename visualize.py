@@ -96,6 +96,7 @@ class Subject:
                 modality=getattr(self.protocol, role).modality,
                 test_feats=(feat,),
                 amp=self.args.amp,
+                progress=not self.args.quiet,
             )[feat]
             for role in ("query", "gallery")
         }
@@ -120,7 +121,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         mode=args.mode,
         gallery=args.gallery,
         shots=args.shots,
-        trials=1 if args.dataset == "sysu" else args.trials,
+        trials=1,
         subset=args.subset,
     )
     name = f"{data_name(args.dataset, args.data_path)}: {protocol.protocol}"
@@ -130,11 +131,17 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 
 def ignored(protocol: EvalSet) -> np.ndarray:
-    """Which images of the first trial's gallery the protocol ignores for a query: (Q, G) bool."""
+    """Which images of the first trial's gallery the protocol ignores for a query: (Q, G) bool.
+
+    Raises:
+        ValueError: An unknown camera rule.
+    """
     query, gallery = protocol.query, protocol.gallery.take(protocol.gallery_trials[0])
+    if protocol.camera_rule == "none":
+        return np.zeros((len(query), len(gallery)), bool)
     if protocol.camera_rule == "sysu":
         return (query.camids == 3)[:, None] & (gallery.camids == 2)
-    return np.zeros((len(query), len(gallery)), bool)
+    raise ValueError(f"camera rule {protocol.camera_rule!r}: expected none or sysu")
 
 
 def pair_distances(protocol: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:

@@ -285,6 +285,8 @@ LAYERS = {  # project modules that each module may import: house map, imports po
     "data_loader": "data_manager",
     "model": "memory utils weights",
     "engine": "eval_metrics loss memory re_rank utils",
+    "figures": "utils",
+    "pictures": "figures utils",
 }
 WITHOUT_TORCH = ("data_manager", "options", "eval_metrics", "re_rank", "pedestrians")
 
