@@ -451,10 +451,12 @@ def memory_health(path: str | Path, lines: Sequence[Mapping[str, Any]], *, title
 
 def _loss_terms(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names of the terms in a log, those of this project first, a user's own after them."""
-    other = ("epoch", "lr", "feature_spread", "images_per_second", "seconds", "eval")
-    names = dict.fromkeys(key for line in lines for key in line if "/" not in key)
-    mine = [name for name in names if name not in TERMS and name not in other]
-    return [name for name in TERMS if name in names] + mine
+    names: dict[str, None] = {}
+    for line in lines:  # terms stand before their total
+        keys = list(line)
+        terms = keys[: keys.index("total") + 1] if "total" in line else []
+        names |= dict.fromkeys(key for key in terms if key not in ("epoch", "lr"))
+    return [name for name in TERMS if name in names] + [n for n in names if n not in TERMS]
 
 
 def _series(

@@ -345,7 +345,7 @@ def figure_parser(description: str) -> argparse.ArgumentParser:
     parsers["ranked"]("num-queries", "queries", **some, default=8)
     parsers["ranked"]("top", "gallery images a query", **some, default=10)
     parsers["distances"]("before", "weights before training: imagenet, none or a file")
-    parsers["embedding"]("ids", "identities, 7 at most", **some, default=7)
+    parsers["embedding"]("ids", "identities, 1..7", type=int, choices=range(1, 8), default=7)
     parsers["embedding"]("method", "projection", choices=("pca", "tsne"), default="pca")
     parsers["addressing"]("ids", "identities, two images each", **some, default=3)
     parsers["addressing"]("top", "prototypes an image and level", **some, default=3)

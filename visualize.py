@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,14 +58,25 @@ class Subject:
         protocol: Queries and gallery; figures use its first trial's.
         args: The command line.
         info: What the checkpoint holds beside the network.
-        name: Data and network in words.
+        held: Images by their list's paths: queries and gallery are decoded once.
     """
 
     net: TwoStreamNet
     protocol: EvalSet
     args: argparse.Namespace
     info: dict[str, Any]
-    name: str
+    held: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def data(self) -> str:
+        """Data and protocol in words; stand-in data are called so."""
+        name = data_name(self.args.dataset, self.args.data_path)
+        return f"{name}: {self.protocol.protocol}"
+
+    @property
+    def title(self) -> str:
+        """Data, protocol and the end of the checkpoint's path."""
+        return f"{self.data}; {'/'.join(Path(self.args.resume).parts[-2:])}"
 
     @property
     def device(self) -> torch.device:
@@ -73,14 +85,16 @@ class Subject:
 
     def load(self, images: ImageList) -> np.ndarray:
         """Images (n, H, W, 3) uint8 at the network's size."""
-        height, width = trained_size(self.info)
-        return load_images(
-            images,
-            height=self.args.img_h or height,
-            width=self.args.img_w or width,
-            workers=self.args.workers,
-            progress=not self.args.quiet,
-        )
+        if images.paths not in self.held:
+            height, width = trained_size(self.info)
+            self.held[images.paths] = load_images(
+                images,
+                height=self.args.img_h or height,
+                width=self.args.img_w or width,
+                workers=self.args.workers,
+                progress=not self.args.quiet,
+            )
+        return self.held[images.paths]
 
     def batches(self, images: ImageList) -> EvalLoader:
         """Normalised batches of images."""
@@ -124,10 +138,9 @@ def open_subject(args: argparse.Namespace) -> Subject:
         trials=1,
         subset=args.subset,
     )
-    name = f"{data_name(args.dataset, args.data_path)}: {protocol.protocol}"
     net = net.to(device, memory_format=torch.channels_last).eval()
     net.check_image_height(args.img_h or trained_size(info)[0])
-    return Subject(net, protocol, args, info, name)
+    return Subject(net, protocol, args, info)
 
 
 def ignored(protocol: EvalSet) -> np.ndarray:
@@ -179,6 +192,18 @@ def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tup
         shares = 100 * scale**2 / max((scale**2).sum(), 1e-300)
         names = tuple(f"component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
         return centered @ right[:2].T, names, "Principal components of the features shown."
+    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+    tsne = tsne_class()(perplexity=perplexity, init="pca", random_state=seed)
+    words = f"t-SNE, perplexity {perplexity:.3g}, seed {seed}: distances in it mean little."
+    return tsne.fit_transform(points), ("", ""), words
+
+
+def tsne_class() -> Any:
+    """scikit-learn's t-SNE.
+
+    Raises:
+        ValueError: It is not installed.
+    """
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
@@ -186,10 +211,7 @@ def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tup
             "--method tsne needs scikit-learn, which is not among this project's requirements: "
             "pip install scikit-learn, or take --method pca"
         ) from error
-    perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed)
-    words = f"t-SNE, perplexity {perplexity:.3g}, seed {seed}: distances in it mean little."
-    return tsne.fit_transform(points), ("", ""), words
+    return TSNE
 
 
 # -------------------------------------------------------------------- figures of test features
@@ -249,13 +271,7 @@ def draw_embedding(
     method: str = "pca",
     seed: int = 0,
 ) -> None:
-    """Draws a few test identities' features in the plane.
-
-    Raises:
-        ValueError: More identities than can be told apart, or see `project`.
-    """
-    if ids > figures.MOST_CURVES:
-        raise ValueError(f"--ids {ids}: expected at most {figures.MOST_CURVES}, told apart by eye")
+    """Draws a few test identities' features in the plane; see `project`."""
     wanted = chosen_identities(protocol, ids, seed)
     points, pids, infrared = [], [], []
     gallery_rows = protocol.gallery_trials[0]
@@ -327,6 +343,15 @@ class Recorder:
         self.levels[level] = (survivors, num_prototypes)
 
 
+def require_memory(net: TwoStreamNet) -> None:
+    """Raises ValueError when a network has no memory."""
+    if net.memory is None:
+        raise ValueError(
+            "the network has no memory to look into: draw from a checkpoint of train_SGMRA.py or "
+            "train_MGMRA.py"
+        )
+
+
 @torch.no_grad()
 def addressed(
     net: TwoStreamNet, images: torch.Tensor, modality: str
@@ -344,11 +369,7 @@ def addressed(
     Raises:
         ValueError: The network has no memory.
     """
-    if net.memory is None:
-        raise ValueError(
-            "the network has no memory to look into: draw from a checkpoint of train_SGMRA.py or "
-            "train_MGMRA.py"
-        )
+    require_memory(net)
     inputs = (images, None) if modality == "visible" else (None, images)
     x = net.feature_map(*inputs)
     recorder = Recorder()
@@ -365,17 +386,22 @@ def fired(survivors: Survivors, size: int, shape: tuple[int, int], top: int) -> 
         shape: (h, w).
         top: Prototypes an image.
     """
-    positions = shape[0] * shape[1]
-    rows = survivors.rows().cpu().numpy()
-    columns, weights = (t.float().cpu().numpy() for t in (survivors.columns, survivors.weights))
-    dense = np.zeros((len(survivors.offsets) - 1, size), np.float32)
-    dense[rows, columns.astype(np.int64)] = weights
-    dense = dense.reshape(-1, positions, size)
-    totals = dense.sum(axis=1)
-    numbers = np.argsort(-totals, axis=1, kind="stable")[:, :top]
-    maps = np.take_along_axis(dense, numbers[:, None], axis=2).transpose(0, 2, 1)
-    empty = np.take_along_axis(totals, numbers, axis=1) == 0
-    return pictures.Fired(size, np.where(empty, -1, numbers), maps.reshape(*numbers.shape, *shape))
+    positions, top = shape[0] * shape[1], min(top, size)
+    images, places = np.divmod(survivors.rows().cpu().numpy(), positions)
+    columns, weights = survivors.columns.cpu().numpy(), survivors.weights.float().cpu().numpy()
+    count = (len(survivors.offsets) - 1) // positions
+    numbers = np.full((count, top), -1)
+    maps = np.zeros((count, top, positions), np.float32)
+    for image in range(count):
+        own = images == image
+        totals = np.bincount(columns[own], weights[own], size)
+        strongest = np.argsort(-totals, kind="stable")[:top]
+        strongest = strongest[totals[strongest] > 0]
+        numbers[image, : len(strongest)] = strongest
+        for place, number in enumerate(strongest):
+            entries = own & (columns == number)
+            maps[image, place, places[entries]] = weights[entries]
+    return pictures.Fired(size, numbers, maps.reshape(count, top, *shape))
 
 
 @dataclass
@@ -515,7 +541,7 @@ def ranked(args: argparse.Namespace, path: Path) -> None:
     it = open_subject(args)
     choice = {"num_queries": args.num_queries, "top": args.top, "seed": args.seed}
     draw_ranked(
-        path, it.protocol, it.load, it.features(), title=it.name, ranking=args.re_rank, **choice
+        path, it.protocol, it.load, it.features(), title=it.data, ranking=args.re_rank, **choice
     )
 
 
@@ -524,23 +550,31 @@ def distances_before_and_after(args: argparse.Namespace, path: Path) -> None:
     it = open_subject(args)
     weights = args.before or it.info.get("options", {}).get("weights") or "imagenet"
     seed_everything(args.seed)
-    untrained = TwoStreamNet(**it.net.config, weights=weights)
+    try:
+        untrained = TwoStreamNet(**it.net.config, weights=weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{error}\nThese are the weights before training; others: --before none|imagenet|PATH"
+        ) from error
     untrained = untrained.to(it.device, memory_format=torch.channels_last)
     origin = {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, weights)
     features = {f"before ({origin})": it.features(untrained), "after training": it.features()}
-    draw_distances(path, it.protocol, features, title=it.name)
+    draw_distances(path, it.protocol, features, title=it.data)
 
 
 def embedding(args: argparse.Namespace, path: Path) -> None:
     """``embedding``: test features in the plane."""
+    if args.method == "tsne":
+        tsne_class()  # not installed is said before anything is embedded
     it = open_subject(args)
     choice = {"ids": args.ids, "method": args.method, "seed": args.seed}
-    draw_embedding(path, it.protocol, it.features(), title=it.name, **choice)
+    draw_embedding(path, it.protocol, it.features(), title=it.data, **choice)
 
 
 def addressing(args: argparse.Namespace, path: Path) -> None:
     """``addressing``: where on an image each granularity's strongest prototypes fire."""
     it = open_subject(args)
+    require_memory(it.net)
     rng = np.random.default_rng((args.seed, 1))
     wanted = chosen_identities(it.protocol, args.ids, args.seed)
     parts: dict[str, list] = {}
@@ -568,13 +602,14 @@ def addressing(args: argparse.Namespace, path: Path) -> None:
         images=np.concatenate(shown)[order],
         names=[sum(names, [])[i] for i in order],
         levels=levels,
-        title=f"{it.name}; {args.resume}",
+        title=it.title,
     )
 
 
 def prototypes(args: argparse.Namespace, path: Path) -> None:
     """``prototypes``: the image patches that address a prototype most."""
     it = open_subject(args)
+    require_memory(it.net)
     rng = np.random.default_rng(args.seed)
     found, shown = {}, {}
     for images in (it.protocol.query, it.protocol.gallery):
@@ -596,7 +631,7 @@ def prototypes(args: argparse.Namespace, path: Path) -> None:
         f"Best of {looked} test images, each by its best position (framed; below, the prototype's "
         f"weight in what is read there); ties in random order (seed {args.seed})."
     )
-    pictures.prototypes(path, rows, title=f"{it.name}; {args.resume}", note=note)
+    pictures.prototypes(path, rows, title=it.title, note=note)
 
 
 def cmc(args: argparse.Namespace, path: Path) -> None:
@@ -617,6 +652,8 @@ def cmc(args: argparse.Namespace, path: Path) -> None:
 
 def _short_names(files: Sequence[Path]) -> list[str]:
     """The folders that tell results apart: the first path component that differs, else the file."""
+    if len(files) == 1:
+        return [files[0].resolve().parent.name]
     folders = [file.resolve().parts for file in files]
     for depth in range(min(map(len, folders))):
         names = [parts[depth] for parts in folders]
@@ -718,10 +755,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = options.figure_parser(__doc__).parse_args(argv)
         setup_logging()
         path = args.out or default_path(args)
-        if path.suffix.lower() not in figures.FORMATS or not path.parent.is_dir():
-            raise ValueError(
-                f"--out {path}: expected a .png or .pdf in a folder that exists, {path.parent}"
-            )
+        named = path.suffix.lower() in figures.FORMATS
+        if args.out and not (named and os.access(path.parent, os.W_OK)):
+            raise ValueError(f"--out {path}: expected a .png or .pdf in a folder to write into")
         COMMANDS[args.figure](args, path)
         log.info("wrote %s", path)
     return 0
