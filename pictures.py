@@ -50,7 +50,8 @@ LEGEND_WIDTH = 122  # points, of each of its two entries
 HEAD_WIDTH, PROTOTYPE_WIDTH, PATCH_GAP = 110, 80, 4  # points
 SAME_WEIGHT = 1e-3  # weights that differ by less than this share of them are called the same
 HEAT, HEAT_SHARE = "YlOrRd", 0.8  # colours that darken throughout; how far they cover an image
-PALENESS = 0.45  # of an image below them: black becomes as light as 1 minus it
+HEAT_START = 0.3  # what comes before is too light to be seen over an image
+PALENESS = 0.3  # of an image below them: black becomes as light as 1 minus it
 
 
 @dataclass(frozen=True)
@@ -478,16 +479,18 @@ def _heated(image: np.ndarray, shares: np.ndarray) -> np.ndarray:
     heat = shares[rows][:, columns]
     pale = 1 - PALENESS * (1 - image.mean(axis=2, keepdims=True) / 255)
     cover = (HEAT_SHARE * np.sqrt(heat))[..., None]
-    mixed = (1 - cover) * pale + cover * matplotlib.colormaps[HEAT](heat)[..., :3]
+    colors = matplotlib.colormaps[HEAT](HEAT_START + (1 - HEAT_START) * heat)[..., :3]
+    mixed = (1 - cover) * pale + cover * colors
     return (255 * mixed).round().astype(np.uint8)
 
 
 def _scale(axes: Axes, corner: tuple[float, float]) -> None:
     """The colours of the heat, from none to a level's greatest weight."""
-    (x, y), ramp = corner, np.linspace(0, 1, 64)[None]
+    (x, y), steps = corner, 80
+    ramp = _heated(np.full((1, steps, 3), 128, np.uint8), np.linspace(0, 1, steps)[None])
     write(axes, x, y, "0")
     extent = (x + 10, x + 90, y + 10, y + 1)
-    axes.imshow(ramp, cmap=HEAT, extent=extent, aspect="auto", interpolation="bilinear")
+    axes.imshow(ramp, extent=extent, aspect="auto")
     write(axes, x + 96, y, "a level's greatest weight in this figure")
 
 

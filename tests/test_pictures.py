@@ -414,3 +414,159 @@ def test_shares_add_up():
             assert right + wrong == count
             assert 0 <= right <= successes and 0 <= wrong <= failures
             assert right >= min(successes, count // 4) and wrong >= min(failures, count // 4)
+
+
+# ------------------------------------------------------------------------------ unknown identities
+
+
+def unknown(**more) -> dict:
+    given = inputs() | {"q_pids": None, "g_pids": None}
+    return given | {"query_names": [f"camera/{i}.jpg" for i in range(Q)]} | more
+
+
+def test_unknown_identities_are_framed_alike_with_their_scores(draw):
+    given = unknown(queries=[3, 1], top=4)
+    given["distmat"] = given["distmat"] - 0.5
+    figure = draw(**given)
+    expected = [nearest(given["distmat"][q], np.zeros(G, bool))[:4] for q in (3, 1)]
+    assert shown(figure) == [
+        [10 + q, *(100 + j for j in row)] for q, row in zip((3, 1), expected, strict=True)
+    ]
+    colors = {patch.get_edgecolor() for patch in figure.axes[0].patches}
+    assert len(colors) == 1 and not colors & {to_rgb(RIGHT.color), to_rgb(WRONG.color)}
+    words = texts(figure)
+    assert not {RIGHT.mark, WRONG.mark} & set(words)
+    for q, row in zip((3, 1), expected, strict=True):
+        for j in row:
+            assert f"{-given['distmat'][q, j]:.2f}".replace("-", "\N{MINUS SIGN}") in words
+        assert f"camera/{q}.jpg" in words
+    assert not any(word.startswith(("identity", "AP", "first hit", "right")) for word in words)
+
+
+def test_unknown_queries_are_all_shown_or_drawn_at_random(draw):
+    assert "All 6 queries." in texts(draw(**unknown()))
+    assert "4 of 6 queries, drawn at random (seed 0)." in texts(draw(**unknown(num_queries=4)))
+
+
+def test_a_long_name_is_folded_and_its_end_is_kept(draw):
+    names = ["a/very/long/folder/" * 6 + f"and_{i}.jpg" for i in range(Q)]
+    figure = draw(**unknown(query_names=names, queries=[2]))
+    words = "".join(texts(figure))
+    assert "\N{HORIZONTAL ELLIPSIS}" in words and "and_2.jpg" in words
+    figure.canvas.draw()
+    first = min(image.get_extent()[0] for image in figure.axes[0].images[1:])
+    for text in figure.axes[0].texts:
+        if text.get_ha() == "left" and text.get_position()[1] > 40:
+            right = figure.axes[0].transData.inverted().transform(text.get_window_extent().max)[0]
+            assert right <= first
+
+
+def test_names_are_one_a_query(tmp_path):
+    with pytest.raises(ValueError, match="2 query_names, expected 6"):
+        ranked_lists(tmp_path / "a.png", **unknown(query_names=["a", "b"]))
+
+
+# -------------------------------------------------------------------------------------- the memory
+
+
+def page_of(monkeypatch, function, *arguments, **options):
+    """The figure that a function draws."""
+    made = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "draw", lambda path, make: made.append(make()))
+        function("unused.png", *arguments, **options)
+    return made[0]
+
+
+def fired(maps, numbers=None, size=50):
+    maps = np.asarray(maps, np.float32)
+    rows = np.arange(len(maps))[:, None] * 10 + np.arange(maps.shape[1])
+    return pictures.Fired(size, rows if numbers is None else np.asarray(numbers), maps)
+
+
+def rich(seed=0):
+    return fired(np.random.default_rng(seed).random((2, 3, 6, 3)))
+
+
+LEGIBLE = {"images": flat_images(10, 2), "names": ["identity 1\nvisible", "identity 1\ninfrared"]}
+
+
+def test_addressing_has_a_heat_map_for_each_prototype(monkeypatch):
+    levels = {"part": rich(), "instance": rich(1), "semantic": rich(2)}
+    figure = page_of(monkeypatch, pictures.addressing, **LEGIBLE, levels=levels, title="t")
+    assert len(figure.axes[0].images) == 2 * (1 + 9) + 1  # and the scale
+    words = texts(figure)
+    assert {"identity 1", "visible", "infrared", "0", "2", "12"} <= set(words)
+    assert "part, 50 in all" in words
+    assert words.count("weights from 0 to 99 %") + words.count("weights from 0 to 100 %") >= 1
+    assert min(text.get_fontsize() for text in figure.axes[0].texts) >= 8
+
+
+def test_nothing_addressed_and_all_alike_are_said(monkeypatch):
+    none = fired(np.zeros((2, 3, 6, 3)), np.full((2, 3), -1))
+    alike = fired(np.full((2, 3, 6, 3), 1 / 150))
+    part = fired([np.eye(6)[:1, None, :3].repeat(6, 1).repeat(3, 0) * 0.04] * 2)
+    levels = {"part": part, "instance": none, "semantic": alike}
+    figure = page_of(monkeypatch, pictures.addressing, **LEGIBLE, levels=levels)
+    words = texts(figure)
+    assert words.count("none") == words.count("alike") == 6
+    assert "reads zero everywhere" in words
+    assert "the same everywhere: 0.67 %" in words
+    assert "weights from 0 to 4.00 %" in words
+    assert len(figure.axes[0].images) == 2 + 6 + 1
+
+
+def test_heat_darkens_where_a_prototype_fires_and_keeps_the_image_elsewhere():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (60, 30, 3), dtype=np.uint8)
+    shares = np.zeros((6, 3))
+    shares[2, 1], shares[4, 2] = 1, 0.3
+    heated = pictures._heated(image, shares).astype(float)
+    grey = heated @ (0.299, 0.587, 0.114)
+    cells = grey.reshape(6, 10, 3, 10).mean(axis=(1, 3))
+    cold = np.delete(cells.ravel(), [7, 14])
+    assert cells[2, 1] < cells[4, 2] < cold.min()
+    untouched = heated[:10].mean(axis=2)
+    assert np.corrcoef(untouched.ravel(), image[:10].mean(axis=2).ravel())[0, 1] > 0.999
+    assert (heated[:10].max(axis=2) == heated[:10].min(axis=2)).all()  # grey
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": flat_images(0, 2)[:0]}, r"images \(0, 24, 12, 3\)"),
+        ({"names": ["one"]}, "1 names"),
+        ({"levels": {}}, "0 levels"),
+        ({"levels": {"part": fired(np.zeros((3, 1, 2, 2)))}}, "part: shapes"),
+        ({"levels": {"part": fired(np.zeros((2, 1, 2, 2)), np.zeros((2, 4)))}}, "part: shapes"),
+    ],
+)
+def test_addressing_refusals(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        pictures.addressing(tmp_path / "a.png", **(LEGIBLE | {"levels": {"part": rich()}} | change))
+
+
+def patches(visible: int, infrared: int, name="part 7\n2 % of reads") -> pictures.Patches:
+    sides = [np.full((n, 9, 9, 3), 40 * n, np.uint8) for n in (visible, infrared)]
+    return pictures.Patches(name, *sides, np.linspace(1, 0.5, visible), np.full(infrared, 0.25))
+
+
+def test_prototypes_show_their_patches_and_weights(monkeypatch):
+    rows = [patches(3, 2), patches(0, 1, "part 9\n1 % of reads")]
+    figure = page_of(monkeypatch, pictures.prototypes, rows, title="t", note="n")
+    assert len(figure.axes[0].images) == 6
+    words = texts(figure)
+    assert {"part 7", "part 9", "1.00", "0.75", "0.50", "visible patches"} <= set(words)
+    assert words.count("0.25") == 3
+    assert words.count("none addresses it") == 1
+    extents = [image.get_extent() for image in figure.axes[0].images]
+    assert len({(left, top) for left, _, _, top in extents}) == 6
+    assert min(text.get_fontsize() for text in figure.axes[0].texts) >= 8
+
+
+def test_pictures_of_the_memory_are_files(tmp_path):
+    pictures.addressing(tmp_path / "a.png", **LEGIBLE, levels={"part": rich()})
+    pictures.prototypes(tmp_path / "b.pdf", [patches(2, 2)])
+    assert (tmp_path / "a.png").stat().st_size > 2000 < (tmp_path / "b.pdf").stat().st_size
+    with pytest.raises(ValueError, match="no prototype"):
+        pictures.prototypes(tmp_path / "c.png", [])

@@ -1,0 +1,305 @@
+"""Tests of figures.py: what the charts show, that they can be read, what they refuse."""
+
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+
+import figures
+from figures import STYLE, cmc_curves, distance_histograms, embedding, memory_health
+
+from figures import misordered, training_curves  # isort: skip
+
+
+@pytest.fixture
+def draw(monkeypatch):
+    """Calls a drawing function and returns its figure, drawn, after checking that it is legible."""
+
+    def run(function, *arguments, **options):
+        made = []
+
+        def catch(path, make):
+            with matplotlib.rc_context(fname=STYLE):
+                made.append(make())
+                FigureCanvasAgg(made[0]).draw()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(figures, "draw", catch)
+            function("unused.png", *arguments, **options)
+        check_legible(made[0])
+        return made[0]
+
+    return run
+
+
+def check_legible(figure):
+    """No font under eight points, no text beyond the page or in the heading."""
+    width, height = figure.bbox.size
+    axes = [axis for chart in figure.axes for axis in (chart.xaxis, chart.yaxis)]
+    ticks = {id(label) for axis in axes for label in axis.get_ticklabels(which="both")}
+    heading = figure.axes[0].texts
+    top = min((text.get_window_extent().y0 for text in heading if text.get_text()), default=height)
+    for text in figure.findobj(Text):
+        if text.get_text().strip() and text.get_visible() and id(text) not in ticks:
+            assert text.get_fontsize() >= 8, text
+            box = text.get_window_extent()
+            inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+            assert inside, (text.get_text(), box)
+            assert text in heading or box.y1 <= top + 2, text.get_text()
+
+
+def charts(figure):
+    return [axes for axes in figure.axes if axes.axison]
+
+
+def words(figure):
+    return " ".join(t.get_text() for t in figure.findobj(Text))
+
+
+# ------------------------------------------------------------------------------------------- CMC
+
+
+RUNS = {
+    "MG-MRA": (np.linspace(0.5, 0.9, 20), 0.61),
+    "_HCT for $5": (np.linspace(0.2, 0.6, 20), 0.25),
+}
+
+
+def test_cmc_curves_are_percent_over_ranks(draw):
+    figure = draw(cmc_curves, RUNS, title="stand-in data")
+    first, second = charts(figure)[0].lines
+    np.testing.assert_allclose(first.get_xdata(), np.arange(1, 21))
+    np.testing.assert_allclose(second.get_ydata(), 100 * RUNS["_HCT for $5"][0])
+    text = words(figure)
+    assert "stand-in data" in text
+    assert "MG-MRA: Rank-1 50.0, mAP 61.0" in text
+    assert r"_HCT for \$5: Rank-1 20.0, mAP 25.0" in text  # neither hidden nor formula
+
+
+def test_seven_runs_differ_in_line_and_marker(draw):
+    figure = draw(cmc_curves, {f"run {i}": ([0.1, 0.2], 0.1) for i in range(7)})
+    lines = charts(figure)[0].lines
+    for looks in ("get_color", "get_marker"):
+        assert len({getattr(line, looks)() for line in lines}) == 7
+    assert len({(line._dash_pattern[0], str(line._dash_pattern[1])) for line in lines}) == 7
+
+
+@pytest.mark.parametrize("cmc", [[1.0], [0.0, 0.0, 0.3], np.ones(50)])
+def test_cmc_of_any_length(draw, cmc):
+    assert len(charts(draw(cmc_curves, {"a": (cmc, 0.5)}))[0].lines[0].get_xdata()) == len(cmc)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({}, "0 runs"),
+        ({str(i): ([0.1], 0.1) for i in range(8)}, "8 runs"),
+        ({"a": ([0.5, 0.4], 0.1)}, "a: expected a CMC"),
+        ({"a": ([50.0, 60.0], 0.1)}, "fractions"),
+        ({"a": ([], 0.1)}, "expected a CMC"),
+        ({"a": ([[0.1, 0.2]], 0.1)}, "expected a CMC"),
+        ({"a": ([0.1, np.nan], 0.1)}, "expected a CMC"),
+    ],
+)
+def test_cmc_refusals(tmp_path, runs, message):
+    with pytest.raises(ValueError, match=message):
+        cmc_curves(tmp_path / "a.png", runs)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- distances
+
+
+def test_misordered_against_naive_pairs():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        within, between = rng.integers(0, 6, 13), rng.integers(2, 9, 17)
+        naive = np.mean([(b < w) + (b == w) / 2 for w in within for b in between])
+        assert misordered(within, between) == pytest.approx(naive)
+    assert misordered([1.0, 2.0], [3.0]) == 0
+    assert misordered([3.0], [1.0, 2.0]) == 1
+
+
+def test_histograms_hold_all_pairs_and_say_what_is_misordered(draw):
+    rng = np.random.default_rng(0)
+    panels = {
+        "before": (rng.normal(0.5, 0.1, 300), rng.normal(0.5, 0.1, 900)),
+        "after": (rng.normal(0.2, 0.1, 300), rng.normal(0.8, 0.1, 900)),
+    }
+    figure = draw(distance_histograms, panels, title="t", note="n")
+    assert len(charts(figure)) == 2
+    for chart, (name, pair) in zip(charts(figure), panels.items(), strict=True):
+        different, same = (patch.get_data().values for patch in chart.patches)
+        assert different.sum() == pytest.approx(100)
+        assert same.sum() == pytest.approx(100)
+        assert f"{100 * misordered(*pair):.1f} %" in chart.get_title(loc="left")
+        assert name in chart.get_title(loc="left")
+        assert chart.patches[0].get_hatch() is None and chart.patches[1].get_hatch()  # in grey
+    assert "same identity" in words(figure)
+
+
+def test_equal_distances_are_drawn(draw):
+    assert draw(distance_histograms, {"a": (np.ones(3), np.ones(4))})
+
+
+@pytest.mark.parametrize(
+    ("panels", "message"),
+    [
+        ({}, "0 panels"),
+        ({"a": (np.array([]), np.ones(2))}, "a: 0 distances of same identities"),
+        ({"a": (np.ones(2), np.array([np.nan]))}, "different identities, expected finite"),
+    ],
+)
+def test_histogram_refusals(tmp_path, panels, message):
+    with pytest.raises(ValueError, match=message):
+        distance_histograms(tmp_path / "a.png", panels)
+
+
+# ------------------------------------------------------------------------------------- embedding
+
+
+def test_embedding_shows_each_point_by_identity_and_modality(draw):
+    rng = np.random.default_rng(0)
+    pids = np.repeat([4, 90, 7], 8)
+    infrared = np.tile([False] * 4 + [True] * 4, 3)
+    points = rng.normal(size=(24, 2)) + pids[:, None]
+    figure = draw(embedding, points, pids, infrared, axis_names=("x", "y"), title="t")
+    (chart,) = charts(figure)
+    lines = [line for line in chart.lines if len(line.get_xdata())]
+    assert len(lines) == 9  # for each identity: visible, infrared, the line between their centres
+    for number, pid in enumerate((4, 7, 90)):
+        visible, other, between = lines[3 * number : 3 * number + 3]
+        for line, side in ((visible, ~infrared), (other, infrared)):
+            np.testing.assert_allclose(line.get_xydata(), points[(pids == pid) & side])
+        centers = [points[(pids == pid) & side].mean(axis=0) for side in (~infrared, infrared)]
+        np.testing.assert_allclose(between.get_xydata(), centers)
+        assert (visible.get_marker(), other.get_marker()) == ("o", "^")
+        assert to_hex(other.get_markerfacecolor()) == "#ffffff"
+        assert visible.get_markeredgecolor() == other.get_markeredgecolor()
+    labels = [t for t in chart.texts if t.get_text().isdigit()]
+    assert [t.get_text() for t in labels] == ["4", "7", "90"]
+    for label, pid in zip(
+        labels, (4, 7, 90), strict=True
+    ):  # the label stands by a point of its own
+        assert np.abs(points[pids == pid] - label.xy).sum(axis=1).min() == 0
+
+
+def test_an_identity_in_one_modality_has_no_line_between(draw):
+    figure = draw(embedding, np.eye(2), np.array([1, 2]), np.array([True, False]))
+    assert sum(len(line.get_xdata()) == 2 for line in charts(figure)[0].lines) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"points": np.zeros((3, 3))}, r"shapes are \(\(3, 3\)"),
+        ({"pids": np.zeros(2)}, "expected"),
+        ({"points": np.full((3, 2), np.inf)}, "not finite"),
+        ({"points": np.zeros((8, 2)), "pids": np.arange(8), "infrared": np.zeros(8)}, "8 ident"),
+        ({"points": np.zeros((0, 2)), "pids": np.zeros(0), "infrared": np.zeros(0)}, "0 ident"),
+    ],
+)
+def test_embedding_refusals(tmp_path, change, message):
+    given = {"points": np.zeros((3, 2)), "pids": np.zeros(3), "infrared": np.zeros(3, bool)}
+    with pytest.raises(ValueError, match=message):
+        embedding(tmp_path / "a.png", **(given | change))
+
+
+# ------------------------------------------------------------------------------------- a run's log
+
+
+def log(epochs=6, **more):
+    """A log as `engine.fit` writes it, with the mine term of a user's own."""
+    lines = []
+    for epoch in range(1, epochs + 1):
+        line = {"epoch": epoch, "lr": 0.1 / epoch, "id": 9 / epoch, "triplet": 0.0, "mine": 0.3}
+        line |= {"total": 10 / epoch, "feature_spread": 0.8, "images_per_second": 99.0}
+        for level, survivors in (("part", 0.5), ("instance", 0), ("semantic", 150)):
+            line[f"memory/{level}/zero_reads"] = 0.25
+            line[f"memory/{level}/survivors"] = survivors
+            line[f"memory/{level}/used"] = 0.5
+            line[f"memory/{level}/entropy"] = 1.5
+        if epoch % 2 == 0:
+            line["eval"] = {
+                "rank1": 0.1 * epoch,
+                "mAP": 0.05 * epoch,
+                "mINP": 0.01,
+                "re_rank": "no",
+            }
+        lines.append(line | more)
+    return lines
+
+
+def named(chart):
+    return {line.get_label(): line for line in chart.lines}
+
+
+def test_training_curves_show_terms_rate_and_evaluations(draw):
+    figure = draw(training_curves, log(), title="MG-MRA: stand-in data")
+    loss = next(chart for chart in charts(figure) if chart.get_ylabel() == "loss")
+    assert set(named(loss)) == {"total", "identity", "triplet", "mine"}
+    np.testing.assert_allclose(named(loss)["identity"].get_ydata(), 9 / np.arange(1, 7))
+    assert np.isnan(named(loss)["triplet"].get_ydata()).all()  # zero has no logarithm
+    results = next(c for c in charts(figure) if c.get_ylabel() == "evaluation (%)")
+    np.testing.assert_allclose(named(results)["Rank-1"].get_xdata(), [2, 4, 6])
+    np.testing.assert_allclose(named(results)["Rank-1"].get_ydata(), [20, 40, 60])
+    assert {"learning rate", "feature spread"} <= {c.get_ylabel() for c in charts(figure)}
+
+
+def test_a_run_without_evaluations_says_so(draw):
+    lines = [{k: v for k, v in line.items() if k != "eval"} for line in log(1)]
+    assert "nothing logged" in words(draw(training_curves, lines, title="t"))
+
+
+def test_eight_terms_still_differ(draw):
+    terms = {name: 1.0 for name in figures.TERMS if name != "total"}
+    lines = [{"epoch": e, "lr": 0.1, **terms, "total": 2.0} for e in (1, 2)]
+    figure = draw(training_curves, lines, title="t")
+    loss = next(chart for chart in charts(figure) if chart.get_ylabel() == "loss")
+    looks = {(line.get_color(), line.get_marker()) for line in loss.lines}
+    assert len(looks) == len(loss.lines) == 8
+
+
+def test_memory_health_shows_each_level_and_zero(draw):
+    figure = draw(memory_health, log(), title="t")
+    by_label = {chart.get_ylabel(): named(chart) for chart in charts(figure)}
+    assert all(set(lines) == {"part", "instance", "semantic"} for lines in by_label.values())
+    zero = by_label["zero reads (% of positions)"]["part"]
+    np.testing.assert_allclose(zero.get_ydata(), 25)
+    none = by_label["survivors a position"]["instance"]
+    np.testing.assert_allclose(none.get_ydata(), 0)
+    assert none.axes.get_yscale() == "symlog" and none.axes.get_ylim()[0] < 0
+
+
+def test_a_single_level_is_drawn_alone(draw):
+    lines = [
+        {k: v for k, v in line.items() if "inst" not in k and "sem" not in k} for line in log()
+    ]
+    figure = draw(memory_health, lines, title="SG-MRA")
+    assert all(set(named(chart)) == {"part"} for chart in charts(figure))
+
+
+def test_logs_without_content_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no epoch"):
+        training_curves(tmp_path / "a.png", [], title="t")
+    with pytest.raises(ValueError, match="no memory"):
+        memory_health(tmp_path / "a.png", [{"epoch": 1, "total": 1.0}], title="t")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_charts_are_small_files_of_either_kind(tmp_path):
+    for name in ("a.png", "a.pdf"):
+        training_curves(tmp_path / name, log(60), title="t")
+        first = (tmp_path / name).read_bytes()
+        training_curves(tmp_path / name, log(60), title="t")
+        assert (tmp_path / name).read_bytes() == first
+        assert 2_000 < len(first) < 300_000
+    with pytest.raises(ValueError, match=re.escape(".png or .pdf")):
+        cmc_curves(tmp_path / "a.svg", RUNS)
+    assert len(list(tmp_path.iterdir())) == 2
