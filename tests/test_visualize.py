@@ -1,0 +1,525 @@
+"""Tests of visualize.py: what is measured for a figure, every command, and refusals."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import figures
+import pictures
+import search
+import stand_in
+import visualize
+from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
+from engine import distances, extract_features
+from eval_metrics import eval_regdb
+from memory import Survivors, address
+from model import TwoStreamNet
+from utils import save_checkpoint
+
+SIZE = (96, 32)
+
+
+def script(name):
+    """A script as a module; `test` is also the name of one of Python's own."""
+    path = visualize.figures.STYLE.with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+test_script = script("test")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Leaves the logging of the process alone."""
+    for module in (visualize, test_script):
+        monkeypatch.setattr(module, "setup_logging", lambda *_: None)
+
+
+def network(memory, seed=0):
+    torch.manual_seed(seed)
+    net = TwoStreamNet(3, memory=memory, arch="resnet18", local_feat_dim=8, share_net=1)
+    if memory:  # prototypes of a length that a map's positions tell apart
+        torch.nn.init.normal_(net.memory.part_bank, std=0.1)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Stand-in data in two layouts, checkpoints with and without memory."""
+    root = tmp_path_factory.mktemp("visualize")
+    counts = {"train_ids": 3, "test_ids": 4, "images_per_id": 3, "seed": 1, "workers": 1}
+    stand_in.generate(root / "regdb", layout="regdb", **counts)
+    stand_in.generate(root / "sysu", layout="sysu", val_ids=2, **counts)
+    for name, memory in (("mg", "mg"), ("sg", "sg"), ("none", None)):
+        net = network(memory)
+        content = {
+            "net": net.state_dict(),
+            "config": net.config,
+            "options": {"img_h": SIZE[0], "img_w": SIZE[1], "weights": "none"},
+            "selection": "last epoch",
+            "epoch": 1,
+            "data": "stand-in data in RegDB's layout",
+        }
+        save_checkpoint(root / f"{name}.pt", content)
+    return root
+
+
+def flags(place, checkpoint="mg", dataset="regdb"):
+    where = ("--dataset", dataset, "--data-path", place / dataset)
+    return [*where, "--resume", place / f"{checkpoint}.pt", "--gpu", "cpu", "--quiet"]
+
+
+def draw(*words, code=0):
+    """Runs a command; a refusal is its exit code."""
+    if not code:
+        assert visualize.main([str(word) for word in words]) == 0
+        return
+    with pytest.raises(SystemExit) as caught:
+        visualize.main([str(word) for word in words])
+    assert caught.value.code == code
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+COMMANDS = {
+    "ranked": ("--num-queries", 2, "--top", 3),
+    "distances": (),
+    "embedding": ("--ids", 3),
+    "addressing": ("--ids", 2, "--top", 2),
+    "prototypes": ("--count", 3, "--top", 2, "--images", 5),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_draws_a_small_picture(name, place, tmp_path):
+    path = tmp_path / f"{name}.png"
+    draw(name, *flags(place), *COMMANDS[name], "--out", path)
+    assert 5_000 < path.stat().st_size < 300_000
+    first = path.read_bytes()
+    image = Image.open(path)
+    assert image.width / image.info["dpi"][0] < 7.5  # inches, the width of a page's text
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    if name == "prototypes":  # nothing but the seed decides
+        draw(name, *flags(place), *COMMANDS[name], "--out", path)
+        assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(("name", "checkpoint"), [("ranked", "none"), ("addressing", "sg")])
+def test_sysu_and_other_networks(name, checkpoint, place, tmp_path):
+    where = ("--top", 2, "--img_h", 96, "--out", tmp_path / "a.png")
+    few = ("--num-queries", 2) if name == "ranked" else ("--ids", 1)
+    draw(name, *flags(place, checkpoint, "sysu"), *few, *where)
+    assert (tmp_path / "a.png").stat().st_size > 5_000
+
+
+def test_numbered_prototypes_of_another_level(place, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "prototypes", lambda path, rows, **_: seen.extend(rows))
+    where = ("--level", "semantic", "--numbers", 2, 0, "--out", tmp_path / "a.png")
+    draw("prototypes", *flags(place), *where)
+    assert [row.name.split("\n")[0] for row in seen] == ["semantic 2", "semantic 0"]
+    assert seen[0].visible.shape == (6, 48, 48, 3)
+
+
+def test_a_log_is_drawn_and_titled_with_its_data(tmp_path, monkeypatch):
+    line = {"epoch": 1, "lr": 0.1, "id": 2.0, "total": 2.0, "memory/part/used": 0.1}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "options.json").write_text(json.dumps({"method": "M", "data": "stand-in data"}))
+    draw("curves", tmp_path)
+    draw("health", tmp_path / "log.jsonl")
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "health.png").exists()
+    assert visualize.run_name(tmp_path) == "M: stand-in data"
+    (tmp_path / "options.json").unlink()
+    assert visualize.run_name(tmp_path) == str(tmp_path)
+
+
+REFUSALS = {
+    "no checkpoint": (("ranked",), "name the checkpoint"),
+    "no such checkpoint": (("ranked", "--resume", "nowhere.pt"), "no checkpoint at nowhere.pt"),
+    "no such log": (("curves", "nowhere"), "there is no nowhere"),
+    "no such results": (("cmc", "nowhere.json"), "there is no nowhere.json"),
+    "another kind of file": (("curves", ".", "--out", "a.jpg"), ".png or .pdf"),
+    "no such folder": (("curves", ".", "--out", "nowhere/a.png"), "folder to write into"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, message = REFUSALS[name]
+    draw(*words, code=2)
+    assert message in capsys.readouterr().err
+
+
+NETWORK_REFUSALS = {
+    "no memory": (("addressing",), "none", "train_MGMRA.py"),
+    "no memory to search": (("prototypes",), "none", "no memory"),
+    "no such level": (("prototypes", "--level", "semantic"), "sg", "no semantic level"),
+    "no such prototype": (("prototypes", "--numbers", "90"), "mg", "0 to 89"),
+    "no t-SNE": (("embedding", "--method", "tsne"), "none", "pip install scikit-learn"),
+    "too many identities": (("embedding", "--ids", "8"), "none", "invalid choice: 8"),
+    "no such start": (("distances", "--before", "no.pth"), "none", "--before none|imagenet|PATH"),
+    "wrong height": (("ranked", "--img_h", "100"), "none", "96, 192"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORK_REFUSALS)
+def test_refusals_about_a_network(name, place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.chdir(tmp_path)
+    words, checkpoint, message = NETWORK_REFUSALS[name]
+    draw(words[0], *flags(place, checkpoint), *words[1:], code=2)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ measurements
+
+
+def listed(pids, camids, modality):
+    names = tuple(f"{i}.png" for i in range(len(pids)))
+    return ImageList(Path("."), names, np.array(pids), np.array(camids), modality)
+
+
+def test_pairs_against_a_naive_loop_and_the_camera_rule():
+    rng = np.random.default_rng(0)
+    features = {role: rng.normal(size=(n, 5)) for role, n in (("query", 4), ("gallery", 6))}
+    features = {k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in features.items()}
+    query = listed([1, 2, 1, 3], [3, 6, 3, 3], "infrared")
+    gallery = listed([1, 2, 9, 1, 3, 2], [2, 1, 4, 1, 2, 5], "visible")
+    rows = np.array([5, 0, 3, 4])
+    protocol = EvalSet("sysu", query, gallery, (rows,), "sysu", "p")
+    within, between = [], []
+    for q in range(4):
+        for g in rows:
+            if query.camids[q] == 3 and gallery.camids[g] == 2:
+                continue
+            value = 1 - features["query"][q] @ features["gallery"][g]
+            (within if query.pids[q] == gallery.pids[g] else between).append(value)
+    found = visualize.pair_distances(protocol, features)
+    np.testing.assert_allclose(found[0], within)
+    np.testing.assert_allclose(found[1], between)
+    with pytest.raises(ValueError, match="camera rule 'other'"):
+        visualize.ignored(replace(protocol, camera_rule="other"))
+
+
+def test_identities_are_chosen_among_those_in_both_modalities(place):
+    protocol = eval_set("regdb", place / "regdb")
+    shown = set(protocol.query.pids.tolist())
+    assert set(visualize.chosen_identities(protocol, 9, 0).tolist()) == shown
+    some = {tuple(visualize.chosen_identities(protocol, 2, seed)) for seed in range(20)}
+    assert all(len(pids) == 2 and set(pids) <= shown for pids in some) and len(some) > 2
+
+
+def test_pca_keeps_planar_distances_and_names_their_share():
+    rng = np.random.default_rng(0)
+    plane = rng.normal(size=(20, 2)) * (5, 2)
+    turned = plane @ np.linalg.qr(rng.normal(size=(6, 6)))[0][:2] + 3
+    points, names, words = visualize.project(turned, "pca", 0)
+    gaps = lambda x: np.linalg.norm(x[:, None] - x, axis=2)  # noqa: E731
+    np.testing.assert_allclose(gaps(points), gaps(plane), atol=1e-9)
+    shares = np.linalg.eigvalsh(np.cov(plane.T))[::-1]
+    assert names[0] == f"component 1 ({100 * shares[0] / shares.sum():.0f} % of the variance)"
+    assert np.ptp(points[:, 0]) > np.ptp(points[:, 1])
+    again = visualize.project(turned[::-1], "pca", 0)[0][::-1]
+    np.testing.assert_allclose(points, again, atol=1e-9)  # signs too
+    with pytest.raises(ValueError, match="2 images are too few"):
+        visualize.project(turned[:2], "pca", 0)
+
+
+def test_tsne_is_scikit_learns(monkeypatch):
+    calls = []
+
+    class Tsne:
+        def __init__(self, **settings):
+            calls.append(settings)
+
+        def fit_transform(self, points):
+            return points[:, :2]
+
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", SimpleNamespace(TSNE=Tsne))
+    points = np.random.default_rng(0).normal(size=(31, 4))
+    plane, names, words = visualize.project(points, "tsne", 7)
+    np.testing.assert_allclose(plane, points[:, :2])
+    assert calls == [{"perplexity": 10, "init": "pca", "random_state": 7}]
+    assert names == ("", "") and "perplexity 10" in words
+
+
+# -------------------------------------------------------------------------------------- the memory
+
+
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_what_is_addressed_is_what_the_memory_reads(modality):
+    net = network("mg")
+    images = torch.randn(2, 3, *SIZE)
+    levels, shape = visualize.addressed(net, images, modality)
+    assert shape == (6, 2) and set(levels) == {"part", "instance", "semantic"}
+    with torch.no_grad():
+        x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
+        part = net.memory(x).part
+        banks = (net.memory.part_bank, *net.memory.banks())
+        expected = address(x.permute(0, 2, 3, 1).flatten(0, 2), banks[0], net.memory.shrink)
+    for (survivors, size), bank in zip(levels.values(), banks, strict=True):
+        assert size == len(bank)
+        assert len(survivors.offsets) == 2 * 6 * 2 + 1
+    survivors = levels["part"][0]
+    dense = torch.zeros(24, len(banks[0]))
+    dense[survivors.rows(), survivors.columns] = survivors.weights
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
+    read = (dense @ banks[0]).view(2, 6, 2, -1).permute(0, 3, 1, 2)
+    torch.testing.assert_close(read, part, atol=1e-4, rtol=1e-4)
+
+
+def sparse(dense: np.ndarray) -> Survivors:
+    rows, columns = np.nonzero(dense)
+    offsets = np.concatenate([[0], np.cumsum((dense > 0).sum(axis=1))])
+    return Survivors(*map(torch.from_numpy, (offsets, columns, dense[rows, columns])))
+
+
+def test_fired_against_a_dense_matrix():
+    rng = np.random.default_rng(0)
+    dense = rng.random((3 * 6, 7)) * (rng.random((3 * 6, 7)) < 0.3)
+    dense[6:12] = 0  # an image that reads nothing
+    dense[12:, 2:] = 0  # and one that reads two prototypes at most
+    found = visualize.fired(sparse(dense), 7, (3, 2), top=3)
+    maps = dense.reshape(3, 6, 7)
+    assert found.size == 7 and found.maps.shape == (3, 3, 3, 2)
+    for image in range(3):
+        totals = maps[image].sum(axis=0)
+        strongest = [n for n in sorted(range(7), key=lambda n: -totals[n])[:3] if totals[n] > 0]
+        assert [n for n in found.numbers[image] if n >= 0] == strongest
+        for place, number in enumerate(strongest):
+            np.testing.assert_allclose(
+                found.maps[image, place].ravel(), maps[image, :, number], 1e-6
+            )
+    assert (found.numbers[1] == -1).all() and (found.maps[1] == 0).all()
+
+
+def test_best_entries_are_one_an_image_and_descend():
+    images, places = np.array([0, 0, 1, 1, 2, 2]), np.array([3, 1, 0, 2, 1, 1])
+    columns, weights = np.array([5, 5, 5, 5, 4, 5]), np.array([0.2, 0.9, 0.4, 0.4, 1.0, 0.5])
+    found = visualize.Addresses(images, places, columns, weights, (2, 2), 8)
+    assert found.best(5, 9).tolist() == [1, 5, 2]
+    assert found.best(5, 2).tolist() == [1, 5]
+    assert found.best(0, 2).tolist() == []
+    np.testing.assert_allclose(found.totals()[[4, 5, 0]], [1.0, 2.4, 0])
+
+
+def test_patches_are_cut_around_their_position():
+    image = np.random.default_rng(0).integers(0, 190, (48, 32, 3), dtype=np.uint8)
+    middle = visualize.cut_patch(image, 1 * 4 + 2, (6, 4))
+    np.testing.assert_array_equal(middle, image[0:24, 8:32])
+    corner = visualize.cut_patch(image, 0, (6, 4))
+    assert corner.shape == middle.shape
+    np.testing.assert_array_equal(corner[8:, 8:], image[:16, :16])
+    assert (corner[:8] == 200).all() and (corner[:, :8] == 200).all()
+
+
+def test_a_memory_that_reads_nothing_is_refused():
+    none = np.zeros(0, int)
+    empty = visualize.Addresses(none, none, none, none, (6, 2), 9)
+    both = {"visible": empty, "infrared": empty}
+    with pytest.raises(ValueError, match="no position of the images reads any part prototype"):
+        visualize.prototype_patches(both, {}, level="part", numbers=None, count=3, top=2)
+
+
+# --------------------------------------------------------------------------------- logs and results
+
+
+def test_a_log_is_read_by_epoch_and_the_later_line_counts(tmp_path):
+    file = tmp_path / "log.jsonl"
+    lines = [{"epoch": e, "total": t} for e, t in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 9.0))]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [(x["epoch"], x["total"]) for x in visualize.read_log(tmp_path)] == [
+        *((1, 1.0), (2, 9.0), (3, 3.0))
+    ]
+    for text, message in (("", "is empty"), ("{}\n", "line 1"), ('{"epoch": 1}\n{"ep', "line 2")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            visualize.read_log(file)
+
+
+def result(folder, re_rank="no", **change):
+    folder.mkdir(parents=True)
+    content = {"cmc": [0.5, 1.0], "mAP": 0.4, "dataset": "d", "protocol": "p", "re_rank": re_rank}
+    (folder / "results.json").write_text(json.dumps(content | change))
+    return folder
+
+
+def test_cmc_names_runs_by_what_differs_and_says_what_is_re_ranked(tmp_path, monkeypatch):
+    runs = [result(tmp_path / "HCT/test"), result(tmp_path / "MG/test", "k_reciprocal")]
+    seen = {}
+    monkeypatch.setattr(figures, "cmc_curves", lambda path, runs, **_: seen.update(runs))
+    draw("cmc", *runs, "--out", tmp_path / "a.png")
+    assert seen == {"HCT": ([0.5, 1.0], 0.4), "MG, k_reciprocal": ([0.5, 1.0], 0.4)}
+    seen.clear()
+    draw("cmc", runs[0] / "results.json", "--out", tmp_path / "a.png")
+    assert list(seen) == ["test"]
+    seen.clear()
+    draw("cmc", *runs, "--names", "a", "b", "--out", tmp_path / "a.png")
+    assert list(seen) == ["a", "b, k_reciprocal"]
+
+
+def test_results_that_cannot_be_drawn(tmp_path, capsys):
+    run = result(tmp_path / "a")
+    draw("cmc", run, run, code=2)
+    assert "tell them apart with --names" in capsys.readouterr().err
+    draw("cmc", run, "--names", "a", "b", code=2)
+    assert "2 --names for 1 results" in capsys.readouterr().err
+    for text, message in (("{", "can't be read"), ("[]", "has no cmc"), ('{"cmc": 1}', "has no")):
+        (run / "results.json").write_text(text)
+        draw("cmc", run, code=2)
+        assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- test.py's files
+
+
+def evaluate(*words, code=0):
+    if not code:
+        assert test_script.main([str(word) for word in words]) == 0
+        return
+    with pytest.raises(SystemExit) as caught:
+        test_script.main([str(word) for word in words])
+    assert caught.value.code == code
+
+
+def test_an_evaluation_draws_and_saves_what_it_ranked(place, tmp_path):
+    words = [*flags(place), "--re_rank", "random_walk", "--output-dir", tmp_path, "--figures"]
+    evaluate(*words, "--save-features", tmp_path / "f.npz")
+    names = {"ranked_lists.png", "cmc.png", "distances.png", "embedding.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"f.npz", "results.json"}
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as saved:
+        for row in rows:
+            gallery = saved["gallery_pcb"][saved["gallery_trials"][0]]
+            distmat = distances(saved["query_pcb"], gallery, row["re_rank"])
+            cmc, mean_ap, _ = eval_regdb(distmat, saved["query_pids"], saved["gallery_pids"])
+            assert row["mAP"] == pytest.approx(mean_ap)
+            assert row["cmc"] == pytest.approx(cmc)
+        assert saved["query_modality"] == "visible" and saved["gallery_modality"] == "infrared"
+        assert (place / "regdb" / str(saved["query_paths"][0])).is_file()
+        assert saved["query_camids"].tolist() == [1] * 12
+        assert str(saved["protocol"]) == rows[0]["protocol"]
+
+
+def test_features_of_several_trials_are_padded(tmp_path):
+    images = listed([0, 1, 2], [1, 1, 1], "visible")
+    trials = (np.array([0, 2]), np.array([1]))
+    protocol = EvalSet("sysu", images, images, trials, "none", "p")
+    row = {"protocol": "p", "dataset": "d", "checkpoint": "c"}
+    features = {role: {"pcb": np.eye(3)} for role in ("query", "gallery")}
+    test_script.save_features(tmp_path / "f.npz", protocol, features, row)
+    with np.load(tmp_path / "f.npz") as saved:
+        assert saved["gallery_trials"].tolist() == [[0, 2], [1, -1]]
+
+
+def test_features_go_into_an_npz(place, tmp_path, capsys):
+    evaluate(*flags(place), "--save-features", tmp_path / "f.npy", code=2)
+    assert ".npz" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- own folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of images of several sizes and depths."""
+    rng = np.random.default_rng(0)
+    for name in ("people/a.png", "people/b/c.JPG", "night/x.bmp", "night/y.png", "night/z/w.jpeg"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 256, (rng.integers(40, 90), 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    (tmp_path / "people/notes.txt").write_text("no image")
+    (tmp_path / "people/.thumbnails").mkdir()
+    (tmp_path / "people/.thumbnails/a.png").write_text("hidden")
+    return tmp_path
+
+
+def own(place, folders, *words):
+    names = ("--query-dir", folders / "people", "--gallery-dir", folders / "night")
+    return [*names, "--resume", place / "none.pt", "--gpu", "cpu", "--quiet", *words]
+
+
+def test_a_folder_is_listed_by_name_without_hidden_files(folders):
+    images = folder_images(folders / "people", "visible")
+    assert images.paths == ("a.png", "b/c.JPG")
+    assert (images.root / images.paths[1]).is_file()
+    assert (
+        images.modality == "visible" and images.pids.tolist() == images.camids.tolist() == [-1] * 2
+    )
+    for name, message in (("nowhere", "does not exist"), ("people/.thumbnails/..", None)):
+        if message:
+            with pytest.raises(DataError, match=message):
+                folder_images(folders / name, "visible")
+    (folders / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty holds no image.*\.jpg"):
+        folder_images(folders / "empty", "visible")
+
+
+def test_own_images_are_ranked_as_their_features_say(place, folders, tmp_path):
+    evaluate(*own(place, folders, "--output-dir", tmp_path / "out"))
+    out = tmp_path / "out"
+    names = {"ranks.csv", "ranks.json", "ranked_lists.png"}
+    assert {path.name for path in out.iterdir()} == names
+    found = json.loads((out / "ranks.json").read_text())
+    assert (found["query_modality"], found["gallery_modality"]) == ("visible", "infrared")
+    net = network(None)
+    features = []
+    for name, modality in (("people", "visible"), ("night", "infrared")):
+        images = folder_images(folders / name, modality)
+        pixels = search.load_images(images, height=SIZE[0], width=SIZE[1], progress=False)
+        batches = search.EvalLoader(pixels, batch_size=1, device=torch.device("cpu"))
+        features.append(extract_features(net, batches, modality=modality, test_feats=("pcb",)))
+        features[-1]["paths"] = images.paths
+    similarity = features[0]["pcb"] @ features[1]["pcb"].T
+    lines = ["query,rank,gallery,score"]
+    for q, entry in enumerate(found["ranks"]):
+        assert entry["query"] == features[0]["paths"][q]
+        order = np.argsort(-similarity[q], kind="stable")
+        expected = [features[1]["paths"][g] for g in order]
+        assert [answer["image"] for answer in entry["gallery"]] == expected
+        scores = [answer["score"] for answer in entry["gallery"]]
+        np.testing.assert_allclose(scores, similarity[q, order], atol=1e-4)
+        lines += [
+            f"{entry['query']},{a['rank']},{a['image']},{a['score']}" for a in entry["gallery"]
+        ]
+    assert (out / "ranks.csv").read_text().split() == lines
+
+
+def test_modalities_of_own_images_can_be_named(place, folders, tmp_path):
+    words = ("--gallery-modality", "visible", "--re_rank", "random_walk", "--output-dir", tmp_path)
+    evaluate(*own(place, folders, *words))
+    found = json.loads((tmp_path / "ranks.json").read_text())
+    assert (found["query_modality"], found["gallery_modality"]) == ("visible", "visible")
+    assert found["re_rank"] == "random_walk"
+
+
+def test_own_folders_that_cannot_be_searched(place, folders, capsys):
+    evaluate("--query-dir", folders / "people", "--resume", place / "none.pt", code=2)
+    assert "--gallery-dir FOLDER" in capsys.readouterr().err
+    words = own(place, folders)
+    for name, message in (("nowhere", "does not exist"), ("people/.thumbnails", "a.png")):
+        words[1] = folders / name
+        evaluate(*words, code=2)
+        assert message in capsys.readouterr().err
+    evaluate(*own(place, folders, "--save-features", "f.npz"), code=2)
+    assert "--save-features" in capsys.readouterr().err
+    (folders / "night/broken.png").write_bytes(b"\x89PNG not quite")
+    evaluate(*own(place, folders), code=2)
+    error = capsys.readouterr().err
+    assert "can't decode" in error and "broken.png" in error
