@@ -286,7 +286,8 @@ LAYERS = {  # project modules that each module may import: house map, imports po
     "model": "memory utils weights",
     "engine": "eval_metrics loss memory re_rank utils",
     "figures": "utils",
-    "pictures": "figures utils",
+    "pictures": "figures",
+    "addresses": "data_loader memory model pictures",
 }
 WITHOUT_TORCH = ("data_manager", "options", "eval_metrics", "re_rank", "pedestrians")
 

@@ -20,7 +20,6 @@ import visualize
 from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
 from engine import distances, extract_features
 from eval_metrics import eval_regdb
-from memory import Survivors, address
 from model import TwoStreamNet
 from utils import save_checkpoint
 
@@ -211,6 +210,12 @@ def test_pairs_against_a_naive_loop_and_the_camera_rule():
     found = visualize.pair_distances(protocol, features)
     np.testing.assert_allclose(found[0], within)
     np.testing.assert_allclose(found[1], between)
+    same = visualize.ignored(replace(protocol, camera_rule="same"))
+    naive = [
+        [(p, c) == (gallery.pids[g], gallery.camids[g]) for g in rows]
+        for p, c in zip(query.pids, query.camids, strict=True)
+    ]
+    assert same.tolist() == naive
     with pytest.raises(ValueError, match="camera rule 'other'"):
         visualize.ignored(replace(protocol, camera_rule="other"))
 
@@ -256,84 +261,6 @@ def test_tsne_is_scikit_learns(monkeypatch):
     np.testing.assert_allclose(plane, points[:, :2])
     assert calls == [{"perplexity": 10, "init": "pca", "random_state": 7}]
     assert names == ("", "") and "perplexity 10" in words
-
-
-# -------------------------------------------------------------------------------------- the memory
-
-
-@pytest.mark.parametrize("modality", ["visible", "infrared"])
-def test_what_is_addressed_is_what_the_memory_reads(modality):
-    net = network("mg")
-    images = torch.randn(2, 3, *SIZE)
-    levels, shape = visualize.addressed(net, images, modality)
-    assert shape == (6, 2) and set(levels) == {"part", "instance", "semantic"}
-    with torch.no_grad():
-        x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
-        part = net.memory(x).part
-        banks = (net.memory.part_bank, *net.memory.banks())
-        expected = address(x.permute(0, 2, 3, 1).flatten(0, 2), banks[0], net.memory.shrink)
-    for (survivors, size), bank in zip(levels.values(), banks, strict=True):
-        assert size == len(bank)
-        assert len(survivors.offsets) == 2 * 6 * 2 + 1
-    survivors = levels["part"][0]
-    dense = torch.zeros(24, len(banks[0]))
-    dense[survivors.rows(), survivors.columns] = survivors.weights
-    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-4)
-    read = (dense @ banks[0]).view(2, 6, 2, -1).permute(0, 3, 1, 2)
-    torch.testing.assert_close(read, part, atol=1e-4, rtol=1e-4)
-
-
-def sparse(dense: np.ndarray) -> Survivors:
-    rows, columns = np.nonzero(dense)
-    offsets = np.concatenate([[0], np.cumsum((dense > 0).sum(axis=1))])
-    return Survivors(*map(torch.from_numpy, (offsets, columns, dense[rows, columns])))
-
-
-def test_fired_against_a_dense_matrix():
-    rng = np.random.default_rng(0)
-    dense = rng.random((3 * 6, 7)) * (rng.random((3 * 6, 7)) < 0.3)
-    dense[6:12] = 0  # an image that reads nothing
-    dense[12:, 2:] = 0  # and one that reads two prototypes at most
-    found = visualize.fired(sparse(dense), 7, (3, 2), top=3)
-    maps = dense.reshape(3, 6, 7)
-    assert found.size == 7 and found.maps.shape == (3, 3, 3, 2)
-    for image in range(3):
-        totals = maps[image].sum(axis=0)
-        strongest = [n for n in sorted(range(7), key=lambda n: -totals[n])[:3] if totals[n] > 0]
-        assert [n for n in found.numbers[image] if n >= 0] == strongest
-        for place, number in enumerate(strongest):
-            np.testing.assert_allclose(
-                found.maps[image, place].ravel(), maps[image, :, number], 1e-6
-            )
-    assert (found.numbers[1] == -1).all() and (found.maps[1] == 0).all()
-
-
-def test_best_entries_are_one_an_image_and_descend():
-    images, places = np.array([0, 0, 1, 1, 2, 2]), np.array([3, 1, 0, 2, 1, 1])
-    columns, weights = np.array([5, 5, 5, 5, 4, 5]), np.array([0.2, 0.9, 0.4, 0.4, 1.0, 0.5])
-    found = visualize.Addresses(images, places, columns, weights, (2, 2), 8)
-    assert found.best(5, 9).tolist() == [1, 5, 2]
-    assert found.best(5, 2).tolist() == [1, 5]
-    assert found.best(0, 2).tolist() == []
-    np.testing.assert_allclose(found.totals()[[4, 5, 0]], [1.0, 2.4, 0])
-
-
-def test_patches_are_cut_around_their_position():
-    image = np.random.default_rng(0).integers(0, 190, (48, 32, 3), dtype=np.uint8)
-    middle = visualize.cut_patch(image, 1 * 4 + 2, (6, 4))
-    np.testing.assert_array_equal(middle, image[0:24, 8:32])
-    corner = visualize.cut_patch(image, 0, (6, 4))
-    assert corner.shape == middle.shape
-    np.testing.assert_array_equal(corner[8:, 8:], image[:16, :16])
-    assert (corner[:8] == 200).all() and (corner[:, :8] == 200).all()
-
-
-def test_a_memory_that_reads_nothing_is_refused():
-    none = np.zeros(0, int)
-    empty = visualize.Addresses(none, none, none, none, (6, 2), 9)
-    both = {"visible": empty, "infrared": empty}
-    with pytest.raises(ValueError, match="no position of the images reads any part prototype"):
-        visualize.prototype_patches(both, {}, level="part", numbers=None, count=3, top=2)
 
 
 # --------------------------------------------------------------------------------- logs and results
