@@ -15,7 +15,7 @@ import torch
 import pictures
 from data_loader import EvalLoader
 from memory import Survivors
-from model import TwoStreamNet
+from model import OUTPUT_STRIDE, TwoStreamNet
 
 PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
 BEYOND = 200  # grey level of a patch beyond the image's edge
@@ -151,18 +151,16 @@ def cut_patch(image: np.ndarray, place: int, shape: tuple[int, int]) -> np.ndarr
     """The square around a position of the map, `PATCH_CELLS` positions wide; grey beyond the edge.
 
     Args:
-        image: (H, W, 3) uint8.
+        image: (H, W, 3) uint8, at most 16 h x 16 w.
         place: Number of the position, row by row.
         shape: (h, w) of the map.
 
     Returns:
         (p, p, 3) uint8, the position itself in the middle.
     """
-    cell = image.shape[0] // shape[0]
+    cell = OUTPUT_STRIDE
     margin = cell * (PATCH_CELLS // 2)
-    padded = np.full(
-        (image.shape[0] + 2 * margin, image.shape[1] + 2 * margin, 3), BEYOND, np.uint8
-    )
+    padded = np.full((*(cell * n + 2 * margin for n in shape), 3), BEYOND, np.uint8)
     padded[margin : margin + image.shape[0], margin : margin + image.shape[1]] = image
     row, column = divmod(place, shape[1])
     side = cell * PATCH_CELLS

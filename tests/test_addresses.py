@@ -77,13 +77,16 @@ def test_best_entries_are_one_an_image_and_descend():
 
 
 def test_patches_are_cut_around_their_position():
-    image = np.random.default_rng(0).integers(0, 190, (48, 32, 3), dtype=np.uint8)
-    middle = addresses.cut_patch(image, 1 * 4 + 2, (6, 4))
-    np.testing.assert_array_equal(middle, image[0:24, 8:32])
+    image = np.random.default_rng(0).integers(0, 190, (96, 60, 3), dtype=np.uint8)
+    middle = addresses.cut_patch(image, 1 * 4 + 1, (6, 4))
+    np.testing.assert_array_equal(middle, image[0:48, 0:48])
     corner = addresses.cut_patch(image, 0, (6, 4))
     assert corner.shape == middle.shape
-    np.testing.assert_array_equal(corner[8:, 8:], image[:16, :16])
-    assert (corner[:8] == 200).all() and (corner[:, :8] == 200).all()
+    np.testing.assert_array_equal(corner[16:, 16:], image[:32, :32])
+    assert (corner[:16] == 200).all() and (corner[:, :16] == 200).all()
+    last = addresses.cut_patch(image, 23, (6, 4))  # a map's last column may reach beyond the image
+    np.testing.assert_array_equal(last[:32, :28], image[64:, 32:])
+    assert (last[32:] == 200).all() and (last[:, 28:] == 200).all()
 
 
 def test_a_memory_that_reads_nothing_is_refused():
