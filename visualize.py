@@ -70,7 +70,8 @@ class Subject:
     def data(self) -> str:
         """Data and protocol in words; stand-in data are called so."""
         name = data_name(self.args.dataset, self.args.data_path)
-        return f"{name}: {self.protocol.protocol}"
+        words = self.protocol.protocol.replace(", 1 trials", ", first trial")
+        return f"{name}: {words}"
 
     @property
     def title(self) -> str:
