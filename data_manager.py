@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
 
-TRIALS = range(1, 11)  # RegDB's splits; SYSU-MM01's gallery draws
-VALIDATION_STEP = 5  # RegDB has no validation list: every fifth training label is held out
+TRIALS = range(1, 11)  # RegDB's splits; SYSU-MM01's and LLCM's gallery draws
+VALIDATION_STEP = 5  # without a validation list every fifth training label is held out
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 CACHE_COMMAND = "python pre_process_sysu.py --data-path {} --overwrite"
 STAND_IN = (
@@ -45,7 +46,8 @@ class ImageList:
         root: the data folder, links resolved.
         paths: n posix paths relative to `root`; () where `cache` is set.
         pids: (n,) int64 raw identities.
-        camids: (n,) int64; RegDB 1 visible, 2 infrared; SYSU-MM01 1..6; -1 unknown (caches).
+        camids: (n,) int64; RegDB 1 visible, 2 infrared; SYSU-MM01 1..6; LLCM 1..9; -1 unknown
+            (caches, LLCM's training lists).
         modality: "visible" or "infrared".
         origins: where each path was named ("idx/train_visible_1.txt:12"); () for listed folders.
         cache: a .npy file of (N, H, W, 3) uint8 that holds these images in place of `paths`.
@@ -121,7 +123,8 @@ class EvalSet:
         query: the query images.
         gallery: every distinct image that any trial uses, once.
         gallery_trials: per trial the row numbers into `gallery`, in the protocol's order.
-        camera_rule: "none" or "sysu" (camera-3 queries ignore camera-2 gallery images).
+        camera_rule: a rule of `eval_metrics.excluded`: "none", "sysu" (camera-3 queries ignore
+            camera-2 gallery images) or "same" (queries ignore images of their person and camera).
         protocol: the protocol in words, for printed rows.
     """
 
@@ -139,11 +142,11 @@ class EvalOptions:
 
     Attributes:
         trial: RegDB's split, 1..10.
-        direction: RegDB: "v2i" (visible queries, infrared gallery) or "i2v".
+        direction: RegDB, LLCM: "v2i" (visible queries, infrared gallery) or "i2v".
         mode: SYSU-MM01: "all" (gallery cameras 1, 2, 4, 5) or "indoor" (1, 2).
         gallery: SYSU-MM01: how the gallery is drawn, "seeded" or "official" (see `Sysu`).
         shots: SYSU-MM01: gallery images per identity and camera, 1 or 10.
-        trials: SYSU-MM01: number of gallery draws, 1..10.
+        trials: SYSU-MM01, LLCM: number of gallery draws, 1..10.
         subset: "test", or "val": the training identities that `train_set(subset="fit")` leaves out.
     """
 
@@ -179,7 +182,7 @@ def train_set(
     Args:
         dataset: a name in `DATASETS`.
         data_path: the data folder.
-        trial: RegDB's split, 1..10; no meaning for SYSU-MM01.
+        trial: RegDB's split, 1..10; no meaning for the others.
         subset: "all" identities, or "fit": without those that `eval_set(subset="val")` asks for.
         use_cache: take SYSU-MM01's `train_{rgb,ir}_resized_{img,label}.npy` where all four exist.
 
@@ -244,6 +247,24 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
 # --- What the data sets share ---------------------------------------------------------------------
 
 
+class Source(Protocol):
+    """A data set: its layout on disk, training lists and protocol."""
+
+    name: str
+    title: str
+    folders: tuple[str, ...]
+    how_to_get: str
+
+    def train(self, path: Path, trial: int, use_cache: bool) -> TrainSet:
+        """List the training images."""
+
+    def held_out(self, path: Path, pids: np.ndarray) -> np.ndarray:
+        """Tell which training labels ((L,) bool) are kept for validation."""
+
+    def evaluate(self, path: Path, options: EvalOptions) -> EvalSet:
+        """List query and gallery images."""
+
+
 def _check_choice(name: str, value: object, legal: Sequence[object]) -> None:
     if isinstance(value, bool) or value not in legal:
         span = isinstance(legal, range)
@@ -251,7 +272,7 @@ def _check_choice(name: str, value: object, legal: Sequence[object]) -> None:
         raise DataError(f"{name} is {value!r}; expected {words}")
 
 
-def _source(dataset: str) -> Regdb | Sysu:
+def _source(dataset: str) -> Source:
     _check_choice("dataset", dataset, tuple(DATASETS))
     return DATASETS[dataset]
 
@@ -274,10 +295,10 @@ def _narrow(full: TrainSet, kept: np.ndarray) -> TrainSet:
     )
 
 
-def _data_root(path: Path, source: Regdb | Sysu) -> Path:
+def _data_root(path: Path, source: Source) -> Path:
     """Return the data folder with links resolved, after checking that its layout is `source`'s."""
 
-    def lacking(folder: Path, kind: Regdb | Sysu) -> list[str]:
+    def lacking(folder: Path, kind: Source) -> list[str]:
         return [f"{name}/" for name in kind.folders if not os.path.isdir(folder / name)]
 
     expected = f"{source.title} is a folder with {', '.join(f'{f}/' for f in source.folders)} in it"
@@ -339,7 +360,7 @@ def _files(root: Path, folder: str) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of a RegDB list."""
+    """One line of a RegDB or LLCM list."""
 
     path: str
     pid: int
@@ -368,7 +389,7 @@ class Regdb:
 
     def held_out(self, path: Path, pids: np.ndarray) -> np.ndarray:
         """Tell which labels ((L,) bool) are kept for validation: 0, 5, 10, ..."""
-        return np.arange(len(pids)) % VALIDATION_STEP == 0
+        return _held_out_labels(pids)
 
     def evaluate(self, path: Path, options: EvalOptions) -> EvalSet:
         """Make one modality the query and the other the gallery."""
@@ -377,11 +398,7 @@ class Regdb:
         else:
             people = self._split(path, "train", options.trial)
             people = _narrow(people, self.held_out(path, people.pids))
-        pair = (people.visible, people.infrared)
-        query, gallery = pair if options.direction == "v2i" else pair[::-1]
-        words = f"{people.description}, {query.modality} to {gallery.modality}"
-        words += ", validation identities" if options.subset == "val" else ""
-        return EvalSet(self.name, query, gallery, (np.arange(len(gallery)),), "none", words)
+        return _one_against_other(people, options, people.description)
 
     def _split(self, path: Path, split: str, trial: int) -> TrainSet:
         """Read both lists of a split and check them against each other."""
@@ -391,54 +408,84 @@ class Regdb:
             _read_list(root, name, folder)
             for name, folder in zip(names, ("Visible", "Thermal"), strict=True)
         ]
-        where = f"{names[0]} and {names[1]} of {root}"
-        owner: dict[int, _Line] = {}
-        for line in (*lists[0], *lists[1]):
-            first = owner.setdefault(line.label, line)
-            if first.pid != line.pid:
-                raise DataError(
-                    f"{line.origin} gives label {line.label} to identity {line.pid}, {first.origin}"
-                    f" to {first.pid}; expected one identity per label in {where}"
-                )
-        pids = np.array([owner[label].pid for label in sorted(owner)], dtype=np.int64)
-        if len(set(pids.tolist())) < len(pids):
-            raise DataError(f"an identity has two labels in {where}; expected one label each")
-        gaps = set(range(len(pids))) - set(owner)
-        if gaps:
+        return _pair(self, root, names, lists, (1, 2), f"RegDB trial {trial}")
+
+
+def _held_out_labels(pids: np.ndarray) -> np.ndarray:
+    """Tell which labels ((L,) bool) are held out where there is no validation list: 0, 5, ..."""
+    return np.arange(len(pids)) % VALIDATION_STEP == 0
+
+
+def _one_against_other(people: TrainSet, options: EvalOptions, words: str) -> EvalSet:
+    """Make all images of one modality the query and all of the other the gallery."""
+    pair = (people.visible, people.infrared)
+    query, gallery = pair if options.direction == "v2i" else pair[::-1]
+    words += f", {query.modality} to {gallery.modality}"
+    words += ", validation identities" if options.subset == "val" else ""
+    return EvalSet(people.dataset, query, gallery, (np.arange(len(gallery)),), "none", words)
+
+
+def _pair(
+    source: Source,
+    root: Path,
+    names: Sequence[str],
+    lists: Sequence[list[_Line]],
+    cameras: tuple[int, int],
+    description: str,
+) -> TrainSet:
+    """Check a visible and an infrared list against each other; both number the same people."""
+    where = f"{names[0]} and {names[1]} of {root}"
+    owner: dict[int, _Line] = {}
+    for line in (*lists[0], *lists[1]):
+        first = owner.setdefault(line.label, line)
+        if first.pid != line.pid:
             raise DataError(
-                f"{len(pids)} labels up to {max(owner)}, and label {min(gaps)} is not among them;"
-                f" expected 0..{len(pids) - 1} without gaps in {where}"
+                f"{line.origin} gives label {line.label} to identity {line.pid}, {first.origin}"
+                f" to {first.pid}; expected one identity per label in {where}"
             )
-        for lines, others in (lists, lists[::-1]):
-            alone = {line.label for line in lines} - {line.label for line in others}
-            if alone:
-                raise DataError(
-                    f"identity {owner[min(alone)].pid} ({owner[min(alone)].origin}) has images in"
-                    f" one modality only; expected images in both of {where}"
-                )
-        images = [
-            ImageList(
-                root,
-                tuple(line.path for line in lines),
-                np.array([line.pid for line in lines], dtype=np.int64),
-                np.full(len(lines), camera, dtype=np.int64),
-                modality,
-                tuple(line.origin for line in lines),
+    pids = np.array([owner[label].pid for label in sorted(owner)], dtype=np.int64)
+    if len(set(pids.tolist())) < len(pids):
+        raise DataError(f"an identity has two labels in {where}; expected one label each")
+    gaps = set(range(len(pids))) - set(owner)
+    if gaps:
+        raise DataError(
+            f"{len(pids)} labels up to {max(owner)}, and label {min(gaps)} is not among them;"
+            f" expected 0..{len(pids) - 1} without gaps in {where}"
+        )
+    for lines, others in (lists, lists[::-1]):
+        alone = {line.label for line in lines} - {line.label for line in others}
+        if alone:
+            raise DataError(
+                f"identity {owner[min(alone)].pid} ({owner[min(alone)].origin}) has images in"
+                f" one modality only; expected images in both of {where}"
             )
-            for lines, camera, modality in zip(lists, (1, 2), ("visible", "infrared"), strict=True)
-        ]
-        labels = [np.array([line.label for line in lines], dtype=np.int64) for lines in lists]
-        return TrainSet(self.name, *images, *labels, pids, f"RegDB trial {trial}")
+    images = [
+        ImageList(
+            root,
+            tuple(line.path for line in lines),
+            np.array([line.pid for line in lines], dtype=np.int64),
+            np.full(len(lines), camera, dtype=np.int64),
+            modality,
+            tuple(line.origin for line in lines),
+        )
+        for lines, camera, modality in zip(lists, cameras, ("visible", "infrared"), strict=True)
+    ]
+    labels = [np.array([line.label for line in lines], dtype=np.int64) for lines in lists]
+    return TrainSet(source.name, *images, *labels, pids, description)
 
 
-def _read_list(root: Path, name: str, folder: str) -> list[_Line]:
-    """Read a RegDB list; each line names an image in `folder` that is there, and no other does."""
+def _read_list(root: Path, name: str, folder: str | None = None) -> list[_Line]:
+    """Read a list; each line names an image (RegDB: in `folder`) that is there, and no other does.
+
+    Without `folder` an image may be anywhere, and its label stands for the unknown raw identity.
+    """
+    expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
     listings: dict[str, dict[str, bool]] = {}  # folders seen so far
     lines: dict[str, _Line] = {}
     for number, text in enumerate(_read_text(root, name).split("\n"), start=1):
         if not text.strip():
             continue
-        line = _parse_line(text, f"{name}:{number}", folder, root)
+        line = _parse_line(text, f"{name}:{number}", folder, root, expected)
         if line.path in lines:
             raise DataError(
                 f"{line.origin} names {line.path}, as {lines[line.path].origin} does; expected each"
@@ -456,12 +503,11 @@ def _read_list(root: Path, name: str, folder: str) -> list[_Line]:
             _inside(root, line.path)  # raises
         lines[line.path] = line
     if not lines:
-        raise DataError(f"{root / name} is empty; expected lines `{folder}/<pid>/<file> <label>`")
+        raise DataError(f"{root / name} is empty; {expected} lines")
     return list(lines.values())
 
 
-def _parse_line(text: str, origin: str, folder: str, root: Path) -> _Line:
-    expected = f"expected `{folder}/<pid>/<file> <label>`"
+def _parse_line(text: str, origin: str, folder: str | None, root: Path, expected: str) -> _Line:
     words = text.rsplit(maxsplit=1)
     if len(words) == 1:
         raise DataError(f"{origin} has no label: {words[0]!r}; {expected}")
@@ -470,9 +516,10 @@ def _parse_line(text: str, origin: str, folder: str, root: Path) -> _Line:
         raise DataError(f"{origin} names {str(path)!r}, which leaves {root}; {expected}")
     if not re.fullmatch(r"[0-9]{1,9}", label):
         raise DataError(f"{origin} has the label {label!r}, not a whole number; {expected}")
-    if not re.fullmatch(rf"{folder}/[0-9]{{1,9}}/[^/]+", str(path)):
+    legal = rf"{folder}/[0-9]{{1,9}}/[^/]+" if folder else r"[^\\]+/[^/\\]+"
+    if not re.fullmatch(legal, str(path)):
         raise DataError(f"{origin} names {str(path)!r}; {expected}")
-    return _Line(str(path), int(path.parts[1]), int(label), origin)
+    return _Line(str(path), int(path.parts[1] if folder else label), int(label), origin)
 
 
 # --- SYSU-MM01 ------------------------------------------------------------------------------------
@@ -480,6 +527,7 @@ def _parse_line(text: str, origin: str, folder: str, root: Path) -> _Line:
 VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
 GALLERY_CAMERAS = {"all": VISIBLE_CAMERAS, "indoor": (1, 2)}
+SYSU_FOLDER = "cam{}/{:04d}"  # of a camera and an identity
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"
 CACHE_WORDS = {"visible": "rgb", "infrared": "ir"}
 MAT_MATRIX, MAT_COMPRESSED, MAT_CELL = 14, 15, 1  # element types and a class of MATLAB 5 files
@@ -548,13 +596,10 @@ class Sysu:
         root, cameras = _data_root(path, self), GALLERY_CAMERAS[options.mode]
         pids = np.array(sorted(_read_ids(root, options.subset)), dtype=np.int64)
         probes, index = _index(root, pids, INFRARED_CAMERAS), _index(root, pids, cameras)
-        for what, part, seen in (("query", probes, INFRARED_CAMERAS), ("gallery", index, cameras)):
-            if not part:
-                folders = ", ".join(f"cam{camera}/" for camera in seen)
-                raise DataError(
-                    f"empty {what}: {folders} of {root} have no image of the {len(pids)} identities"
-                    f" in exp/{options.subset}_id.txt (mode {options.mode})"
-                )
+        asked = f"exp/{options.subset}_id.txt (mode {options.mode})"
+        folders = [[f"cam{camera}/" for camera in each] for each in (INFRARED_CAMERAS, cameras)]
+        sides = {"query": (probes, folders[0]), "gallery": (index, folders[1])}
+        _check_not_empty(root, len(pids), asked, sides)
         query = [
             (pid, camera, name)
             for camera, pid in product(INFRARED_CAMERAS, pids.tolist())
@@ -562,18 +607,11 @@ class Sysu:
         ]
         draw = _seeded_draw if options.gallery == "seeded" else _official_draw(root)
         draws = [draw(index, trial, options.shots) for trial in range(options.trials)]
-        rows = {item: row for row, item in enumerate(sorted({i for items in draws for i in items}))}
         shots = "single-shot" if options.shots == 1 else "ten-shot"
         words = f"{options.mode}-search, {shots}, {options.gallery} gallery, {len(draws)} trials"
         words += ", validation identities" if options.subset == "val" else ""
-        return EvalSet(
-            self.name,
-            _image_list(root, query, "infrared"),
-            _image_list(root, list(rows), "visible"),
-            tuple(np.array([rows[item] for item in items], dtype=np.int64) for items in draws),
-            "sysu",
-            words,
-        )
+        query = _image_list(root, query, "infrared")
+        return EvalSet(self.name, query, *_gallery(root, draws, "visible"), "sysu", words)
 
     def _train_pids(self, root: Path) -> np.ndarray:
         """Return the sorted training and validation identities; no test identity is among them."""
@@ -609,9 +647,9 @@ class Sysu:
         return TrainSet(self.name, *lists, *labels, pids, f"{self.title} (caches)")
 
 
-def _read_ids(root: Path, split: str) -> set[int]:
+def _read_ids(root: Path, split: str, folder: str = "exp") -> set[int]:
     """Read exp/{split}_id.txt: one line of comma-separated identities."""
-    name = f"exp/{split}_id.txt"
+    name = f"{folder}/{split}_id.txt"
     words = [word.strip() for word in _read_text(root, name).strip().rstrip(",").split(",")]
     for word in words:
         if not re.fullmatch(r"[0-9]{1,6}", word):
@@ -625,19 +663,43 @@ def _read_ids(root: Path, split: str) -> set[int]:
     return ids
 
 
-def _index(root: Path, pids: np.ndarray, cameras: Iterable[int]) -> _Index:
+def _index(
+    root: Path, pids: np.ndarray, cameras: Iterable[int], layout: Sequence[str] = (SYSU_FOLDER,)
+) -> _Index:
     """List every image of these identities in these cameras; empty pairs are left out."""
     index: _Index = {}
     for pid, camera in product(pids.tolist(), cameras):
-        folder, names = f"cam{camera}/{pid:04d}", []
-        for name, inside in _files(root, folder).items():
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                names.append(f"{folder}/{name}")
-                if not inside:
-                    _inside(root, names[-1])  # raises
+        names = []
+        for folder in dict.fromkeys(pattern.format(camera, pid) for pattern in layout):
+            for name, inside in _files(root, folder).items():
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                    names.append(f"{folder}/{name}")
+                    if not inside:
+                        _inside(root, names[-1])  # raises
         if names:
             index[pid, camera] = sorted(names)
     return index
+
+
+def _check_not_empty(
+    root: Path, count: int, asked: str, sides: dict[str, tuple[_Index, Sequence[str]]]
+) -> None:
+    """Raise DataError when a side's folders have no image of the `count` people asked for."""
+    for what, (index, folders) in sides.items():
+        if not index:
+            raise DataError(
+                f"empty {what}: {', '.join(folders)} of {root} have no image of the {count}"
+                f" identities in {asked}; is the data set complete, and the list its own?"
+            )
+
+
+def _gallery(
+    root: Path, draws: Sequence[list[_Item]], modality: str
+) -> tuple[ImageList, tuple[np.ndarray, ...]]:
+    """List every image that was drawn once, and the rows of each draw."""
+    rows = {item: row for row, item in enumerate(sorted({i for items in draws for i in items}))}
+    trials = tuple(np.array([rows[item] for item in items], dtype=np.int64) for items in draws)
+    return _image_list(root, list(rows), modality), trials
 
 
 def _image_list(root: Path, items: Sequence[_Item], modality: str) -> ImageList:
@@ -758,7 +820,70 @@ def _open_cache(root: Path, word: str) -> tuple[Path, np.ndarray]:
     return root / files[0], np.asarray(labels, dtype=np.int64)
 
 
-DATASETS: dict[str, Regdb | Sysu] = {source.name: source for source in (Regdb(), Sysu())}
+# --- LLCM -----------------------------------------------------------------------------------------
+
+LLCM_CAMERAS = {"vis": (1, 2, 3, 4, 5, 6, 7, 8, 9), "nir": (1, 2, 4, 5, 6, 7, 8, 9)}
+
+
+class Llcm:
+    """LLCM: nine cameras in low light; seven hundred identities to train on, one split.
+
+    `idx/train_{vis,nir}.txt` hold lines `<folder>/<file> <label>` with labels 0..L-1 shared by the
+    two modalities; they name no raw identity, and the label stands for it. Test images lie in
+    `test_vis/cam1..cam9/<pid>/` and `test_nir/cam{1,2,4..9}/<pid>/`, of the identities in
+    `idx/test_id.txt`; `<pid>` may have leading zeros or none. Queries are all images of one
+    modality; the gallery has one seeded image of the other per identity and camera, drawn as
+    SYSU-MM01's. Images of the query's own person and camera do not count.
+
+    Deviation: METHOD.md names no validation identities; every fifth training label is held out,
+    and since the training lists name no cameras either, these are evaluated as RegDB's.
+    """
+
+    name = "llcm"
+    title = "LLCM"
+    folders = ("idx", "test_vis", "test_nir")
+    how_to_get = (
+        "LLCM is given out by its authors against a signed form (https://github.com/ZYK100/LLCM)."
+    )
+
+    def train(self, path: Path, trial: int, use_cache: bool = False) -> TrainSet:
+        """Read the two training lists; there is one split and no cache."""
+        root = _data_root(path, self)
+        names = [f"idx/train_{word}.txt" for word in LLCM_CAMERAS]
+        lists = [_read_list(root, name) for name in names]
+        return _pair(self, root, names, lists, (-1, -1), self.title)
+
+    def held_out(self, path: Path, pids: np.ndarray) -> np.ndarray:
+        """Tell which labels ((L,) bool) are kept for validation: 0, 5, 10, ..."""
+        return _held_out_labels(pids)
+
+    def evaluate(self, path: Path, options: EvalOptions) -> EvalSet:
+        """List the queries and draw the galleries."""
+        if options.subset == "val":
+            people = self.train(path, 1)
+            people = _narrow(people, self.held_out(path, people.pids))
+            return _one_against_other(people, options, f"{self.title}, whole gallery")
+        root = _data_root(path, self)
+        pids = np.array(sorted(_read_ids(root, "test", "idx")), dtype=np.int64)
+        sides = {}
+        for modality, (word, cameras) in zip(
+            ("visible", "infrared"), LLCM_CAMERAS.items(), strict=True
+        ):
+            layout = (f"test_{word}/{SYSU_FOLDER}", f"test_{word}/cam{{}}/{{}}")
+            sides[modality] = _index(root, pids, cameras, layout)
+        asked, sought = list(sides) if options.direction == "v2i" else list(sides)[::-1]
+        folders = [f"{folder}/" for folder in self.folders[1:]]
+        both = {"query": (sides[asked], folders), "gallery": (sides[sought], folders)}
+        _check_not_empty(root, len(pids), "idx/test_id.txt", both)
+        query = [(*key, name) for key, names in sides[asked].items() for name in names]
+        draws = [_seeded_draw(sides[sought], trial, 1) for trial in range(options.trials)]
+        words = f"{self.title}, {asked} to {sought}, single-shot, seeded gallery"
+        words += f", {len(draws)} trials"
+        gallery = _gallery(root, draws, sought)
+        return EvalSet(self.name, _image_list(root, query, asked), *gallery, "same", words)
+
+
+DATASETS: dict[str, Source] = {source.name: source for source in (Regdb(), Sysu(), Llcm())}
 
 
 STAND_IN_MARKER = "stand_in.json"  # written by stand_in.py; the real data sets lack it

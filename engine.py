@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import re_rank
-from eval_metrics import eval_regdb, eval_sysu, mean_and_std, summarize
+from eval_metrics import eval_llcm, eval_regdb, eval_sysu, mean_and_std, summarize
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from memory import MemoryHealth
 from utils import append_json_line, save_checkpoint, write_json
@@ -352,10 +352,11 @@ def score(
     per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
         distmat = distances(query, gallery[rows], ranking)
-        if eval_set.camera_rule == "sysu":
-            result = eval_sysu(distmat, q.pids, g.pids[rows], q.camids, g.camids[rows])
-        else:
+        if eval_set.camera_rule == "none":
             result = eval_regdb(distmat, q.pids, g.pids[rows])
+        else:
+            evaluate = {"sysu": eval_sysu, "same": eval_llcm}[eval_set.camera_rule]
+            result = evaluate(distmat, q.pids, g.pids[rows], q.camids, g.camids[rows])
         per_trial.append(summarize(*result))
         curves.append(result[0])
     mean, std = mean_and_std(per_trial)

@@ -53,15 +53,78 @@ def eval_sysu(
 
     Source: METHOD.md section 5; CMC and mAP as in the data set authors' evaluation.
     """
-    q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
-    _check_shapes(distmat, q_camids=q_camids, g_camids=g_camids)
-    in_camera_2 = g_camids == 2
+    return _evaluate_rule("sysu", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
 
-    def excluded(queries: slice) -> np.ndarray | None:
-        from_camera_3 = q_camids[queries] == 3
-        return from_camera_3[:, None] & in_camera_2 if from_camera_3.any() else None
 
-    return _evaluate(distmat, q_pids, g_pids, max_rank, excluded, count_identities=True)
+def eval_llcm(
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    q_camids: ArrayLike,
+    g_camids: ArrayLike,
+    max_rank: int = 20,
+) -> Metrics:
+    """Metrics of the LLCM protocol.
+
+    A query ignores gallery images of its own identity that its own camera took. The CMC counts
+    each gallery identity once, at its first hit; AP and INP use every remaining image. Arguments
+    (cameras 1..9), results and errors are those of `eval_sysu`.
+
+    Source: METHOD.md section 5 for the exclusion. It is silent on the CMC: as in SYSU-MM01's, whose
+    gallery of one image per identity and camera LLCM's repeats, and whose evaluation the field runs
+    on it with another exclusion. RegDB's plain CMC could only be lower.
+    """
+    return _evaluate_rule("same", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
+
+
+def excluded(
+    rule: str, q_pids: ArrayLike, g_pids: ArrayLike, q_camids: ArrayLike, g_camids: ArrayLike
+) -> np.ndarray | None:
+    """Tell which gallery images do not count for which query.
+
+    Args:
+        rule: "none"; "sysu": camera-3 queries ignore camera 2; "same": queries ignore images of
+            their own identity by their own camera.
+        q_pids: (Q,) query identities.
+        g_pids: (G,) gallery identities.
+        q_camids: (Q,) query cameras.
+        g_camids: (G,) gallery cameras.
+
+    Returns:
+        (Q, G) bool, True where an image does not count; None where all do.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    q_camids, g_camids = np.asarray(q_camids)[:, None], np.asarray(g_camids)
+    if rule == "sysu":
+        return (q_camids == 3) & (g_camids == 2) if (q_camids == 3).any() else None
+    if rule == "same":
+        return (q_camids == g_camids) & (np.asarray(q_pids)[:, None] == np.asarray(g_pids))
+    if rule == "none":
+        return None
+    raise ValueError(f"camera rule {rule!r}; expected none, sysu or same")
+
+
+def _evaluate_rule(
+    rule: str,
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    q_camids: ArrayLike,
+    g_camids: ArrayLike,
+    max_rank: int,
+) -> Metrics:
+    """Metrics under a rule of `excluded`, with a CMC that counts identities."""
+    names = ("q_pids", "g_pids", "q_camids", "g_camids")
+    arrays = [np.asarray(values) for values in (q_pids, g_pids, q_camids, g_camids)]
+    _check_shapes(distmat, **dict(zip(names, arrays, strict=True)))
+    pids, others, cameras, other_cameras = arrays
+
+    def mask(queries: slice) -> np.ndarray | None:
+        return excluded(rule, pids[queries], others, cameras[queries], other_cameras)
+
+    return _evaluate(distmat, pids, others, max_rank, mask, count_identities=True)
 
 
 def eval_regdb(

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SUPERSAMPLE = 2  # drawn this much larger, then averaged down
 SYSU_INFRARED = (3, 6)  # of cameras 1..6
+LLCM_INFRARED = 10  # added to the number of an LLCM camera for what it sees at night
 
 # ------------------------------------------------------------------------------------ identities
 
@@ -475,13 +476,16 @@ class Look:
 
 
 def camera_look(layout: str, camera: int, seed: int) -> Look:
-    """RegDB's cameras 1 (visible) and 2 (thermal) are fixed; SYSU's six come from the seed."""
+    """RegDB's cameras 1 (visible) and 2 (thermal) are fixed; the others' come from the seed.
+
+    SYSU's are 1..6; LLCM's 1..9, and `LLCM_INFRARED` more for the same camera's infrared images.
+    """
     if layout == "regdb":
         thermal = Look(True, background=(0.02, 0.4), floor=0.2, blur=(0.4, 1.0), noise=(0.01, 0.03))
         return thermal if camera == 2 else Look(False)
     rng = np.random.default_rng((seed, 0, camera))
     middle, far, tint = rng.uniform(0.3, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.85, 1.15, 3)
-    infrared = camera in SYSU_INFRARED
+    infrared = camera in SYSU_INFRARED if layout == "sysu" else camera > LLCM_INFRARED
     return Look(
         infrared,
         tint=(1.0,) if infrared else tuple(tint.tolist()),

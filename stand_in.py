@@ -1,11 +1,12 @@
-"""Stand-in data: procedural pedestrians in the directory layouts of RegDB and SYSU-MM01.
+"""Stand-in data: procedural pedestrians in the layouts of RegDB, SYSU-MM01 and LLCM.
 
-Neither data set may be redistributed, so tests, demo and benchmarks run on these drawings. An
+None of the data sets may be redistributed, so tests, demo and benchmarks run on these drawings. An
 identity is a structure (body, hair, patterned garments, things carried) that shows in both
 modalities; its colours do not. A finished folder holds `stand_in.json`, which the real data lack.
 
     python stand_in.py --layout regdb --out data/regdb --train-ids 150 --test-ids 40 --seed 0
     python stand_in.py --layout sysu --out data/sysu --full
+    python stand_in.py --layout llcm --out data/llcm --train-ids 60 --test-ids 20 --images-per-id 8
     python stand_in.py --layout regdb --sheet sheet.png
 
 Source: METHOD.md section 5.
@@ -33,15 +34,17 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.io import savemat
 from tqdm import tqdm
 
-from pedestrians import camera_look, make_person, render
+from pedestrians import LLCM_INFRARED, camera_look, make_person, render
 
 logger = logging.getLogger(__name__)
 
 MARKER = "stand_in.json"
-SIZES = {"regdb": (128, 64), "sysu": (160, 72)}  # default (height, width), pixels
+# Default (height, width), pixels.
+SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}
 FULL = {
     "regdb": {"train_ids": 206, "test_ids": 206, "images_per_id": 10},
     "sysu": {"train_ids": 395, "val_ids": 99, "test_ids": 96, "images_per_id": 20},
+    "llcm": {"train_ids": 713, "test_ids": 351, "images_per_id": 22},
 }
 # Identities, then identities and images at cameras 1..6, of the real SYSU-MM01 by role: the full
 # layout has just these, smaller ones keep the proportions.
@@ -49,6 +52,15 @@ SYSU_COUNTS = {
     "train": (296, (194, 195, 293, 283, 294, 200), (4721, 5753, 5929, 4821, 4989, 4000)),
     "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
     "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
+}
+
+LLCM_IMAGES = {"vis": 16946, "nir": 13975}  # of the real LLCM's training identities
+LLCM_CAMERAS = {"vis": range(1, 10), "nir": (1, 2, 4, 5, 6, 7, 8, 9)}
+LLCM_SEEN_BY = 4  # cameras that see an identity
+SHEET_CAMERAS = {  # of the columns of a contact sheet, visible first
+    "regdb": (1, 1, 1, 1, 2, 2, 2, 2),
+    "sysu": (1, 2, 4, 5, 3, 3, 6, 6),
+    "llcm": (1, 2, 4, 5, 11, 12, 14, 15),
 }
 
 # --------------------------------------------------------------------------------------- layouts
@@ -65,15 +77,15 @@ class Settings:
     Each field is a flag as well; its `help` says what it means. None: see `resolved`.
     """
 
-    layout: str = _setting("regdb or sysu")
+    layout: str = _setting("regdb, sysu or llcm")
     train_ids: int = _setting("identities to train on, SYSU's validation ones included", 150)
     test_ids: int = _setting("other identities", 40)
-    images_per_id: int = _setting("per modality (RegDB), per camera that sees it (SYSU)", 10)
+    images_per_id: int = _setting("per modality (RegDB, LLCM), per camera that sees it (SYSU)", 10)
     seed: int = _setting("of everything", 0)
     val_ids: int | None = _setting("SYSU's validation identities; default 1/4 of --train-ids", None)
     trials: int = _setting("RegDB's splits, SYSU's official gallery draws", 10)
-    img_h: int | None = _setting("largest height, pixels; default RegDB 128, SYSU 160", None)
-    img_w: int | None = _setting("largest width, pixels; default RegDB 64, SYSU 72", None)
+    img_h: int | None = _setting("largest height, pixels; default RegDB 128, others 160", None)
+    img_w: int | None = _setting("largest width, pixels; default RegDB 64, others 72", None)
     tone_correlation: float = _setting("of infrared and visible tones of cloth, 0 to 1", 0.5)
     full: bool = _setting("the counts of the real data set in place of those above", False)
 
@@ -213,11 +225,58 @@ def _rand_perm_cam(settings: Settings, shots: Shots) -> np.ndarray:
     return cameras
 
 
+def _llcm_roles(settings: Settings) -> dict[str, list[int]]:
+    total = settings.train_ids + settings.test_ids
+    order = np.random.default_rng((settings.seed, 0, 0, 4)).permutation(total) + 1
+    parts = zip(("train", "test"), np.split(order, [settings.train_ids]), strict=True)
+    return {role: sorted(pids.tolist()) for role, pids in parts}
+
+
+def _llcm_shots(settings: Settings) -> Shots:
+    """A few cameras see each identity, in turn; visible and infrared begin with another one."""
+    shots: Shots = {}
+    for role, pids in _llcm_roles(settings).items():
+        for modality, word in enumerate(LLCM_CAMERAS):
+            counts = np.full(len(pids), settings.images_per_id)
+            if settings.full and role == "train":  # the real total, half of it spread at random
+                least, total = LLCM_IMAGES[word] // (2 * len(pids)), LLCM_IMAGES[word]
+                rng = np.random.default_rng((settings.seed, 0, 0, 5, modality))
+                spread = rng.multinomial(total - least * len(pids), [1 / len(pids)] * len(pids))
+                counts = least + spread
+            for pid, count in zip(pids, counts.tolist(), strict=True):
+                rng = np.random.default_rng((settings.seed, pid, 0, 4))
+                seen = np.roll(rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY], modality)
+                if word == "vis" and rng.random() < 0.5:
+                    seen[-1] = 3  # the camera without infrared images
+                for number in range(1, count + 1):
+                    camera = int(seen[(number - 1) % len(seen)])
+                    folder = f"test_{word}/cam{camera}" if role == "test" else word
+                    path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
+                    shot = Shot(path, camera + modality * LLCM_INFRARED, number)
+                    shots.setdefault(pid, []).append(shot)
+    return shots
+
+
+def _llcm_lists(settings: Settings, shots: Shots) -> Iterator[tuple[str, str]]:
+    """Names and contents of the idx lists; the test lists number the test identities from 0."""
+    for role, pids in _llcm_roles(settings).items():
+        for word in LLCM_CAMERAS:
+            lines = [
+                f"{shot.path} {label}\n"
+                for label, pid in enumerate(pids)
+                for shot in shots[pid]
+                if shot.path.endswith(f"_{word}.jpg")
+            ]
+            yield f"idx/{role}_{word}.txt", "".join(lines)
+        yield f"idx/{role}_id.txt", ",".join(map(str, pids)) + "\n"
+
+
 def _write_lists(folder: Path, settings: Settings, shots: Shots) -> None:
-    lists = folder / ("idx" if settings.layout == "regdb" else "exp")
+    lists = folder / ("exp" if settings.layout == "sysu" else "idx")
     lists.mkdir(exist_ok=True)
-    if settings.layout == "regdb":
-        for name, text in _regdb_lists(settings, shots):
+    if settings.layout != "sysu":
+        write = _regdb_lists if settings.layout == "regdb" else _llcm_lists
+        for name, text in write(settings, shots):
             (folder / name).write_text(text, encoding="ascii")
         return
     for role, pids in _sysu_roles(settings).items():
@@ -295,7 +354,9 @@ def generate(
     if workers < 1:
         raise ValueError(f"--workers {workers}: expected 1 or more")
     partial = _open_partial(out, resolved, overwrite)
-    shots = _regdb_shots(resolved) if resolved.layout == "regdb" else _sysu_shots(resolved)
+    shots = {"regdb": _regdb_shots, "sysu": _sysu_shots, "llcm": _llcm_shots}[resolved.layout](
+        resolved
+    )
     _draw_all(resolved, shots, partial, workers, progress)
     _write_lists(partial, resolved, shots)
     (partial / f"{MARKER}.part").rename(partial / MARKER)
@@ -338,7 +399,7 @@ def sheet(path: Path, settings: Settings, ids: int = 12) -> None:
     if ids < 1:
         raise ValueError(f"--sheet-ids {ids}: expected 1 or more")
     s, gap, margin = settings.resolved(), 4, 36
-    cameras = (1, 1, 1, 1, 2, 2, 2, 2) if s.layout == "regdb" else (1, 2, 4, 5, 3, 3, 6, 6)
+    cameras = SHEET_CAMERAS[s.layout]
     wide, high = s.img_w + gap, s.img_h + gap
     page = Image.new("RGB", (margin + len(cameras) * wide + 8, 20 + ids * high), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()

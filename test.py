@@ -249,8 +249,10 @@ def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
     """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
     if args.dataset == "regdb":
         words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
-    else:
+    elif args.dataset == "sysu":
         words = [args.mode, args.gallery, f"{args.shots}shot"]
+    else:
+        words = [args.direction]
     words += [word for word in (args.test_feat, args.subset) if word not in (None, "test")]
     words += [args.re_rank] if args.re_rank != "no" else []
     parent = Path(checkpoint.replace("{trial}", "1")).parent

@@ -35,6 +35,7 @@ from addresses import addressed, collect_addresses, fired, prototype_patches, re
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
 from engine import distances, extract_features
+from eval_metrics import excluded
 from model import TwoStreamNet, load_network, trained_size
 from utils import resolve_device, seed_everything, setup_logging, user_errors
 
@@ -150,14 +151,8 @@ def ignored(protocol: EvalSet) -> np.ndarray:
         ValueError: An unknown camera rule.
     """
     query, gallery = protocol.query, protocol.gallery.take(protocol.gallery_trials[0])
-    if protocol.camera_rule == "none":
-        return np.zeros((len(query), len(gallery)), bool)
-    if protocol.camera_rule == "sysu":
-        return (query.camids == 3)[:, None] & (gallery.camids == 2)
-    if protocol.camera_rule == "same":  # an image's own person in its own camera
-        same_camera = query.camids[:, None] == gallery.camids
-        return same_camera & (query.pids[:, None] == gallery.pids)
-    raise ValueError(f"camera rule {protocol.camera_rule!r}: expected none, sysu or same")
+    mask = excluded(protocol.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
+    return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
 
 
 def pair_distances(protocol: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,12 @@ SYSU_COUNTS = {
     "val": {12: (0, 0, 2, 2, 1, 0), 20: (0, 0, 3, 2, 2, 0)},
     "test": {3: (12, 0, 2, 13, 4, 2), 6: (11, 12, 0, 3, 12, 3), 30: (0, 0, 2, 14, 3, 0)},
 }
+# Visible, then infrared images of each LLCM identity at each camera.
+LLCM_COUNTS = {
+    3: ({1: 2, 2: 3, 3: 1}, {1: 1, 2: 4, 9: 2}),
+    11: ({4: 2}, {4: 3, 5: 2}),
+    1002: ({7: 1, 8: 2}, {8: 2}),
+}
 REGDB_IDS = {"train": (31, 4, 17, 8, 25, 2), "test": (5, 40, 11, 7)}  # the pid of label 0, 1, ...
 
 
@@ -56,4 +62,27 @@ def tiny_sysu(tmp_path: Path) -> Path:
                 for i in range(1, count + 1):
                     file = root / f"cam{camera}/{pid:04d}/{i:04d}.jpg"
                     save_image(file, pid * 1000 + camera * 100 + i, (5 + camera, 9 + i % 3))
+    return root
+
+
+@pytest.fixture
+def tiny_llcm(tmp_path: Path) -> Path:
+    """LLCM with 6 training and 3 test identities (`LLCM_COUNTS`)."""
+    root = tmp_path / "llcm"
+    (root / "idx").mkdir(parents=True)
+    for word, count in (("vis", 2), ("nir", 3)):
+        lines = []
+        for label in range(6):
+            for i in range(count):
+                name = f"{word}/{label + 20:04d}/{i:03d}.jpg"
+                save_image(root / name, 1000 * label + 10 * count + i)
+                lines.append(f"{name} {label}\n")
+        (root / f"idx/train_{word}.txt").write_text("".join(lines))
+    for pid, sides in LLCM_COUNTS.items():
+        for word, counts in zip(("vis", "nir"), sides, strict=True):
+            for camera, count in counts.items():
+                for i in range(count):
+                    file = root / f"test_{word}/cam{camera}/{pid:04d}/{i:03d}.jpg"
+                    save_image(file, pid * 100 + camera * 10 + i)
+    (root / "idx/test_id.txt").write_text(",".join(map(str, LLCM_COUNTS)) + "\n")
     return root

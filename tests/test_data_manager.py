@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REGDB_IDS, SYSU_COUNTS, save_image
+from conftest import LLCM_COUNTS, REGDB_IDS, SYSU_COUNTS, save_image
 from scipy.io import loadmat, savemat
 
 import data_manager
@@ -803,3 +803,129 @@ def test_nothing_in_a_cache_is_executed(tiny_sysu, tmp_path, name):
 
 def test_defaults_of_the_protocol_options():
     assert EvalOptions() == EvalOptions(1, "v2i", "all", "seeded", 1, 10, "test")
+
+
+# --- LLCM -----------------------------------------------------------------------------------------
+
+
+def test_llcm_training_lists(tiny_llcm):
+    train = train_set("llcm", tiny_llcm)
+    for images, labels, word in (
+        (train.visible, train.visible_labels, "vis"),
+        (train.infrared, train.infrared_labels, "nir"),
+    ):
+        lines = (tiny_llcm / f"idx/train_{word}.txt").read_text().splitlines()
+        assert [f"{p} {k}" for p, k in zip(images.paths, labels, strict=True)] == lines
+        assert images.pids.tolist() == labels.tolist()
+        assert set(images.camids.tolist()) == {-1}
+        assert images.origins[2] == f"idx/train_{word}.txt:3"
+    assert "6 identities, 12 visible and 18 infrared" in train.description
+
+
+def naive_llcm_gallery(root, word, trial):
+    """The draw of METHOD.md section 5 and of the tiny set's counts, written once more."""
+    generator, drawn = random.Random(trial), []
+    for pid in sorted(LLCM_COUNTS):
+        for camera in sorted(LLCM_COUNTS[pid][word == "nir"]):
+            folder = f"test_{word}/cam{camera}/{pid:04d}"
+            drawn.append(
+                generator.choice(sorted(f"{folder}/{p.name}" for p in (root / folder).iterdir()))
+            )
+    return drawn
+
+
+@pytest.mark.parametrize(("direction", "words"), [("v2i", ("vis", "nir")), ("i2v", ("nir", "vis"))])
+def test_llcm_queries_and_seeded_galleries(tiny_llcm, direction, words):
+    protocol = eval_set("llcm", tiny_llcm, direction=direction, trials=4)
+    files = [p.relative_to(tiny_llcm).as_posix() for p in tiny_llcm.glob(f"test_{words[0]}/*/*/*")]
+    assert sorted(protocol.query.paths) == sorted(files)
+    for path, pid, camera in zip(
+        protocol.query.paths, protocol.query.pids, protocol.query.camids, strict=True
+    ):
+        assert path.split("/")[1:3] == [f"cam{camera}", f"{pid:04d}"]
+    assert len(protocol.gallery_trials) == 4
+    for trial, rows in enumerate(protocol.gallery_trials):
+        paths = protocol.gallery.take(rows).paths
+        assert list(paths) == naive_llcm_gallery(tiny_llcm, words[1], trial)
+    assert protocol.camera_rule == "same"
+    assert "4 trials" in protocol.protocol and protocol.query.modality in protocol.protocol
+    assert len(eval_set("llcm", tiny_llcm).gallery_trials) == 10
+
+
+def test_llcm_folders_may_lack_leading_zeros(tiny_llcm):
+    before = eval_set("llcm", tiny_llcm)
+    for folder in list(tiny_llcm.glob("test_*/cam*/*")):
+        folder.rename(folder.with_name(str(int(folder.name))))
+    after = eval_set("llcm", tiny_llcm)
+    assert after.query.pids.tolist() == before.query.pids.tolist()
+    assert [len(rows) for rows in after.gallery_trials] == [
+        len(rows) for rows in before.gallery_trials
+    ]
+
+
+def test_llcm_infrared_images_of_camera_3_do_not_exist_for_the_protocol(tiny_llcm):
+    save_image(tiny_llcm / "test_nir/cam3/0003/000.jpg", 5)
+    assert 3 not in eval_set("llcm", tiny_llcm, direction="i2v").query.camids
+    assert 3 in eval_set("llcm", tiny_llcm, direction="v2i").query.camids
+
+
+def test_llcm_validation_holds_out_every_fifth_label(tiny_llcm):
+    fit, val = train_set("llcm", tiny_llcm, subset="fit"), eval_set("llcm", tiny_llcm, subset="val")
+    assert fit.pids.tolist() == [1, 2, 3, 4]
+    assert sorted(set(val.query.pids)) == [0, 5] == sorted(set(val.gallery.pids))
+    assert val.camera_rule == "none"
+    assert "validation" in val.protocol
+
+
+TRAIN = "train_vis.txt"
+BAD_LLCM = {
+    "no label": (edit(TRAIN, 2, "vis/0020/000.jpg"), r"train_vis.txt:2 has no label"),
+    "twice": (edit(TRAIN, 2, "vis/0020/000.jpg 0"), r":2 names vis/0020/000.jpg, as .*:1 does"),
+    "dots": (edit(TRAIN, 2, "vis/../../x.jpg 0"), r":2 names .*, which leaves"),
+    "absolute": (edit(TRAIN, 2, "/etc/passwd 0"), r":2 names '/etc/passwd', which leaves"),
+    "no folder": (
+        edit(TRAIN, 2, "x.jpg 0"),
+        r":2 names 'x.jpg'; expected `<folder>/<file> <label>",
+    ),
+    "backslashes": (edit(TRAIN, 2, "vis\\20\\x.jpg 0"), r":2 names .*expected `<folder>"),
+    "no such file": (edit(TRAIN, 2, "vis/0020/9.jpg 0"), r"no such file"),
+    "gap": (edit(TRAIN, 0, "nir/0020/000.jpg 9"), r"label 6 is not among them"),
+    "empty list": (write(f"idx/{TRAIN}", ""), r"train_vis.txt is empty; expected `<folder>"),
+    "no list": (remove(f"idx/{TRAIN}"), r"train_vis.txt does not exist"),
+    "binary list": (write(f"idx/{TRAIN}", b"\xff\xfe\x00"), r"can't be read as text"),
+    "link out": (link_out("vis"), r"link to .*outside"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LLCM)
+def test_bad_llcm_training_data(tiny_llcm, case):
+    break_it, message = BAD_LLCM[case]
+    break_it(tiny_llcm)
+    with pytest.raises(DataError, match=message):
+        train_set("llcm", tiny_llcm)
+
+
+BAD_LLCM_TEST = {
+    "word": (write("idx/test_id.txt", "3,x"), r"test_id.txt holds 'x'"),
+    "twice": (write("idx/test_id.txt", "3,3"), r"names an identity twice"),
+    "unknown": (write("idx/test_id.txt", "9999"), r"empty query: test_vis/, test_nir/ .*the 1 id"),
+    "no ids": (remove("idx/test_id.txt"), r"test_id.txt does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LLCM_TEST)
+def test_bad_llcm_test_data(tiny_llcm, case):
+    break_it, message = BAD_LLCM_TEST[case]
+    break_it(tiny_llcm)
+    with pytest.raises(DataError, match=message):
+        eval_set("llcm", tiny_llcm)
+
+
+def test_llcm_folder_is_told_apart(tiny_llcm, tiny_regdb):
+    with pytest.raises(DataError, match="looks like LLCM: pass --dataset llcm"):
+        train_set("regdb", tiny_llcm)
+    with pytest.raises(DataError, match="looks like RegDB: pass --dataset regdb"):
+        train_set("llcm", tiny_regdb)
+    assert data_manager.data_name("llcm", tiny_llcm) == "LLCM"
+    write("stand_in.json", "{}")(tiny_llcm)
+    assert data_manager.data_name("llcm", tiny_llcm) == "stand-in data in LLCM's layout"

@@ -196,6 +196,12 @@ def test_scores_are_means_over_trials_and_follow_the_camera_rule():
     # Query 0 (camera 3) may not use gallery 0 and 3 (camera 2): its one match is image 2.
     assert ruled["mAP"] <= plain["per_trial"][0]["mAP"]
     assert ruled["re_rank"] == "no"
+    # No gallery image has person and camera of its query.
+    assert score(protocol("same"), query, gallery)["mAP"] == pytest.approx(plain["mAP"])
+    struck = protocol("same", trials=((0, 1, 2, 3),))
+    struck.query.camids[0] = 2
+    # Query 0 loses its nearest image, 0; 3 and 1 stay ahead of 2, its one match.
+    assert score(struck, query, gallery)["rank1"] == 0.5
     expected = np.mean([t["mAP"] for t in plain["per_trial"]])
     assert plain["mAP"] == pytest.approx(expected)
     assert plain["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in plain["per_trial"]]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import eval_metrics
-from eval_metrics import eval_regdb, eval_sysu, mean_and_std, summarize
+from eval_metrics import eval_llcm, eval_regdb, eval_sysu, excluded, mean_and_std, summarize
 
 GOLDEN = Path(__file__).parent / "golden" / "eval_cases.npz"
 OFFICIAL = Path(__file__).resolve().parents[2] / "shared/golden/official_sysu"
@@ -83,6 +83,59 @@ def test_equal_to_the_loop(dtype, levels):
         assert_same(eval_sysu(*case), naive_sysu(*case))
         assert_same(eval_regdb(*case[:3]), naive_regdb(*case[:3]))
         assert_same(eval_sysu(*case, max_rank=3), naive_sysu(*case, max_rank=3))
+
+
+def naive_llcm(distmat, q_pids, g_pids, q_camids, g_camids, max_rank=20):
+    """Each query with its own person's images by its own camera struck out of the gallery."""
+    rows = []
+    for i, (pid, camera) in enumerate(zip(q_pids, q_camids, strict=True)):
+        kept = [j for j in range(len(g_pids)) if not (g_pids[j] == pid and g_camids[j] == camera)]
+        if pid in [g_pids[j] for j in kept]:
+            others = [g_pids[j] for j in kept]
+            rows.append(
+                naive_metrics(
+                    distmat[i : i + 1, kept],
+                    [pid],
+                    others,
+                    max_rank=max_rank,
+                    count_identities=True,
+                )
+            )
+    return tuple(np.mean([row[k] for row in rows], axis=0) for k in range(3))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("levels", [None, 3, 40])
+def test_llcm_equals_the_loop(dtype, levels):
+    rng = np.random.default_rng([9, levels or 0, *dtype.encode()])
+    for queries, gallery, ids in [(40, 90, 25), (30, 120, 7), (25, 12, 30)]:
+        distmat, q_pids, g_pids, *_ = random_case(rng, queries, gallery, ids, levels, dtype)
+        cameras = rng.integers(1, 10, queries), rng.integers(1, 10, gallery)
+        cameras[0][0], cameras[1][0] = 1, 2  # the one sure match stays
+        case = distmat, q_pids, g_pids, *cameras
+        assert_same(eval_llcm(*case), naive_llcm(*case))
+        assert_same(eval_llcm(*case, max_rank=3), naive_llcm(*case, max_rank=3))
+
+
+def test_llcm_ignores_only_images_of_the_same_person_and_camera():
+    distmat = np.array([[0.0, 1.0, 2.0, 3.0]])
+    g_pids, g_camids = [1, 2, 2, 1], [4, 4, 4, 5]
+    cmc, average, inverse = eval_llcm(distmat, [1], g_pids, [4], g_camids, max_rank=3)
+    assert cmc.tolist() == [0, 1, 1]  # identity 2 counts once, though it has two images
+    assert average == inverse == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="none of 1 queries has a true match"):
+        eval_llcm(distmat[:, :1], [1], [1], [4], [4])
+
+
+def test_excluded_images_by_rule():
+    q_pids, g_pids, q_camids, g_camids = [1, 2], [1, 2, 2], [3, 2], [2, 2, 3]
+    case = q_pids, g_pids, q_camids, g_camids
+    assert excluded("none", *case) is None
+    assert excluded("sysu", *case).tolist() == [[True, True, False], [False] * 3]
+    assert excluded("same", *case).tolist() == [[False] * 3, [False, True, False]]
+    assert excluded("sysu", q_pids, g_pids, [6, 6], g_camids) is None
+    with pytest.raises(ValueError, match="camera rule 'all'; expected none, sysu or same"):
+        excluded("all", *case)
 
 
 @pytest.mark.parametrize("entries", [1, 300, 1 << 18])
@@ -223,6 +276,8 @@ def bad_calls():
     }
     for name, (change, message) in (changes | cameras).items():
         yield pytest.param(eval_sysu, case | change, message, id=f"sysu-{name}")
+        if name != "all excluded":
+            yield pytest.param(eval_llcm, case | change, message, id=f"llcm-{name}")
         if name in changes:
             regdb = {key: value for key, value in (case | change).items() if "camids" not in key}
             yield pytest.param(eval_regdb, regdb, message, id=f"regdb-{name}")

@@ -77,6 +77,7 @@ def test_switches_and_short_forms():
     [
         ("regdb", (0.1, 8, 4, 10.0, 2.0, "on")),
         ("sysu", (0.1, 6, 8, 3.0, 1.0, "off")),
+        ("llcm", (0.1, 6, 8, 3.0, 1.0, "off")),
     ],
 )
 def test_presets_are_those_of_the_table(dataset, expected):

@@ -391,7 +391,7 @@ def test_style_changes_the_silhouette_or_what_is_in_it(style):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"layout": "llcm"}, "--layout llcm: expected one of regdb, sysu"),
+    ({"layout": "market"}, "--layout market: expected one of regdb, sysu, llcm"),
     ({"train_ids": 0}, "--train-ids 0: expected 1 or more"),
     ({"test_ids": 0}, "--test-ids 0"),
     ({"test_ids": -3}, "--test-ids -3"),
@@ -470,7 +470,7 @@ def test_command_line_as_documented(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("--layout llcm --out x", "--layout llcm"),
+    ("--layout market --out x", "--layout market"),
     ("--layout regdb", "--out is missing"),
     ("--out x", "--layout"),
     ("--layout regdb --out x --train-ids none", "--train-ids"),
@@ -497,7 +497,44 @@ def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, caplog):
     assert "the same command continues" in caplog.text
 
 
-@pytest.mark.parametrize("layout", ["regdb", "sysu"])
+def llcm_lists(folder: Path) -> dict[str, list[tuple[str, int]]]:
+    return {name: read_list(folder / f"idx/{name}.txt") for name in ("train_vis", "train_nir")}
+
+
+@pytest.mark.parametrize("images_per_id", [1, 6])
+def test_llcm_lists_and_folders(tmp_path, images_per_id):
+    settings = {"train_ids": 5, "test_ids": 4, "images_per_id": images_per_id, "seed": 2}
+    folder = stand_in.generate(tmp_path / "llcm", layout="llcm", img_h=40, img_w=20, **settings)
+    people = {}
+    for name, lines in llcm_lists(folder).items():
+        people[name] = {(label, path.split("/")[1]) for path, label in lines}
+        assert [label for _, label in lines] == sorted(list(range(5)) * images_per_id)
+        assert all(path.startswith(name[-3:] + "/") for path, _ in lines)
+        assert all((folder / path).is_file() for path, _ in lines)
+    assert people["train_vis"] == people["train_nir"]
+    test_ids = read_ids(folder / "idx/test_id.txt")
+    assert len(test_ids) == 4
+    assert not {f"{pid:04d}" for pid in test_ids} & {name for _, name in people["train_vis"]}
+    for pid in test_ids:
+        for word in ("vis", "nir"):
+            images = [p.relative_to(folder) for p in folder.glob(f"test_{word}/*/{pid:04d}/*.jpg")]
+            assert len(images) == images_per_id
+            cameras = {image.parts[1] for image in images}
+            assert cameras <= {f"cam{c}" for c in stand_in.LLCM_CAMERAS[word]}
+    assert not (folder / "test_nir/cam3").exists()
+    spread = np.ptp(np.asarray(Image.open(next(folder.glob("nir/*/*.jpg"))), float), axis=2)
+    assert spread.max() == 0  # grey
+
+
+def test_llcm_full_counts():
+    shots = stand_in._llcm_shots(Settings("llcm", full=True).resolved())
+    assert len(shots) == 713 + 351
+    paths = [shot.path for of_person in shots.values() for shot in of_person]
+    assert len(set(paths)) == len(paths)
+    assert [sum(p.startswith(w) for p in paths) for w in ("vis/", "nir/")] == [16946, 13975]
+
+
+@pytest.mark.parametrize("layout", ["regdb", "sysu", "llcm"])
 def test_sheet(tmp_path, layout):
     path = tmp_path / "sheet.png"
     assert stand_in.main(["--layout", layout, "--sheet", str(path), "--sheet-ids", "2"]) == 0
