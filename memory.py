@@ -296,6 +296,8 @@ class SingleGranularityMemory(nn.Module):
         parts_per_instance: int = PARTS_PER_INSTANCE,
         dim: int = 2048,
         shrink: float = SHRINK,
+        *,
+        shrink_scale: float | None = None,
     ) -> None:
         """Builds the bank.
 
@@ -305,9 +307,12 @@ class SingleGranularityMemory(nn.Module):
             parts_per_instance: Part prototypes per instance R.
             dim: Channels C of the map to be read.
             shrink: Addressing weights at or below it are dropped.
+            shrink_scale: In place of `shrink`, a threshold of ``shrink_scale / m`` on a bank of m
+                prototypes, so that all levels and any number of identities are cut alike.
 
         Raises:
-            ValueError: When a size is not positive or `shrink` is outside [0, 1).
+            ValueError: When a size is not positive, `shrink` is outside [0, 1), or `shrink_scale`
+                is not above 0.
         """
         super().__init__()
         sizes = {
@@ -325,20 +330,34 @@ class SingleGranularityMemory(nn.Module):
         self.instances_per_id = instances_per_id
         self.parts_per_instance = parts_per_instance
         self.dim = dim
+        if shrink_scale is not None and not shrink_scale > 0:
+            raise ValueError(f"shrink_scale must be above 0, got {shrink_scale}")
         self.shrink = shrink
+        self.shrink_scale = shrink_scale
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
+    def threshold(self, bank: Tensor) -> float:
+        """Threshold on the addressing weights of a bank (m, C)."""
+        if self.shrink_scale is None:
+            return self.shrink
+        return min(self.shrink_scale / len(bank), 1.0)
+
     def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
         """Reads the part bank at every position of x (B, C, H, W)."""
-        return MemoryRead(part=read(x, self.part_bank, self.shrink, level="part", health=health))
+        return MemoryRead(
+            part=read(
+                x, self.part_bank, self.threshold(self.part_bank), level="part", health=health
+            )
+        )
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""
         return (
             f"L={self.num_ids}, T={self.instances_per_id}, R={self.parts_per_instance}, "
-            f"C={self.dim}, shrink={self.shrink}"
+            f"C={self.dim}, "
+            + (f"shrink={self.shrink_scale}/m" if self.shrink_scale else f"shrink={self.shrink}")
         )
 
 
@@ -367,13 +386,17 @@ class MultiGranularityMemory(SingleGranularityMemory):
         dim: int = 2048,
         shrink: float = SHRINK,
         variant: str = "paper",
+        *,
+        shrink_scale: float | None = None,
     ) -> None:
         """Builds bank and gates; see `SingleGranularityMemory`.
 
         Raises:
             ValueError: Also when `variant` is unknown.
         """
-        super().__init__(num_ids, instances_per_id, parts_per_instance, dim, shrink)
+        super().__init__(
+            num_ids, instances_per_id, parts_per_instance, dim, shrink, shrink_scale=shrink_scale
+        )
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant
@@ -395,12 +418,18 @@ class MultiGranularityMemory(SingleGranularityMemory):
     def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
         """Reads all granularities at every position of x (B, C, H, W)."""
         instance_bank, semantic_bank = self.banks()
-        part = read(x, self.part_bank, self.shrink, level="part", health=health)
+        part = read(x, self.part_bank, self.threshold(self.part_bank), level="part", health=health)
         if self.variant == "released":
-            semantic = read(x, semantic_bank, self.shrink, level="semantic", health=health)
+            semantic = read(
+                x, semantic_bank, self.threshold(semantic_bank), level="semantic", health=health
+            )
             return MemoryRead(part=part, semantic=semantic)
-        instance = read(part, instance_bank, self.shrink, level="instance", health=health)
-        semantic = read(instance, semantic_bank, self.shrink, level="semantic", health=health)
+        instance = read(
+            part, instance_bank, self.threshold(instance_bank), level="instance", health=health
+        )
+        semantic = read(
+            instance, semantic_bank, self.threshold(semantic_bank), level="semantic", health=health
+        )
         return MemoryRead(part=part, instance=instance, semantic=semantic)
 
     def extra_repr(self) -> str:

@@ -19,7 +19,9 @@ from memory import (
     INSTANCES_PER_ID,
     PARTS_PER_INSTANCE,
     SHRINK,
+    VARIANTS,
     MemoryHealth,
+    MemoryRead,
     MultiGranularityMemory,
     SingleGranularityMemory,
 )
@@ -42,6 +44,12 @@ NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so
 OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
 GEM_EPSILON = 1e-12
 RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
+MEMORY_LEVELS = {  # of a memory and its variant: which reads can be added, the method's own last
+    (None, None): ("none",),
+    ("sg", None): ("none", "part"),
+    ("mg", "paper"): ("none", "part", "instance", "semantic"),
+    ("mg", "released"): ("none", "part", "semantic"),
+}
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
 CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
 
@@ -151,6 +159,8 @@ class TwoStreamNet(nn.Module):
         instances_per_id: int = INSTANCES_PER_ID,
         parts_per_instance: int = PARTS_PER_INSTANCE,
         shrink: float = SHRINK,
+        shrink_scale: float | None = None,
+        memory_levels: str | None = None,
     ) -> None:
         """Builds the network.
 
@@ -169,6 +179,10 @@ class TwoStreamNet(nn.Module):
             instances_per_id: T of the memory.
             parts_per_instance: R of the memory.
             shrink: The memory's threshold.
+            shrink_scale: A threshold of shrink_scale / m on banks of m prototypes in its place.
+            memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
+                "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
+                classifier and losses of the memory branch and drops the memory: a control.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
@@ -177,6 +191,7 @@ class TwoStreamNet(nn.Module):
         super().__init__()
         _require(head in HEADS, "head", head, HEADS)
         _require(memory in (None, "sg", "mg"), "memory", memory, (None, "sg", "mg"))
+        _require(memory_variant in VARIANTS, "memory_variant", memory_variant, VARIANTS)
         _require(share_net in range(len(STAGES) + 1), "share_net", share_net, range(6))
         _require(gem_p > 0, "gem_p", gem_p, ("a positive number",))
         _require(num_ids > 0 and num_strips > 0, "num_ids, num_strips", (num_ids, num_strips), ())
@@ -193,6 +208,8 @@ class TwoStreamNet(nn.Module):
             "instances_per_id": instances_per_id,
             "parts_per_instance": parts_per_instance,
             "shrink": shrink,
+            "shrink_scale": shrink_scale,
+            "memory_levels": memory_levels,
         }
         self.head = head
         self.num_strips = num_strips
@@ -217,14 +234,20 @@ class TwoStreamNet(nn.Module):
             self.neck = _neck(self.dim)
             self.classifier = _classifier(self.dim, num_ids)
 
-        self.memory = None
-        if memory is not None:
+        legal = MEMORY_LEVELS[memory, memory_variant if memory == "mg" else None]
+        self.memory_level = memory_levels or legal[-1]
+        _require(self.memory_level in legal, "memory_levels of this network", memory_levels, legal)
+        self.memory = self.memory_neck = None
+        if self.memory_level != "none":
             sizes = (num_ids, instances_per_id, parts_per_instance, self.dim, shrink)
             self.memory = (
-                SingleGranularityMemory(*sizes)
+                SingleGranularityMemory(*sizes, shrink_scale=shrink_scale)
                 if memory == "sg"
-                else MultiGranularityMemory(*sizes, variant=memory_variant)
+                else MultiGranularityMemory(
+                    *sizes, variant=memory_variant, shrink_scale=shrink_scale
+                )
             )
+        if memory is not None:
             self.memory_neck = _neck(self.dim, train_bias=True)
             self.memory_classifier = _classifier(self.dim, num_ids)
         if state is not None and backbone_state is None:
@@ -288,8 +311,9 @@ class TwoStreamNet(nn.Module):
             In training mode a dict with N = all rows, visible first: ``feat`` (N, S*d; AGW: N, C),
             with the pcb head ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the AGW
             head ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits``
-            (N, L), ``memory_read`` (a `MemoryRead`). In evaluation mode (N, D), L2-normalised: the
-            concatenated stripes, or AGW's feature after the neck.
+            (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none"). In
+            evaluation mode (N, D), L2-normalised: the concatenated stripes, or AGW's feature after
+            the neck.
         """
         if not self.training:
             return self.embed(visible, infrared)
@@ -304,26 +328,30 @@ class TwoStreamNet(nn.Module):
         else:
             feat = gem(x, self.gem_p, dims=(2, 3))
             out = {"feat": feat, "logits": self.classifier(self.neck(feat))}
-        if self.memory is not None:
-            read = self.memory(x, health)
-            feat = self._memory_feature(x, read)
-            out["memory_read"] = read
+        if self.memory_neck is not None:
+            feat, read = self._memory_feature(x, health)
+            if read is not None:
+                out["memory_read"] = read
             out["memory_feat"] = feat
             out["memory_logits"] = self.memory_classifier(self.memory_neck(feat))
         return out
 
-    @staticmethod
-    def _memory_feature(x: Tensor, read: tuple) -> Tensor:
-        """Mean over positions of the map plus its coarsest read: (N, C), float32 or wider."""
-        coarsest = read.part if read.semantic is None else read.semantic
+    def _memory_feature(
+        self, x: Tensor, health: MemoryHealth | None = None
+    ) -> tuple[Tensor, MemoryRead | None]:
+        """Mean over positions of the map plus its read: (N, C), float32 or wider; all reads."""
         dtype = _at_least_float32(x)
+        feat = x.mean(dim=(2, 3), dtype=dtype)
+        if self.memory is None:
+            return feat, None
+        read = self.memory(x, health)
         # The mean of a sum is the sum of the means: no map x + read is built.
-        return x.mean(dim=(2, 3), dtype=dtype) + coarsest.mean(dim=(2, 3), dtype=dtype)
+        return feat + getattr(read, self.memory_level).mean(dim=(2, 3), dtype=dtype), read
 
     def test_feats(self) -> tuple[str, ...]:
         """Names that `embed` accepts, the headline first."""
         names = ("pcb",) if self.head == "pcb" else ("neck", "pool")
-        return names if self.memory is None else (*names, "memory", "both")
+        return names if self.memory_neck is None else (*names, "memory", "both")
 
     def default_test_feats(self) -> tuple[str, ...]:
         """Features that are reported when none is asked for; none of them runs the memory."""
@@ -365,7 +393,7 @@ class TwoStreamNet(nn.Module):
             pooled = gem(x, self.gem_p, dims=(2, 3))
             features.append(pooled if test_feat == "pool" else self.neck(pooled))
         if test_feat in ("memory", "both"):
-            features.append(self.memory_neck(self._memory_feature(x, self.memory(x))))
+            features.append(self.memory_neck(self._memory_feature(x)[0]))
         features = [F.normalize(f.to(_at_least_float32(f))) for f in features]
         return F.normalize(torch.cat(features, dim=1)) if len(features) > 1 else features[0]
 

@@ -137,6 +137,10 @@ def _non_negative(kind: type) -> Any:
     return parse
 
 
+def _shrink(text: str) -> float | str:
+    return text if text == "auto" else _probability(text)
+
+
 class _Flags:
     """Adds flags to a group in both spellings; absent ones stay None until resolved."""
 
@@ -205,7 +209,19 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         choices=("paper", "released"),
         default="paper",
     )
-    add("shrink", "memory threshold lambda", type=_probability, default=0.0025)
+    add(
+        "shrink",
+        "memory threshold lambda; auto: --shrink-scale / m on a bank of m prototypes",
+        type=_shrink,
+        default=0.0025,
+    )
+    add("shrink-scale", "of --shrink auto", type=_positive(float), default=1.0)
+    add(
+        "memory-levels",
+        "which read is added to the map (default: the method's coarsest); none: the memory branch "
+        "without a memory",
+        choices=("none", "part", "instance", "semantic"),
+    )
     add("instances-per-id", "instance prototypes per identity, T", type=_positive(int), default=5)
     add("parts-per-instance", "part prototypes per instance, R", type=_positive(int), default=6)
 

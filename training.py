@@ -34,6 +34,7 @@ from engine import (
     score,
 )
 from loss import LABEL_SMOOTHING, Criterion
+from memory import SHRINK
 from model import TwoStreamNet
 from utils import (
     CheckpointError,
@@ -71,7 +72,9 @@ def network_from_flags(args: argparse.Namespace, num_ids: int, memory: str | Non
         weights=None if starts_from_checkpoint(args) else args.weights,
         instances_per_id=args.instances_per_id,
         parts_per_instance=args.parts_per_instance,
-        shrink=args.shrink,
+        shrink=SHRINK if args.shrink == "auto" else args.shrink,
+        shrink_scale=args.shrink_scale if args.shrink == "auto" else None,
+        memory_levels=args.memory_levels,
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from recipe import GOLDEN
 
 from memory import (
+    SHRINK,
     MemoryHealth,
     MemoryRead,
     MultiGranularityMemory,
@@ -191,6 +192,37 @@ def test_under_autocast_only_the_scores_are_half_precision():
     out.sum().backward()
     assert bank.grad.dtype == torch.float32
     torch.testing.assert_close(out, read(x, bank, 0.0025), rtol=0.1, atol=0.1)
+
+
+def test_a_scaled_threshold_is_a_share_of_each_bank():
+    torch.manual_seed(0)
+    memory = MultiGranularityMemory(4, 2, 3, dim=8, shrink_scale=1.5).double()
+    instance, semantic = memory.banks()
+    for bank, count in ((memory.part_bank, 24), (instance, 8), (semantic, 4)):
+        assert len(bank) == count
+        assert memory.threshold(bank) == 1.5 / count
+    x = torch.randn(2, 8, 3, 2, dtype=torch.float64)
+    out = memory(x)
+    torch.testing.assert_close(out.part, read(x, memory.part_bank, 1.5 / 24))
+    torch.testing.assert_close(out.instance, read(out.part, instance, 1.5 / 8))
+    torch.testing.assert_close(out.semantic, read(out.instance, semantic, 1.5 / 4))
+    fixed = SingleGranularityMemory(4, 2, 3, dim=8)
+    assert fixed.threshold(fixed.part_bank) == SHRINK
+    assert SingleGranularityMemory(1, 1, 1, dim=8, shrink_scale=3).threshold(semantic[:1]) == 1.0
+
+
+def test_a_scale_below_one_never_reads_zero_and_the_fixed_threshold_may():
+    """What METHOD.md says of the start of training: uniform weights lie under 0.0025."""
+    torch.manual_seed(0)
+    settings = {"num_ids": 206, "dim": 16}
+    x = torch.randn(1, 16, 3, 3)
+    fixed, scaled = MemoryHealth(), MemoryHealth()
+    MultiGranularityMemory(**settings)(0.01 * x, fixed)
+    MultiGranularityMemory(**settings, shrink_scale=0.5)(0.01 * x, scaled)
+    assert fixed.summary()["part/zero_reads"] == 1.0
+    assert fixed.summary()["semantic/zero_reads"] == 0.0
+    for level in ("part", "instance", "semantic"):
+        assert scaled.summary()[f"{level}/zero_reads"] == 0.0
 
 
 def test_whole_map_equals_stripe_by_stripe():

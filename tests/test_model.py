@@ -5,7 +5,7 @@ from recipe import GOLDEN, METHODS, images, released_state_dict
 
 from loss import part_alignment_loss
 from memory import MemoryHealth
-from model import NonLocal, TwoStreamNet, convert_released_state_dict, gem
+from model import NonLocal, TwoStreamNet, convert_released_state_dict, gem, load_network
 from weights import released_config
 
 
@@ -144,7 +144,60 @@ def test_memory_feature_is_the_mean_of_map_plus_coarsest_read():
         read = net.memory(x)
         coarsest = read.part if memory == "sg" else read.semantic
         expected = (x + coarsest).mean(dim=(2, 3))
-        torch.testing.assert_close(net._memory_feature(x, read), expected)
+        torch.testing.assert_close(net._memory_feature(x)[0], expected)
+
+
+@pytest.mark.parametrize(("memory", "level"), [("mg", "part"), ("mg", "instance"), ("sg", "part")])
+def test_the_level_asked_for_is_the_read_that_is_added(memory, level):
+    net = small(memory=memory, memory_levels=level)
+    x = torch.randn(2, net.dim, 6, 2)
+    read = net.memory(x)
+    expected = (x + getattr(read, level)).mean(dim=(2, 3))
+    torch.testing.assert_close(net._memory_feature(x)[0], expected)
+    out = net(*pictures(2))
+    assert out["memory_read"].part.shape[0] == 4
+    assert (out["memory_read"].semantic is None) == (memory == "sg")
+
+
+@pytest.mark.parametrize("head", ["pcb", "agw"])
+def test_the_control_keeps_the_memory_branch_and_drops_the_memory(head):
+    full, control = (small(head=head, memory="mg", memory_levels=k) for k in (None, "none"))
+    names = {k for k in full.state_dict() if not k.startswith("memory.")}
+    assert set(control.state_dict()) == names
+    assert any(k.startswith("memory_neck") for k in names)
+    out = control(*pictures(2))
+    assert "memory_read" not in out
+    assert {"memory_feat", "memory_logits"} <= set(out)
+    x = torch.randn(2, control.dim, 6, 2)
+    torch.testing.assert_close(control._memory_feature(x)[0], x.mean(dim=(2, 3)))
+    assert control.test_feats() == full.test_feats()
+    assert torch.isfinite(control.eval().embed(pictures(2)[0], None, "both")).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory": None, "memory_levels": "part"},
+        {"memory": "sg", "memory_levels": "semantic"},
+        {"memory": "mg", "memory_variant": "released", "memory_levels": "instance"},
+        {"memory": "mg", "memory_levels": "all"},
+    ],
+)
+def test_levels_that_a_network_lacks(settings):
+    with pytest.raises(ValueError, match="memory_levels of this network must be one of: none"):
+        small(**settings)
+
+
+def test_checkpoints_rebuild_threshold_and_level(tmp_path):
+    net = small(memory="mg", shrink_scale=0.5, memory_levels="instance")
+    torch.save({"net": net.state_dict(), "config": net.config}, tmp_path / "x.pt")
+    again, _ = load_network(tmp_path / "x.pt")
+    assert again.config == net.config
+    assert again.memory.shrink_scale == 0.5
+    assert again.memory_level == "instance"
+    older = {k: v for k, v in net.config.items() if k not in ("shrink_scale", "memory_levels")}
+    torch.save({"net": net.state_dict(), "config": older}, tmp_path / "x.pt")
+    assert load_network(tmp_path / "x.pt")[0].memory_level == "semantic"
 
 
 def test_gem():

@@ -88,6 +88,13 @@ def test_presets_are_those_of_the_table(dataset, expected):
     assert sources["lr"] == "default"
 
 
+def test_shrink_is_a_number_or_auto():
+    assert resolved("")[0].shrink == 0.0025
+    assert resolved("--shrink 0")[0].shrink == 0.0
+    args, _ = resolved("--shrink auto --shrink-scale 2")
+    assert (args.shrink, args.shrink_scale) == ("auto", 2.0)
+
+
 def test_an_explicit_flag_wins_over_any_preset():
     for preset in options.PRESETS:
         for name in ("w_center", "gem_p", "lr"):
@@ -124,6 +131,9 @@ def test_contradictions(line):
         "--lr fast",
         "--batch-size 0",
         "--shrink 2",
+        "--shrink automatic",
+        "--shrink-scale 0",
+        "--memory-levels all",
         "--flip -0.1",
         "--re_rank yes",
         "--mode outdoor",
