@@ -252,8 +252,9 @@ class Source(Protocol):
 
     name: str
     title: str
-    folders: tuple[str, ...]
+    folders: tuple[str, ...]  # that of the lists first
     how_to_get: str
+    lists_hint: str
 
     def train(self, path: Path, trial: int, use_cache: bool) -> TrainSet:
         """List the training images."""
@@ -315,6 +316,8 @@ def _data_root(path: Path, source: Source) -> Path:
     for other in DATASETS.values():
         if not lacking(path, other):
             hint = f"It looks like {other.title}: pass --dataset {other.name}"
+    if missing == [f"{source.folders[0]}/"]:
+        hint = f"The images are there, the lists are not: {source.lists_hint}"
     raise DataError(f"{path} has no {', '.join(missing)}. {expected}. {hint}")
 
 
@@ -382,6 +385,7 @@ class Regdb:
         "RegDB is given out by its authors against a signed form (http://dm.dongguk.edu/link.html,"
         " 'Dongguk Body-based Person Recognition Database (DBPerson-Recog-DB1)')."
     )
+    lists_hint = "idx/ with the ten splits comes apart from the images; put it beside Visible/"
 
     def train(self, path: Path, trial: int, use_cache: bool = False) -> TrainSet:
         """Read a split's two training lists; 8,240 small images need no cache."""
@@ -441,7 +445,8 @@ def _pair(
         if first.pid != line.pid:
             raise DataError(
                 f"{line.origin} gives label {line.label} to identity {line.pid}, {first.origin}"
-                f" to {first.pid}; expected one identity per label in {where}"
+                f" to {first.pid}; expected one identity per label in {where}: are all lists of"
+                " one split, from one source?"
             )
     pids = np.array([owner[label].pid for label in sorted(owner)], dtype=np.int64)
     if len(set(pids.tolist())) < len(pids):
@@ -560,6 +565,10 @@ class Sysu:
     how_to_get = (
         "SYSU-MM01 is given out by its authors against a signed form"
         " (http://isee.sysu.edu.cn/project/RGBIRReID.htm)."
+    )
+    lists_hint = (
+        "exp/ with train_id.txt, val_id.txt and test_id.txt is part of the data set's download; put"
+        " it beside cam1/"
     )
 
     def train(self, path: Path, trial: int, use_cache: bool = True) -> TrainSet:
@@ -845,6 +854,7 @@ class Llcm:
     how_to_get = (
         "LLCM is given out by its authors against a signed form (https://github.com/ZYK100/LLCM)."
     )
+    lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
 
     def train(self, path: Path, trial: int, use_cache: bool = False) -> TrainSet:
         """Read the two training lists; there is one split and no cache."""
