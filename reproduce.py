@@ -173,25 +173,37 @@ class Step:
         if not file.exists():
             return "to do"
         saved = _read_json(file)["options"]
+        if not self.trains:
+            return "done" if self._still_valid(file, saved) else "to do"
         differing = [
             f"{name} {saved[name]!r} there, {value!r} here"
-            for name, value in self.resolved.items()
-            if name in saved and name not in INCIDENTAL and saved[name] != value
+            for name, value in self._differing(saved)
         ]
         if differing:
             raise ValueError(
                 f"{self.folder} holds a run with other options ({'; '.join(differing)}): give "
                 f"another folder with --runs, or do these anew with --again"
             )
-        if not self.trains:
-            checkpoint = Path(self.resolved["resume"])
-            stale = checkpoint.exists() and checkpoint.stat().st_mtime > file.stat().st_mtime
-            return "to do" if stale else "done"
         if not (self.folder / "last.pt").exists():
             return "to do"
         report = self.folder / "training.json"
         last = _read_json(report)["last"] if report.exists() else None
         return "done" if last and last["epoch"] == saved["epochs"] else "begun"
+
+    def _differing(self, saved: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Options, with their values here, that a saved run has otherwise."""
+        return [
+            (name, value)
+            for name, value in self.resolved.items()
+            if name in saved and name not in INCIDENTAL and saved[name] != value
+        ]
+
+    def _still_valid(self, results: Path, saved: dict[str, Any]) -> bool:
+        """Whether an evaluation's results are of these options and not older than its weights."""
+        checkpoint = Path(self.resolved["resume"])
+        written = results.stat().st_mtime
+        stale = checkpoint.exists() and checkpoint.stat().st_mtime > written
+        return not stale and not self._differing(saved)
 
     def command(self, state: str, again: bool = False) -> tuple[str, ...]:
         """Script and flags, going on where a training was stopped, or afresh."""
@@ -218,15 +230,29 @@ def _resolved(flags: Sequence[str], *, train: bool) -> dict[str, Any]:
     return options.to_json(args)
 
 
-def _for_test(extra: Sequence[str]) -> list[str]:
-    """Those of the flags that ``test.py`` knows too."""
+def _each(flags: Sequence[str]) -> list[list[str]]:
+    """Flags one by one, each with its values."""
     groups: list[list[str]] = []
-    for word in extra:
+    for word in flags:
         if word.startswith("--") or not groups:
             groups.append([])
         groups[-1].append(word)
+    return groups
+
+
+def _for_test(extra: Sequence[str]) -> list[str]:
+    """Those of the flags that ``test.py`` knows too."""
     parser = options.test_parser("")
-    return [word for group in groups if not parser.parse_known_args(group)[1] for word in group]
+    return [word for flag in _each(extra) if not parser.parse_known_args(flag)[1] for word in flag]
+
+
+def _telling(extra: Sequence[str]) -> str:
+    """Those of the flags that a number depends on, as typed."""
+    silent = ("data_path", *INCIDENTAL)
+    kept = [
+        f for f in _each(extra) if f[0].lstrip("-").split("=")[0].replace("-", "_") not in silent
+    ]
+    return shlex.join(word for flag in kept for word in flag)
 
 
 def check_extra(extra: Sequence[str]) -> None:
@@ -443,8 +469,8 @@ def _table_command(args: argparse.Namespace) -> int:
     ]
     names = {"regdb": "RegDB", "sysu": "SYSU-MM01", "ablation": "Ablations", "memory": "Memory"}
     title = names[args.table] + ("" if args.table == dataset else f" on {dataset}")
-    flags = shlex.join(content["extra"])
-    note = f"Flags beyond the tables' own: {flags}." if flags else ""
+    flags = _telling(content["extra"])
+    note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = arrange(title, rows, section_words, trials=args.trials, note=note)
     texts = {
         "md": markdown(title, found),

@@ -21,6 +21,7 @@ METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
 HEALTH = ("zero_reads", "survivors", "used", "entropy")
 LEVELS = ("part", "instance", "semantic")
+CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
 
 PAPER = "arXiv 2109.08843, Table 1"
 COLLECTED = "as collected in METHOD.md, section 7"
@@ -267,7 +268,7 @@ def arrange(
             part = [(row, numbers) for row, numbers in measured if _in(row, section, kind)]
             if part:
                 chosen = {c for _, numbers in part for c in numbers["selections"]}
-                what = ", ".join(sorted(chosen)) or f"{kind}, no result yet"
+                what = ", ".join(sorted(chosen)) or CHECKPOINTS[part[0][0].checkpoint]
                 what += ", re-ranked" if kind == "re-ranked" else ""
                 tables.append(_results_table(f"{words(section)}, {what}", caption, part))
         ours = {row.name for row in rows}

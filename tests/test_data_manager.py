@@ -263,11 +263,26 @@ def test_wrong_layouts_are_told_apart(tiny_regdb, tiny_sysu, tmp_path):
             assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", ["idx", "Visible", "Thermal"])
+@pytest.mark.parametrize("folder", ["Visible", "Thermal"])
 def test_each_regdb_folder_is_looked_for(tiny_regdb, folder):
     (tiny_regdb / folder).rename(tiny_regdb / "gone")
     with pytest.raises(DataError, match=f"has no {folder}/.*signed form"):
         eval_set("regdb", tiny_regdb)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "hint"),
+    [
+        ("regdb", "idx", "comes apart from the images"),
+        ("sysu", "exp", "train_id.txt, val_id.txt and test_id.txt is part of the data set's"),
+        ("llcm", "idx", "put it beside test_vis/"),
+    ],
+)
+def test_where_the_lists_alone_are_missing_it_is_said(dataset, folder, hint, request):
+    root = request.getfixturevalue(f"tiny_{dataset}")
+    (root / folder).rename(root / "gone")
+    with pytest.raises(DataError, match=f"has no {folder}/.*the lists are not: .*{hint}"):
+        eval_set(dataset, root)
 
 
 BAD_OPTIONS = [

@@ -1,0 +1,171 @@
+"""`reproduce.py check`: what is right is counted, every usual mistake is found with its way out."""
+
+import json
+
+import pytest
+from conftest import save_image
+from PIL import Image
+
+import reproduce
+import stand_in
+from data_check import check
+
+SMALL = {"train_ids": 5, "test_ids": 3, "images_per_id": 2, "img_h": 40, "img_w": 20, "trials": 2}
+COUNTS = {
+    "regdb": {
+        "trial 2 train: identities, visible, infrared": (5, 10, 10),
+        "trial 2 test: identities, visible, infrared": (3, 6, 6),
+        "Visible: identities, images": (8, 16),
+        "images that open, of all": (32, 32),
+    },
+    "sysu": {"train: identities": (4,), "val: identities": (1,)},
+    "llcm": {
+        "train: identities, visible, infrared": (5, 10, 10),
+        "test infrared: identities": (3,),
+    },
+}
+
+
+@pytest.fixture
+def drawn(tmp_path, request):
+    """Small stand-in data in the layout that the test names."""
+    return stand_in.generate(tmp_path / "data", layout=request.param, workers=1, **SMALL)
+
+
+def both(dataset, folder, capsys):
+    """Findings, after checking that the command line says the same."""
+    findings = check(dataset, folder, progress=False)
+    code = reproduce.main(["check", "--dataset", dataset, "--data-path", str(folder)])
+    assert capsys.readouterr().out == findings.report()
+    assert code == (0 if findings.good else 1)
+    return findings
+
+
+@pytest.mark.parametrize(("drawn", "dataset"), [(d, d) for d in COUNTS], indirect=["drawn"])
+def test_good_data_passes_and_is_counted(drawn, dataset, capsys):
+    findings = both(dataset, drawn, capsys)
+    assert findings.good, findings.report()
+    assert findings.name.startswith("stand-in data in ")
+    counts = {count.what: count.found for count in findings.counts}
+    assert COUNTS[dataset].items() <= counts.items()
+    assert findings.report().endswith("all is well\n")
+
+
+def test_counts_of_the_real_data_set_are_expected_without_the_marker(
+    tiny_regdb, tiny_sysu, tiny_llcm
+):
+    report = check("regdb", tiny_regdb, progress=False).report()
+    assert "!!  trial 1 train: identities, visible, infrared" in report
+    assert "6 + 12 + 18   expected 206 + 2,060 + 2,060" in report
+    assert "idx/train_visible_2.txt does not exist" in report
+    assert "Visible/11 (2), Visible/17 (2)" in report
+    report = check("sysu", tiny_sysu, progress=False).report()
+    assert "expected 395 + 22,258 + 11,909" in report
+    assert "test, camera 2: identities, images" in report
+    assert "1 + 12   expected 56 + 1,565" in report
+    assert "rand_perm_cam.mat does not exist" in report and "--gallery seeded" in report
+    report = check("llcm", tiny_llcm, progress=False).report()
+    assert "expected 713 + 16,946 + 13,975" in report
+    assert "test visible: identities" in report and "expected 351" in report
+
+
+def nest(folder):
+    inner = folder / "again"
+    inner.mkdir()
+    for path in list(folder.iterdir()):
+        if path.name not in ("again", "stand_in.json"):
+            path.rename(inner / path.name)
+
+
+def mix_splits(folder):
+    for word in ("visible", "thermal"):
+        text = (folder / f"idx/test_{word}_2.txt").read_text()
+        (folder / f"idx/test_{word}_1.txt").write_text(text)
+
+
+def mix_modalities(folder):
+    text = (folder / "idx/train_visible_2.txt").read_text()
+    (folder / "idx/train_visible_1.txt").write_text(text)
+
+
+def truncate(folder):
+    path = sorted(folder.rglob("*.bmp"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def resize(size):
+    return lambda folder: save_image(sorted(folder.rglob("*.bmp"))[3], 1, size)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+MISTAKES = {
+    "nested": ("regdb", nest, "again: pass --data-path"),
+    "no exp": ("sysu", lambda f: (f / "exp").rename(f / "x"), "exp/ with train_id.txt"),
+    "no list": ("regdb", remove("idx/test_thermal_2.txt"), "test_thermal_2.txt does not exist"),
+    "no permutations": ("sysu", remove("exp/rand_perm_cam.mat"), "--gallery seeded needs no such"),
+    "another split's test lists": ("regdb", mix_splits, "take all of them from one source"),
+    "another split's visible list": ("regdb", mix_modalities, "are all lists of one split"),
+    "shared identity": (
+        "sysu",
+        lambda f: (f / "exp/test_id.txt").write_text((f / "exp/val_id.txt").read_text()),
+        "expected lists that share none",
+    ),
+    "truncated image": ("regdb", truncate, "1 images can't be read"),
+    "odd size": ("regdb", resize((30, 50)), "(30 x 50)"),
+    "thumbnail": ("regdb", resize((4, 9)), "thumbnails and whole scenes"),
+    "another data set": ("llcm", lambda f: (f / "idx").rename(f / "y"), "put it beside test_vis/"),
+    "damaged marker": ("regdb", lambda f: (f / "stand_in.json").write_text("{"), "draw the data"),
+}
+
+
+@pytest.mark.parametrize(
+    ("drawn", "name"), [(MISTAKES[n][0], n) for n in MISTAKES], indirect=["drawn"], ids=MISTAKES
+)
+def test_usual_mistakes_are_found_with_their_way_out(drawn, name, capsys):
+    dataset, spoil, way_out = MISTAKES[name]
+    spoil(drawn)
+    findings = both(dataset, drawn, capsys)
+    assert not findings.good
+    assert any(way_out in problem for problem in findings.problems), findings.report()
+    assert "need a look" in findings.report()
+
+
+@pytest.mark.parametrize("drawn", ["llcm"], indirect=True)
+def test_training_images_in_a_test_folder(drawn, capsys):
+    moved = sorted((drawn / "test_vis").rglob("*.jpg"))[0].relative_to(drawn).as_posix()
+    with (drawn / "idx/train_vis.txt").open("a") as stream:
+        stream.write(f"{moved} 0\n")
+    assert moved in "".join(both("llcm", drawn, capsys).problems)
+
+
+@pytest.mark.parametrize("drawn", ["regdb"], indirect=True)
+def test_images_need_not_be_opened(drawn):
+    truncate(drawn)
+    assert check("regdb", drawn, open_images=False).good
+
+
+def test_a_missing_folder_is_one_problem(tmp_path, capsys):
+    findings = both("regdb", tmp_path / "nowhere", capsys)
+    assert len(findings.problems) == 1
+    assert "stand_in.py" in findings.problems[0]
+
+
+@pytest.mark.parametrize("drawn", ["sysu"], indirect=True)
+def test_caches_are_counted_too(drawn):
+    import pre_process_sysu
+
+    flags = ["--data-path", str(drawn), "--img_h", "32", "--img_w", "16"]
+    assert pre_process_sysu.main(flags) == 0
+    counts = {c.what: c for c in check("sysu", drawn, open_images=False).counts}
+    assert counts["caches: identities, visible, infrared"].right
+
+
+def test_sizes_that_vary_are_no_finding(tmp_path):
+    folder = stand_in.generate(tmp_path / "d", layout="sysu", workers=1, **SMALL)
+    sizes = {Image.open(p).size for p in folder.rglob("*.jpg")}
+    assert len(sizes) > 3
+    assert json.loads((folder / "stand_in.json").read_text())["layout"] == "sysu"
+    assert check("sysu", folder, progress=False).good
