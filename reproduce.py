@@ -11,6 +11,7 @@ it is stopped, the same command goes on. `table` writes what is there as Markdow
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -222,10 +223,16 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read ({error}); remove it and run again") from error
 
 
+@functools.cache
+def _script_parser(*, train: bool) -> argparse.ArgumentParser:
+    """Parser of the training scripts, or of ``test.py``."""
+    text = "flags of the training scripts, for `reproduce.py run`"
+    return options.train_parser(text) if train else options.test_parser("")
+
+
 def _resolved(flags: Sequence[str], *, train: bool) -> dict[str, Any]:
     """What flags mean to a training script, or to ``test.py``."""
-    parser = options.train_parser("") if train else options.test_parser("")
-    args = parser.parse_args([str(f) for f in flags])
+    args = _script_parser(train=train).parse_args(flags)
     (options.resolve if train else options.resolve_protocol)(args)
     return options.to_json(args)
 
@@ -242,7 +249,7 @@ def _each(flags: Sequence[str]) -> list[list[str]]:
 
 def _for_test(extra: Sequence[str]) -> list[str]:
     """Those of the flags that ``test.py`` knows too."""
-    parser = options.test_parser("")
+    parser = _script_parser(train=False)
     return [word for flag in _each(extra) if not parser.parse_known_args(flag)[1] for word in flag]
 
 
@@ -261,7 +268,7 @@ def check_extra(extra: Sequence[str]) -> None:
     Raises:
         ValueError: When one is decided by the table; unknown ones end the program.
     """
-    parser = options.train_parser("flags of the training scripts, for `reproduce.py run`")
+    parser = _script_parser(train=True)
     given, default = (vars(parser.parse_args(words)) for words in (list(extra), []))
     wrong = [name for name in FIXED if given[name] != default[name]]
     if wrong:
@@ -280,58 +287,79 @@ def plan(
         trials: RegDB: splits, each with a training; else gallery draws.
         extra: Flags for every training, and for every evaluation that knows them.
     """
-    steps: dict[Path, Step] = {}
-    homes: dict[str, Path] = {}  # what is trained -> its folder
+    commands = _Commands(dataset, runs, trials, tuple(extra))
     rows = []
-    splits = range(1, trials + 1) if dataset == "regdb" else (1,)
-    draws = () if dataset == "regdb" else ("--trials", str(trials))
-    test_extra = _for_test(extra)
     for setting in settings_of(table):
-        trainings = []
-        for split in splits:
-            where = ("--dataset", dataset, *(("--trial", str(split)) if dataset == "regdb" else ()))
-            flags = (*where, *extra, *setting.flags)
-            resolved = _resolved(flags, train=True)
-            home = homes.setdefault(
-                json.dumps([setting.script, resolved]), runs / _folder_name(setting, dataset, split)
-            )
-            trainings.append(home)
-            flags = (*flags, "--output-dir", str(home))
-            resolved = _resolved(flags, train=True)
-            steps.setdefault(home, Step(setting.script, flags, resolved, home))
+        trainings = commands.train(setting)
+        named = dict(zip(setting.test_flags[::2], setting.test_flags[1::2], strict=True))
         for section, protocol in protocols_of(table, dataset).items():
+            if setting == README_SETTING and section not in ("regdb v2i", "sysu all 1 seeded"):
+                continue
             for checkpoint in ("last",) if setting.test_flags else ("last", "best"):
-                if setting == README_SETTING and section not in ("regdb v2i", "sysu all 1 seeded"):
-                    continue
-                words = [*protocol[1::2], *setting.test_flags[1::2], checkpoint]
-                files = []
-                for split, home in zip(splits, trainings, strict=True):
-                    folder = home / "_".join(words)
-                    where = ("--dataset", dataset)
-                    where += ("--trial", str(split)) if dataset == "regdb" else draws
-                    flags = (*where, *test_extra, *protocol, *setting.test_flags)
-                    flags += ("--resume", str(home / f"{checkpoint}.pt"))
-                    flags += ("--output-dir", str(folder))
-                    step = Step("test.py", flags, _resolved(flags, train=False), folder)
-                    steps.setdefault(folder, step)
-                    files.append(folder / "results.json")
-                named = dict(zip(setting.test_flags[::2], setting.test_flags[1::2], strict=True))
-                rows.append(
-                    Row(
-                        section,
-                        setting.group,
-                        setting.name,
-                        checkpoint,
-                        named.get("--re_rank", "no"),
-                        named.get("--test-feat"),
-                        tuple(files),
-                        trials,
-                        tuple(trainings) if setting.health else (),
-                    )
+                row = Row(
+                    section=section,
+                    group=setting.group,
+                    name=setting.name,
+                    checkpoint=checkpoint,
+                    re_rank=named.get("--re_rank", "no"),
+                    test_feat=named.get("--test-feat"),
+                    files=commands.evaluate(setting, trainings, protocol, checkpoint),
+                    trials=trials,
+                    training=trainings if setting.health else (),
                 )
-    order = {home: place for place, home in enumerate(homes.values())}
-    homed = sorted(steps.values(), key=lambda s: order[s.folder if s.trains else s.folder.parent])
-    return homed, rows
+                rows.append(row)
+    return commands.in_order(), rows
+
+
+class _Commands:
+    """Collects trainings and evaluations; what is equal to an earlier one shares its folder."""
+
+    def __init__(self, dataset: str, runs: Path, trials: int, extra: tuple[str, ...]) -> None:
+        self._runs, self._dataset, self._extra = runs, dataset, extra
+        self._test_extra = tuple(_for_test(extra))
+        where = ("--dataset", dataset)
+        regdb = dataset == "regdb"
+        self._splits = tuple(range(1, trials + 1)) if regdb else (1,)
+        self._train_where = [(*where, "--trial", str(t)) if regdb else where for t in self._splits]
+        draws = () if regdb else ("--trials", str(trials))
+        self._test_where = [(*flags, *draws) for flags in self._train_where]
+        self._steps: dict[Path, Step] = {}
+        self._homes: dict[str, Path] = {}  # what is trained -> its folder
+
+    def train(self, setting: Setting) -> tuple[Path, ...]:
+        """Adds a setting's trainings; returns their folders."""
+        found = []
+        for split, where in zip(self._splits, self._train_where, strict=True):
+            flags = (*where, *self._extra, *setting.flags)
+            what = json.dumps([setting.script, _resolved(flags, train=True)])
+            name = _folder_name(setting, self._dataset, split)
+            home = self._homes.setdefault(what, self._runs / name)
+            if home not in self._steps:
+                flags += ("--output-dir", str(home))
+                self._steps[home] = Step(setting.script, flags, _resolved(flags, train=True), home)
+            found.append(home)
+        return tuple(found)
+
+    def evaluate(
+        self, setting: Setting, trainings: tuple[Path, ...], protocol: tuple[str, ...], name: str
+    ) -> tuple[Path, ...]:
+        """Adds the evaluations of the trainings' checkpoint `name`; returns their results files."""
+        files = []
+        for home, where in zip(trainings, self._test_where, strict=True):
+            folder = home / "_".join([*protocol[1::2], *setting.test_flags[1::2], name])
+            if folder not in self._steps:
+                flags = (*where, *self._test_extra, *protocol, *setting.test_flags)
+                flags += ("--resume", str(home / f"{name}.pt"), "--output-dir", str(folder))
+                self._steps[folder] = Step("test.py", flags, _resolved(flags, train=False), folder)
+            files.append(folder / "results.json")
+        return tuple(files)
+
+    def in_order(self) -> list[Step]:
+        """All steps, each training directly followed by its evaluations."""
+        order = {home: place for place, home in enumerate(self._homes.values())}
+        return sorted(
+            self._steps.values(), key=lambda s: order[s.folder if s.trains else s.folder.parent]
+        )
 
 
 def _folder_name(setting: Setting, dataset: str, split: int) -> str:

@@ -18,9 +18,9 @@ RUNS = "runs/example_tables"
 QUICK = "--preset scratch --arch resnet18 --img_w 32 --batch-size 6 --local_feat_dim 64"
 PREFACE = """<!-- Written by docs/make_example_tables.py -->
 
-**An example of what `reproduce.py` writes, at a size chosen to be quick: {trials} trials on
-stand-in data of {train} training and {test} test identities, {epochs} epochs of a small network on
-small images. It says nothing of any method.** These commands made it:
+**An example of what `reproduce.py` writes, at a size chosen to be quick: stand-in data of {train}
+training and {test} test identities, {trials} trial(s), {epochs} epochs of a small network on small
+images. It says nothing of any method.** These commands made it:
 
 ```
 {commands}

@@ -36,11 +36,12 @@ def run(script, *flags, cwd, code=0):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Stand-in data in both layouts: 12 training and 6 test identities."""
+    """Stand-in data in each layout: 12 training and 6 test identities."""
     root = tmp_path_factory.mktemp("data")
     common = {"train_ids": 12, "test_ids": 6, "images_per_id": 8, "seed": 1, "workers": 1}
     stand_in.generate(root / "regdb", layout="regdb", **common)
     stand_in.generate(root / "sysu", layout="sysu", val_ids=4, **common)
+    stand_in.generate(root / "llcm", layout="llcm", **common)
     return root
 
 
@@ -148,6 +149,22 @@ def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(da
         assert len(result["rows"][0]["per_trial"]) == 10
         mean = np.mean([t["mAP"] for t in result["rows"][0]["per_trial"]])
         assert result["rows"][0]["mAP"] == pytest.approx(mean)
+
+
+def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
+    flags = ("--epochs", 1, "--trials", 2, "--shrink", "auto", "--memory-levels", "instance")
+    train("train_MGMRA.py", data, tmp_path / "run", *flags, dataset="llcm")
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["config"]["shrink_scale"], saved["config"]["memory_levels"]) == (1.0, "instance")
+    assert log_lines(tmp_path / "run")[0]["memory/part/zero_reads"] < 0.5
+    output, _ = run(
+        *("test.py", "--dataset", "llcm", "--data-path", data / "llcm", "--tvsearch"),
+        *("--resume", tmp_path / "run" / "last.pt", "--gpu", "cpu", "--test-feat", "both"),
+        cwd=tmp_path,
+    )
+    assert "stand-in data in LLCM's layout" in output and "infrared to visible" in output
+    result = json.loads((tmp_path / "run/test_llcm_i2v_both_last/results.json").read_text())
+    assert len(result["rows"][0]["per_trial"]) == 10
 
 
 def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
