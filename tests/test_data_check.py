@@ -169,3 +169,19 @@ def test_sizes_that_vary_are_no_finding(tmp_path):
     assert len(sizes) > 3
     assert json.loads((folder / "stand_in.json").read_text())["layout"] == "sysu"
     assert check("sysu", folder, progress=False).good
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COUNTS)
+def test_the_full_layouts_have_the_counts_that_are_expected(layout, tmp_path):
+    settings = stand_in.Settings(layout, full=True).resolved()
+    makers = {"regdb": stand_in._regdb_shots, "sysu": stand_in._sysu_shots}
+    shots = makers.get(layout, stand_in._llcm_shots)(settings)
+    for shot in (shot for of_person in shots.values() for shot in of_person):
+        path = tmp_path / shot.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    stand_in._write_lists(tmp_path, settings, shots)
+    findings = check(layout, tmp_path, open_images=False)  # without the marker: as the real data
+    assert findings.good, findings.report()
+    assert sum(count.expected is not None for count in findings.counts) > 2
