@@ -254,7 +254,6 @@ class Source(Protocol):
     title: str
     folders: tuple[str, ...]  # that of the lists first
     how_to_get: str
-    lists_hint: str
 
     def train(self, path: Path, trial: int, use_cache: bool) -> TrainSet:
         """List the training images."""
@@ -316,7 +315,7 @@ def _data_root(path: Path, source: Source) -> Path:
     for other in DATASETS.values():
         if not lacking(path, other):
             hint = f"It looks like {other.title}: pass --dataset {other.name}"
-    if missing == [f"{source.folders[0]}/"]:
+    if missing == [f"{source.folders[0]}/"] and hasattr(source, "lists_hint"):
         hint = f"The images are there, the lists are not: {source.lists_hint}"
     raise DataError(f"{path} has no {', '.join(missing)}. {expected}. {hint}")
 

@@ -294,8 +294,11 @@ LAYERS = {  # project modules that each module may import: house map, imports po
     "figures": "utils",
     "pictures": "figures",
     "addresses": "data_loader memory model pictures",
+    "tables": "eval_metrics",
+    "data_check": "data_manager",
 }
 WITHOUT_TORCH = ("data_manager", "options", "eval_metrics", "re_rank", "pedestrians")
+WITHOUT_TORCH += ("tables", "data_check")
 
 
 def test_imports_point_up_only():
