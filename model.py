@@ -182,7 +182,8 @@ class TwoStreamNet(nn.Module):
             shrink_scale: A threshold of shrink_scale / m on banks of m prototypes in its place.
             memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
                 "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
-                classifier and losses of the memory branch and drops the memory: a control.
+                classifier and losses of the memory branch and drops the memory: a control. Losses
+                on the part reads are computed wherever there is a memory.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
@@ -247,6 +248,9 @@ class TwoStreamNet(nn.Module):
                     *sizes, variant=memory_variant, shrink_scale=shrink_scale
                 )
             )
+            if memory == "mg" and self.memory_level in ("part", "instance"):
+                self.memory.instance_gate.requires_grad_(False)  # no loss reaches it
+                self.memory.part_gate.requires_grad_(self.memory_level == "instance")
         if memory is not None:
             self.memory_neck = _neck(self.dim, train_bias=True)
             self.memory_classifier = _classifier(self.dim, num_ids)

@@ -27,7 +27,7 @@ from typing import Any
 import options
 from data_check import check
 from data_manager import eval_set, train_set
-from tables import Row, arrange, comma_separated, latex, markdown
+from tables import Row, arrange, comma_separated, data_in, latex, markdown
 from utils import make_writable_dir, user_errors, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +38,7 @@ FIXED += ("method", "resume", "test_only", "overwrite", "output_dir", "model_pat
 FIXED += ("vis_log_path",)
 # Flags that may differ between calls without changing what a number means.
 INCIDENTAL = ("resume", "overwrite", "quiet", "workers", "gpu", "test_batch", "save_epoch")
+INCIDENTAL += ("save_every_steps",)
 INCIDENTAL += ("output_dir", "model_path", "log_path", "vis_log_path", "figures")
 
 
@@ -501,7 +502,7 @@ def _table_command(args: argparse.Namespace) -> int:
     note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = arrange(title, rows, section_words, trials=args.trials, note=note)
     texts = {
-        "md": markdown(title, found),
+        "md": markdown(f"{title}: {data_in(rows, args.trials)}", found),
         "tex": latex(found),
         "csv": comma_separated(args.table, rows, args.trials),
     }

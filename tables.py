@@ -226,6 +226,20 @@ def compact(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
+def data_in(rows: Sequence[Row], trials: int | None = None) -> str:
+    """The data that all of the rows' results are of, in words.
+
+    Raises:
+        ValueError: No result is there at all, or they are of different data.
+    """
+    data = sorted({words for row in rows for words in measure(row, trials)["data"]})
+    if not data:
+        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
+    if len(data) > 1:
+        raise ValueError(f"the results are of different data: {', '.join(data)}; use a folder each")
+    return data[0]
+
+
 def arrange(
     title: str,
     rows: Sequence[Row],
@@ -247,16 +261,10 @@ def arrange(
         ValueError: No file is there at all, or the files are of different data.
     """
     measured = [(row, measure(row, trials)) for row in rows]
-    data = sorted({d for _, numbers in measured for d in numbers["data"]})
-    if not data:
-        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
-    if len(data) > 1:
-        raise ValueError(f"the results are of different data: {', '.join(data)}; use a folder each")
+    data = data_in(rows, trials)
     commits = sorted({c for _, numbers in measured for c in numbers["commits"]})
-    caption = (
-        f"{title}. Data: {data[0]}. Percent, mean +- population standard deviation over trials."
-    )
-    if data[0].startswith("stand-in"):
+    caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
+    if data.startswith("stand-in"):
         caption += (
             " Numbers on stand-in data say nothing of the real data set's; the published ones"
         )

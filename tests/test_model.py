@@ -156,6 +156,9 @@ def test_the_level_asked_for_is_the_read_that_is_added(memory, level):
     torch.testing.assert_close(net._memory_feature(x)[0], expected)
     out = net(*pictures(2))
     assert out["memory_read"].part.shape[0] == 4
+    sum(v.sum() for v in (out["memory_logits"], out["feat"], out["part_logits"])).backward()
+    without = {n for n, p in net.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without, "parameters that no loss reaches are not trained"
     assert (out["memory_read"].semantic is None) == (memory == "sg")
 
 

@@ -338,6 +338,7 @@ def test_a_missing_trial_is_shown_and_never_averaged_over(go, tmp_path, capsys):
     row = next(line for line in text.splitlines() if line.startswith("| HCT"))
     assert f"| {100 * np.mean(values):.2f} ± {100 * np.std(values):.2f} |" in row
     assert "| 3 | 91.05 / 83.28 | arXiv 2109.08843, Table 1 |" in row
+    assert text.startswith("# RegDB: stand-in data\n")
     assert "Data: stand-in data" in text and "say nothing of the real data set" in text
     assert "Code: abc." in text
     files[1].unlink()
