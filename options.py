@@ -215,7 +215,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         type=_shrink,
         default=0.0025,
     )
-    add("shrink-scale", "of --shrink auto", type=_positive(float), default=1.0)
+    add("shrink-scale", "of --shrink auto (default: 1)", type=_positive(float))
     add(
         "memory-levels",
         "which read is added to the map (default: the method's coarsest); none: the memory branch "
@@ -429,6 +429,9 @@ def resolve(args: argparse.Namespace) -> dict[str, str]:
             if sources[name] != "flag":  # AGW's own settings, whatever the data set
                 setattr(args, name, value)
                 sources[name] = "AGW"
+    if args.shrink_scale is not None and args.shrink != "auto":
+        raise ValueError(f"--shrink-scale is of --shrink auto, and --shrink is {args.shrink}")
+    args.shrink_scale = args.shrink_scale or 1.0
     args.milestones = tuple(args.milestones)
     args.triplet_ramp = tuple(args.triplet_ramp)
     resolve_protocol(args)

@@ -93,6 +93,9 @@ def test_shrink_is_a_number_or_auto():
     assert resolved("--shrink 0")[0].shrink == 0.0
     args, _ = resolved("--shrink auto --shrink-scale 2")
     assert (args.shrink, args.shrink_scale) == ("auto", 2.0)
+    assert resolved("--shrink auto")[0].shrink_scale == 1.0
+    with pytest.raises(ValueError, match="--shrink-scale is of --shrink auto"):
+        resolved("--shrink-scale 2")
 
 
 def test_an_explicit_flag_wins_over_any_preset():
