@@ -26,7 +26,7 @@ from typing import Any
 
 import options
 from data_check import check
-from data_manager import eval_set, train_set
+from data_manager import DATASETS, eval_set, train_set
 from tables import Row, arrange, comma_separated, data_in, latex, markdown
 from utils import make_writable_dir, user_errors, write_json
 
@@ -141,7 +141,7 @@ def protocols_of(table: str, dataset: str) -> dict[str, tuple[str, ...]]:
 def section_words(section: str) -> str:
     """A section's title."""
     dataset, key, *rest = section.split()
-    name = {"regdb": "RegDB", "sysu": "SYSU-MM01", "llcm": "LLCM"}[dataset]
+    name = DATASETS[dataset].title
     if dataset != "sysu":
         return f"{name}, {'visible to infrared' if key == 'v2i' else 'infrared to visible'}"
     shots = {"1": "single-shot", "10": "ten-shot"}[rest[0]]
@@ -496,8 +496,8 @@ def _table_command(args: argparse.Namespace) -> int:
         Row(**{**row, **{k: tuple(args.runs / p for p in row[k]) for k in PATHS}})
         for row in content["rows"]
     ]
-    names = {"regdb": "RegDB", "sysu": "SYSU-MM01", "ablation": "Ablations", "memory": "Memory"}
-    title = names[args.table] + ("" if args.table == dataset else f" on {dataset}")
+    kind = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}.get(args.table, "")
+    title = kind + DATASETS[dataset].title
     flags = _telling(content["extra"])
     note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = arrange(title, rows, section_words, trials=args.trials, note=note)

@@ -262,13 +262,12 @@ def arrange(
     """
     measured = [(row, measure(row, trials)) for row in rows]
     data = data_in(rows, trials)
+    ablation = any(row.group for row in rows)  # compares with itself
     commits = sorted({c for _, numbers in measured for c in numbers["commits"]})
     caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
     if data.startswith("stand-in"):
-        caption += (
-            " Numbers on stand-in data say nothing of the real data set's; the published ones"
-        )
-        caption += " are printed for their place in the table only."
+        caption += " Numbers on stand-in data say nothing of the real data set's"
+        caption += "." if ablation else "; the published ones are of the real data set."
     caption += f" Code: {', '.join(commits)}.{f' {note}' if note else ''}"
     tables = []
     for section in dict.fromkeys(row.section for row in rows):
@@ -281,9 +280,7 @@ def arrange(
                 tables.append(_results_table(f"{words(section)}, {what}", caption, part))
         ours = {row.name for row in rows}
         others = {k: v for k, v in published(section).items() if k not in ours}
-        if any(row.group for row in rows):  # an ablation compares with itself
-            others = {}
-        if others:
+        if others and not ablation:
             tables.append(_published_table(f"{words(section)}, others as published", others))
     return [*tables, *_health_tables(caption, rows)]
 
@@ -359,8 +356,10 @@ def _health_tables(caption: str, rows: Iterable[Row]) -> list[Table]:
     """One table of the memory's health in the last epoch, where any row has a training with it."""
     wanted = [row for row in rows if row.training and row.checkpoint == "last"]
     wanted = [row for row in wanted if row.re_rank == "no" and row.test_feat is None]
-    found = [(row, health(row)) for row in {r.training: r for r in reversed(wanted)}.values()]
-    found = [(row, numbers) for row, numbers in reversed(found) if numbers]
+    first: dict[tuple[Path, ...], Row] = {}
+    for row in wanted:
+        first.setdefault(row.training, row)
+    found = [(row, numbers) for row in first.values() if (numbers := health(row))]
     if not found:
         return []
     names = [f"{level}/{name}" for level in LEVELS for name in HEALTH]
