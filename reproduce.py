@@ -174,7 +174,7 @@ class Step:
         file = self.folder / ("options.json" if self.trains else "results.json")
         if not file.exists():
             return "to do"
-        saved = _read_json(file)["options"]
+        saved = _read_json(file, "options")
         if not self.trains:
             return "done" if self._still_valid(file, saved) else "to do"
         differing = [
@@ -189,7 +189,7 @@ class Step:
         if not (self.folder / "last.pt").exists():
             return "to do"
         report = self.folder / "training.json"
-        last = _read_json(report)["last"] if report.exists() else None
+        last = _read_json(report, "last") if report.exists() else None
         return "done" if last and last["epoch"] == saved["epochs"] else "begun"
 
     def _differing(self, saved: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -209,19 +209,22 @@ class Step:
 
     def command(self, state: str, again: bool = False) -> tuple[str, ...]:
         """Script and flags, going on where a training was stopped, or afresh."""
-        extra = (
-            ()
-            if not self.trains
-            else ("--overwrite",) * again or ("--resume",) * (state == "begun")
-        )
+        extra = ()
+        if self.trains and again:
+            extra = ("--overwrite",)
+        elif self.trains and state == "begun":
+            extra = ("--resume",)
         return (os.path.relpath(HERE / self.script), *self.flags, *extra)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, entry: str) -> Any:
+    """An entry of a JSON file that a run has written."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error}); remove it and run again") from error
+        return json.loads(path.read_text())[entry]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} can't be used, {entry!r} can't be read ({error!r}); remove it and run again"
+        ) from error
 
 
 @functools.cache
@@ -491,14 +494,13 @@ def _table_command(args: argparse.Namespace) -> int:
     file = args.runs / _plan_name(args.table, dataset)
     if not file.exists():
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
-    content = _read_json(file)
     rows = [
         Row(**{**row, **{k: tuple(args.runs / p for p in row[k]) for k in PATHS}})
-        for row in content["rows"]
+        for row in _read_json(file, "rows")
     ]
     kind = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}.get(args.table, "")
     title = kind + DATASETS[dataset].title
-    flags = _telling(content["extra"])
+    flags = _telling(_read_json(file, "extra"))
     note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = arrange(title, rows, section_words, trials=args.trials, note=note)
     texts = {

@@ -287,6 +287,24 @@ def test_runs_of_other_options_are_not_taken_for_these(go, capsys):
     assert go(*only, "--epochs", 4, "--quiet", "--workers", 1) == (0, [])
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("HCT_regdb_trial1/options.json", "{"),
+        ("HCT_regdb_trial1/options.json", "[]"),
+        ("HCT_regdb_trial1/training.json", "{}"),
+        ("HCT_regdb_trial1/v2i_last/results.json", "\x00"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(go, tmp_path, capsys, name, content):
+    only = ("--table", "regdb", "--trials", 1, "--only", "HCT", "v2i")
+    assert go(*only)[0] == 0
+    (tmp_path / "runs" / name).write_text(content)
+    assert go(*only) == (2, [])
+    error = capsys.readouterr().err
+    assert name in error and "remove it and run again" in error
+
+
 REFUSALS = {
     "decided by the table": (("--table", "regdb", "--trial", 3), "--trial is decided by the table"),
     "direction": (("--table", "regdb", "--tvsearch"), "--tvsearch is decided by the table"),
