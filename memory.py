@@ -19,7 +19,6 @@ INSTANCES_PER_ID = 5  # T, released setting
 PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, float64 goldens do
 CHUNK_ENTRIES = 1 << 20  # scores held at a time on the CPU: 4 MiB, within its cache
-GATHER_ENTRIES = 1 << 22  # entries of gathered rows held at a time in the backward
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
 SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
 VARIANTS = ("paper", "released")
@@ -180,7 +179,7 @@ class _SparseRead(torch.autograd.Function):
         survivors = Survivors(offsets, columns, weights)
         rows = survivors.rows()
         # Softmax over the survivors: d logit = a * (d a - sum of a * d a over the row).
-        grad_weight = _row_products(grad, rows, bank, columns)  # (nnz,)
+        grad_weight = _row_products(grad, bank, survivors, rows)  # (nnz,)
         mean = torch.zeros_like(grad[:, 0]).index_add_(0, rows, weights * grad_weight)
         grad_logit = weights * (grad_weight - mean[rows])
         grad_x = grad_bank = None
@@ -209,14 +208,11 @@ def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Te
     )
 
 
-def _row_products(a: Tensor, rows: Tensor, b: Tensor, columns: Tensor) -> Tensor:
-    """Scalar products ``a[rows] . b[columns]``, (nnz,), a chunk of gathered rows at a time."""
-    per_chunk = max(1, GATHER_ENTRIES // a.shape[1])
-    parts = [
-        (a[r] * b[c]).sum(dim=1)
-        for r, c in zip(rows.split(per_chunk), columns.split(per_chunk), strict=True)
-    ]
-    return torch.cat(parts)
+def _row_products(a: Tensor, b: Tensor, survivors: Survivors, rows: Tensor) -> Tensor:
+    """Scalar products ``a[rows] . b[columns]`` of the survivors, (nnz,), nothing gathered."""
+    # This is what embedding_bag's own derivative towards its weights computes.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return products(a.contiguous(), b.to(a.dtype), survivors.columns, survivors.offsets, rows, 0)
 
 
 def read(

@@ -142,7 +142,6 @@ def masked_softmax_read(x, bank, shrink):
 def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
     """From no survivor (uniform weights are 1/150) to all of them."""
     monkeypatch.setattr("memory.CHUNK_ENTRIES", chunk * 150)
-    monkeypatch.setattr("memory.GATHER_ENTRIES", chunk * 9)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
