@@ -182,7 +182,7 @@ class PlainNet(nn.Module):
 def plain_identity(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy of (N, L) against ``(1 - e) * onehot + e / L``."""
     targets = torch.full_like(logits, label_smoothing / logits.shape[1])
-    targets[torch.arange(len(labels)), labels] += 1 - label_smoothing
+    targets[torch.arange(len(labels), device=labels.device), labels] += 1 - label_smoothing
     return (-targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
