@@ -53,23 +53,30 @@ def interleaved(
         warm_up: Whether there is the call that is not timed.
 
     Returns:
-        ``median`` and ``min`` in seconds by name.
+        By name, in seconds: ``median`` and ``min`` of wall-clock times, and ``cpu``, the median of
+        processor times of all threads, which other work on the machine hardly changes.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    processor: dict[str, list[float]] = {name: [] for name in calls}
     rounds = range(-1 if warm_up else 0, repeats)
     with tqdm(total=len(rounds) * len(calls), desc=description, disable=None) as bar:
         for turn in rounds:
             for name, call in calls.items():
                 bar.set_postfix_str(name)
                 synchronize()
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 call()
                 synchronize()
                 if turn >= 0:
                     seconds[name].append(time.perf_counter() - start)
+                    processor[name].append(time.process_time() - start_cpu)
                 bar.update()
     return {
-        name: {"median": statistics.median(values), "min": min(values)}
+        name: {
+            "median": statistics.median(values),
+            "min": min(values),
+            "cpu": statistics.median(processor[name]),
+        }
         for name, values in seconds.items()
     }
 

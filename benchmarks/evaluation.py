@@ -98,6 +98,7 @@ def _compare(
         "ours": {
             "median": float(np.median([t["median"] for t in own])),
             "min": min(t["min"] for t in own),
+            "cpu": float(np.median([t["cpu"] for t in own])),
         },
     }
     return times, times["plain"]["median"] / times["ours"]["median"]

@@ -6,7 +6,7 @@
 
 Prints Markdown tables and, with ``--json``, writes all numbers. Variants take turns, so that
 whatever else the machine does hits all of them alike; numbers are medians of wall-clock times.
-Images and weights are random; `--bank-scale` sets how many prototypes survive (printed).
+Processor times (of all threads) stand beside them. Images and weights are random; `--bank-scale` sets how many prototypes survive (printed).
 """
 
 import argparse
@@ -196,12 +196,22 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 variant,
                 1e3 * numbers["median"],
                 1e3 * numbers["min"],
+                1e3 * numbers["cpu"],
                 numbers["speedup"],
                 numbers["over_hct"],
                 numbers.get("share_of_bf16_ceiling", "-"),
             )
         )
-    header = ("method", "variant", "ms", "fastest ms", "plain / this", "this / HCT", "bf16 ceiling")
+    header = (
+        "method",
+        "variant",
+        "ms",
+        "fastest ms",
+        "CPU ms",
+        "plain / this",
+        "this / HCT",
+        "bf16 ceiling",
+    )
     ids, images = _sizes(args.batch)
     shape = f"{2 * ids * images} images of {args.height} x {args.width}, {args.arch}"
     table(f"One training step, {shape}, {args.ids} identities", header, rows)
