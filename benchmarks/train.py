@@ -5,8 +5,9 @@
     python -m benchmarks.train --small             # a quick look
 
 Prints Markdown tables and, with ``--json``, writes all numbers. Variants take turns, so that
-whatever else the machine does hits all of them alike; numbers are medians of wall-clock times.
-Processor times (of all threads) stand beside them. Images and weights are random; `--bank-scale` sets how many prototypes survive (printed).
+whatever else the machine does hits all of them alike; numbers are medians of wall-clock times, with
+processor times of all threads beside them. Images and weights are random; ``--bank-scale`` sets how
+many prototypes survive (printed).
 """
 
 import argparse
