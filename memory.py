@@ -149,9 +149,16 @@ def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
 
     Deviation: without the epsilon of `address`, whose effect float32 does not resolve.
     """
-    per_chunk = max(1, CHUNK_ENTRIES // len(bank)) if x.device.type == "cpu" else len(x)
+    on_cpu = x.device.type == "cpu"
+    per_chunk = max(1, CHUNK_ENTRIES // len(bank)) if on_cpu else len(x)
+    # A zero query addresses all prototypes alike, hence none where 1 / m is within the threshold.
+    skip_zeros = on_cpu and len(bank) * shrink >= 1
     counts, columns, weights = [], [], []
     for queries in x.split(per_chunk):
+        if skip_zeros:
+            alive = queries.norm(dim=1) > 0
+            some_zero = not alive.all()
+            queries = queries[alive] if some_zero else queries
         logits = (queries @ bank.t()).to(_at_least_float32(x))  # (chunk, m)
         log_norm = logits.logsumexp(dim=1, keepdim=True)
         survives = logits > log_norm + (math.log(shrink) if shrink else -math.inf)
@@ -159,6 +166,8 @@ def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
         found = survives.nonzero()  # row by row
         weight = (logits[found[:, 0], found[:, 1]] - log_norm[found[:, 0], 0]).exp()
         total = torch.zeros_like(log_norm[:, 0]).index_add_(0, found[:, 0], weight)
+        if skip_zeros and some_zero:
+            count = torch.zeros_like(alive, dtype=count.dtype).index_put_((alive,), count)
         counts.append(count)
         columns.append(found[:, 1])
         weights.append(weight / total[found[:, 0]])
