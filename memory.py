@@ -51,21 +51,18 @@ class MemoryHealth:
         self._levels: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, level: str, survivors: "Survivors | Tensor", num_prototypes: int) -> None:
+    def update(self, level: str, survivors: "Survivors", num_prototypes: int) -> None:
         """Adds one read.
 
         Args:
             level: "part", "instance" or "semantic".
-            survivors: Who was addressed, and how strongly; or all weights, (n, m).
+            survivors: Who was addressed, and how strongly.
             num_prototypes: Size m of the bank.
         """
-        if isinstance(survivors, Tensor):
-            weights, addressed = survivors, survivors > 0
-            counts, used = addressed.sum(dim=1), addressed.any(dim=0)
-        else:
-            weights, counts = survivors.weights, survivors.offsets.diff()
-            used = torch.zeros(num_prototypes, dtype=torch.bool, device=counts.device)
-            used[survivors.columns] = True
+        counts = survivors.offsets.diff()
+        used = torch.zeros(num_prototypes, dtype=torch.bool, device=counts.device)
+        used[survivors.columns] = True
+        weights = survivors.weights
         new = {
             "rows": torch.tensor(len(counts), device=counts.device),
             "zero_rows": (counts == 0).sum(),
@@ -254,7 +251,7 @@ def read(
         survivors = select(*_autocast(queries, bank), shrink)
     if survivors is None or len(survivors.columns) > DENSE_SHARE * len(queries) * len(bank):
         weights = address(queries, bank, shrink)
-        survivors = weights.detach()
+        survivors = None if health is None else _from_dense(weights.detach())
         values = weights.to(queries.dtype) @ bank.to(queries.dtype)  # (B*H*W, C)
     else:
         values = sparse_read(queries, bank, survivors)
@@ -275,6 +272,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if torch.is_autocast_enabled(kind):
         return tuple(t.detach().to(torch.get_autocast_dtype(kind)) for t in tensors)
     return tuple(t.detach() for t in tensors)
+
+
+def _from_dense(weights: Tensor) -> Survivors:
+    """Sparse form of addressing weights (n, m)."""
+    found = weights.nonzero()
+    counts = (weights > 0).sum(dim=1)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Survivors(offsets, found[:, 1], weights[found[:, 0], found[:, 1]])
 
 
 def _gated_mean(gate: nn.Conv1d, groups: Tensor) -> Tensor:

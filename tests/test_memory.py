@@ -281,15 +281,14 @@ def test_an_all_zero_part_read_makes_the_semantic_read_one_constant_vector():
     torch.testing.assert_close(result.semantic, constant)
 
 
-@pytest.mark.parametrize("addressing", [select, address])
-def test_health_counts_what_a_loop_counts(addressing):
+def test_health_counts_what_a_loop_counts():
     gen = torch.Generator().manual_seed(5)
     health = MemoryHealth()
     rows = [torch.randn(20, 6, generator=gen), 0.01 * torch.randn(20, 6, generator=gen)]
     bank = torch.randn(60, 6, generator=gen)
     all_weights = torch.cat([address(x, bank, 0.03) for x in rows])
     for x in rows:
-        health.update("part", addressing(x, bank, 0.03), len(bank))
+        health.update("part", select(x, bank, 0.03), len(bank))
     numbers = health.summary()
     survivors = [sum(w > 0 for w in row.tolist()) for row in all_weights]
     assert numbers["part/zero_reads"] == sum(s == 0 for s in survivors) / 40 > 0
