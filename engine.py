@@ -3,6 +3,7 @@
 Nothing here knows the command line: networks, criteria, data and numbers come in as arguments.
 """
 
+import functools
 import logging
 import math
 import time
@@ -67,10 +68,15 @@ def make_optimizer(
     ]
     if name == "sgd":
         return torch.optim.SGD(
-            groups, lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
+            groups,
+            lr=0.0,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+            fused=True,
         )
     if name == "adam":
-        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay)
+        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay, fused=True)
     raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
 
 
@@ -322,13 +328,22 @@ def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np
     Raises:
         ValueError: When `ranking` is unknown.
     """
+    return _measure(query, ranking)(gallery)
+
+
+def _measure(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarray]:
+    """`distances` of one set of queries to any gallery; what is the queries' own is done once."""
     if ranking == "no":
-        similarity = query @ gallery.T
-        return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
+
+        def negative_similarity(gallery: np.ndarray) -> np.ndarray:
+            similarity = query @ gallery.T
+            return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
+
+        return negative_similarity
     if ranking == "k_reciprocal":
-        return re_rank.k_reciprocal(query, gallery)
+        return re_rank.KReciprocal(query).distances
     if ranking == "random_walk":
-        return re_rank.random_walk(query, gallery)
+        return functools.partial(re_rank.random_walk, query)
     raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
 
 
@@ -349,9 +364,10 @@ def score(
         by ranks 1 to 20; ``re_rank``; ``protocol``.
     """
     q, g = eval_set.query, eval_set.gallery
+    measure = _measure(query, ranking)
     per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
-        distmat = distances(query, gallery[rows], ranking)
+        distmat = measure(gallery[rows])
         if eval_set.camera_rule == "none":
             result = eval_regdb(distmat, q.pids, g.pids[rows])
         else:

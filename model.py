@@ -50,6 +50,8 @@ MEMORY_LEVELS = {  # of a memory and its variant: which reads can be added, the 
     ("mg", "paper"): ("none", "part", "instance", "semantic"),
     ("mg", "released"): ("none", "part", "semantic"),
 }
+GEM_CHUNK = 4  # images pooled at a time on the CPU: 5 MB of a ResNet-50's last map
+MAX_MULTIPLIED_POWER = 32  # GeM exponents up to it are multiplied out
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
 CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
 
@@ -108,14 +110,70 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
 def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32.
 
+    Args:
+        x: At least two dimensions, the first of them not pooled.
+        p: Exponent.
+        dims: Dimensions that are pooled and left out of the result.
+    """
+    return _GeneralizedMean.apply(x, p, dims)
+
+
+class _GeneralizedMean(torch.autograd.Function):
+    """GeM that keeps nothing for its backward but input and result.
+
     Each pooled region is scaled by its maximum first, which cancels out: in float32, 7200^10 would
     overflow, and an untrained network's evaluation reaches such activations.
     """
-    x = x.to(_at_least_float32(x))
-    scale = x.detach().amax(dim=dims, keepdim=True).clamp_min(1)
-    mean = (x / scale).pow(p).mean(dim=dims)
-    scale = scale.view_as(mean)
-    return (mean + GEM_EPSILON / scale.pow(p)).pow(1 / p) * scale
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
+        pooled = []
+        for part in _chunks(x):
+            part = part.to(_at_least_float32(x))
+            scale = part.amax(dim=dims, keepdim=True).clamp_min_(1)
+            mean = _power_(part / scale, p).mean(dim=dims)
+            scale = scale.view_as(mean)
+            pooled.append((mean + GEM_EPSILON / scale.pow(p)).pow(1 / p) * scale)
+        pooled = torch.cat(pooled)
+        ctx.save_for_backward(x, pooled)
+        ctx.p, ctx.dims = p, dims
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, pooled = ctx.saved_tensors
+        for dim in sorted(ctx.dims):
+            grad, pooled = grad.unsqueeze(dim), pooled.unsqueeze(dim)
+        grad = grad * (pooled.numel() / x.numel())
+        # d pooled / d x = (x / pooled)^(p - 1) / positions, whatever the scale.
+        result = torch.empty_like(x)
+        parts = zip(*map(_chunks, (x, pooled, grad, result)), strict=True)
+        for part, mean, grad_part, out in parts:
+            out.copy_(_power_(part / mean, ctx.p - 1).mul_(grad_part))
+        return result, None, None
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows of x a few at a time on the CPU, whose cache then holds what is computed from them."""
+    return x.split(GEM_CHUNK if x.device.type == "cpu" else len(x))
+
+
+def _power_(x: Tensor, p: float) -> Tensor:
+    """x^p, in place or not; integral powers by multiplication, underflow to zero.
+
+    Powers below the type's smallest normal number, which are slow to compute with and vanish beside
+    the region's maximum of about 1, are zeros.
+    """
+    if p > 1:
+        x = F.hardshrink(x, torch.finfo(x.dtype).tiny ** (1 / p))
+    if p != int(p) or not 1 <= p <= MAX_MULTIPLIED_POWER:
+        return x.pow_(p)
+    result = None
+    for bit in reversed(f"{int(p):b}"):  # x^(2^i), from the lowest bit on
+        if bit == "1":
+            result = x.clone() if result is None else result.mul_(x)
+        x = x.mul_(x)
+    return result
 
 
 class StripeLinear(nn.Module):
@@ -345,12 +403,14 @@ class TwoStreamNet(nn.Module):
     ) -> tuple[Tensor, MemoryRead | None]:
         """Mean over positions of the map plus its read: (N, C), float32 or wider; all reads."""
         dtype = _at_least_float32(x)
-        feat = x.mean(dim=(2, 3), dtype=dtype)
-        if self.memory is None:
-            return feat, None
-        read = self.memory(x, health)
-        # The mean of a sum is the sum of the means: no map x + read is built.
-        return feat + getattr(read, self.memory_level).mean(dim=(2, 3), dtype=dtype), read
+        total = x.sum(dim=(2, 3), dtype=dtype)
+        read = None
+        if self.memory is not None:
+            read = self.memory(x, health)
+            # The mean of a sum is the sum of the means: no map x + read is built.
+            total = total + getattr(read, self.memory_level).sum(dim=(2, 3), dtype=dtype)
+        # Dividing after the sums, not in mean(), spares the backward two maps.
+        return total / x[0, 0].numel(), read
 
     def test_feats(self) -> tuple[str, ...]:
         """Names that `embed` accepts, the headline first."""

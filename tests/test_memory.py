@@ -143,7 +143,6 @@ def masked_softmax_read(x, bank, shrink):
 def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
     """From no survivor (uniform weights are 1/150) to all of them."""
     monkeypatch.setattr("memory.CHUNK_ENTRIES", chunk * 150)
-    monkeypatch.setattr("memory.GATHER_ENTRIES", chunk * 9)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
@@ -158,6 +157,22 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
         torch.autograd.grad((toward * sparse).sum(), (x, bank)), expected, strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shrink", [0.005, 0.05])
+def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypatch):
+    """Uniform weights are 1/150."""
+    monkeypatch.setattr("memory.CHUNK_ENTRIES", 7 * 150)
+    gen = torch.Generator().manual_seed(10)
+    x = torch.randn(40, 9, generator=gen, dtype=torch.float64)
+    x[::3] = 0
+    x[14:21] = 0  # a whole chunk
+    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64)
+    dense, survive = masked_softmax_read(x, bank, shrink)
+    assert survive[0].any() == (shrink < 1 / 150)
+    survivors = select(x, bank, shrink)
+    assert torch.equal(survivors.offsets.diff(), survive.sum(1))
+    torch.testing.assert_close(sparse_read(x, bank, survivors), dense, rtol=0, atol=1e-12)
 
 
 def test_sparse_gradcheck():

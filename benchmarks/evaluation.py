@@ -1,0 +1,237 @@
+"""Times evaluation against plain loops: CMC, mAP and mINP, k-reciprocal re-ranking, SYSU's trials.
+
+    python -m benchmarks.evaluation                # all sizes: ten minutes, most of it the loops
+    python -m benchmarks.evaluation --small        # a quick look
+
+Prints Markdown tables and, with ``--json``, writes all numbers. Features are random around one
+direction an identity; numbers are medians of wall-clock times taken in turn.
+"""
+
+import argparse
+import functools
+import sys
+import time
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import finish, interleaved, table, unit_features
+from benchmarks.plain import plain_evaluate, plain_k_reciprocal
+from engine import score
+from eval_metrics import eval_regdb, eval_sysu
+from re_rank import k_reciprocal
+
+SECTIONS = ("metrics", "large", "k_reciprocal", "sysu")
+WIDTH = 1536  # of the retrieval feature: 6 stripes of 256
+TRIALS = 10
+OUR_TURNS = 3  # our calls per call of a loop that takes far longer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Flags."""
+    parser = argparse.ArgumentParser(description="Time evaluation.")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--large", default="10000x50000", help="queries x gallery, metrics alone")
+    parser.add_argument("--re-rank-images", type=int, nargs="*", default=[10000, 52000])
+    parser.add_argument("--small", action="store_true", help="a tenth of every size")
+    parser.add_argument("--json", type=Path, help="where to write all numbers")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    share = 10 if args.small else 1
+    if args.small:
+        args.large, args.re_rank_images = "1000x5000", [1000]
+    results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
+    sections = {
+        "metrics": _metrics,
+        "large": _large,
+        "k_reciprocal": _k_reciprocal,
+        "sysu": _sysu_trials,
+    }
+    for name in SECTIONS:
+        if name in args.only:
+            results[name] = sections[name](args, share)
+    finish(results, torch.device("cpu"), args.json)
+    return 0
+
+
+def _regdb(share: int) -> tuple[np.ndarray, ...]:
+    """Identities of queries and gallery: RegDB's test split."""
+    pids = np.repeat(np.arange(206 // share), 10)
+    return pids, pids
+
+
+def _sysu(share: int, shots: int) -> tuple[np.ndarray, ...]:
+    """Identities of queries and gallery, then their cameras: SYSU-MM01, all-search."""
+    rng = np.random.default_rng(1)
+    queries = 3803 // share
+    q_pids = rng.integers(0, 96, queries)
+    q_camids = np.where(np.arange(queries) < 1883 // share, 3, 6)
+    g_pids = np.repeat(np.arange(96), 4)[: max(301 // share, 96)]
+    g_camids = np.tile([1, 2, 4, 5], 96)[: len(g_pids)]
+    return q_pids, np.repeat(g_pids, shots), q_camids, np.repeat(g_camids, shots)
+
+
+def _features(q_pids: np.ndarray, g_pids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(2)
+    return unit_features(rng, q_pids, WIDTH), unit_features(rng, g_pids, WIDTH)
+
+
+def _compare(
+    ours: Any, plain: Any, repeats: int, description: str
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Times of both, ours several times a turn, and the ratio of their medians."""
+    calls = {"plain": plain, **{f"ours {i}": ours for i in range(OUR_TURNS)}}
+    raw = interleaved(calls, repeats, description=description, warm_up=False)
+    own = [raw[f"ours {i}"] for i in range(OUR_TURNS)]
+    times = {
+        "plain": raw["plain"],
+        "ours": {
+            "median": float(np.median([t["median"] for t in own])),
+            "min": min(t["min"] for t in own),
+            "cpu": float(np.median([t["cpu"] for t in own])),
+        },
+    }
+    return times, times["plain"]["median"] / times["ours"]["median"]
+
+
+def _peak(call: Any) -> tuple[float, float]:
+    """Seconds, and the most bytes allocated on top of what was there."""
+    tracemalloc.start()
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak
+
+
+def _metrics(args: argparse.Namespace, share: int) -> dict[str, Any]:
+    """CMC, mAP and mINP at the data sets' sizes."""
+    cases = {
+        "RegDB": (eval_regdb, _regdb(share)),
+        "SYSU single-shot": (eval_sysu, _sysu(share, 1)),
+        "SYSU ten-shot": (eval_sysu, _sysu(share, 10)),
+    }
+    results, rows = {}, []
+    for name, (evaluate, labels) in cases.items():
+        query, gallery = _features(*labels[:2])
+        distmat = 1 - query @ gallery.T
+        ours = functools.partial(evaluate, distmat, *labels)
+        plain = functools.partial(plain_evaluate, distmat, *labels)
+        times, ratio = _compare(ours, plain, args.repeats, name)
+        results[name] = {"shape": distmat.shape, "times": times, "ratio": ratio}
+        seconds = (1e3 * times["plain"]["median"], 1e3 * times["ours"]["median"])
+        rows.append((name, "{} x {}".format(*distmat.shape), *seconds, ratio))
+    table("CMC, mAP, mINP", ("protocol", "size", "plain ms", "ours ms", "plain / ours"), rows)
+    return results
+
+
+def _large(args: argparse.Namespace, share: int) -> dict[str, Any]:
+    """A large ranking, and the memory it takes beyond the distances."""
+    queries, images = (int(number) for number in args.large.split("x"))
+    rng = np.random.default_rng(3)
+    distmat = rng.random((queries, images), dtype=np.float32)
+    labels = (
+        rng.integers(0, 500, queries),
+        rng.integers(0, 500, images),
+        rng.choice([3, 6], queries),
+        rng.choice([1, 2, 4, 5], images),
+    )
+    cases = {
+        "RegDB's protocol": functools.partial(eval_regdb, distmat, *labels[:2]),
+        "SYSU's protocol": functools.partial(eval_sysu, distmat, *labels),
+    }
+    times = interleaved(cases, args.repeats, description=args.large, warm_up=False)
+    results, rows = {}, []
+    for name, call in cases.items():
+        _, peak = _peak(call)
+        results[name] = {"seconds": times[name]["median"], "peak_bytes": peak}
+        rows.append((name, times[name]["median"], peak / 2**20))
+    header = ("protocol", "s", "MiB beyond the distances")
+    table(f"CMC, mAP, mINP at {args.large}", header, rows)
+    return results
+
+
+def _k_reciprocal(args: argparse.Namespace, share: int) -> dict[str, Any]:
+    """k-reciprocal re-ranking: against the plain one, then alone at larger sizes."""
+    cases = {
+        "RegDB": _regdb(share),
+        "SYSU single-shot": _sysu(share, 1),
+        "SYSU ten-shot": _sysu(share, 10),
+    }
+    results, rows = {}, []
+    for name, labels in cases.items():
+        query, gallery = _features(*labels[:2])
+        ours = functools.partial(k_reciprocal, query, gallery)
+        plain = functools.partial(plain_k_reciprocal, query, gallery)
+        half = functools.partial(plain_k_reciprocal, query, gallery, dtype=np.float16)
+        times, ratio = _compare(ours, plain, max(1, args.repeats // 3), name)
+        released = interleaved({"float16": half}, 1, description=f"{name}, float16", warm_up=False)
+        difference = float(np.abs(ours() - plain()).max())
+        seconds = {**times, **released}
+        own = times["ours"]["median"]
+        results[name] = {"times": seconds, "ratio": ratio, "difference": difference}
+        shape = f"{len(query)} + {len(gallery)}"
+        in_float16 = released["float16"]["median"]
+        plain_time = times["plain"]["median"]
+        rows.append((name, shape, in_float16, plain_time, own, in_float16 / own, difference))
+    header = ("protocol", "images", "plain float16 s", "plain float32 s", "ours s")
+    header += ("float16 / ours", "ours - float32")
+    table("k-reciprocal re-ranking", header, rows)
+    rows = []
+    for count in args.re_rank_images:
+        pids = np.random.default_rng(4).integers(0, max(1, count // 20), count)
+        query, gallery = _features(pids[: count // 5], pids[count // 5 :])
+        start = time.perf_counter()
+        k_reciprocal(query, gallery)
+        seconds = time.perf_counter() - start
+        _, peak = _peak(functools.partial(k_reciprocal, query, gallery))
+        result = len(query) * len(gallery) * 4
+        results[str(count)] = {"seconds": seconds, "peak_bytes": peak, "result_bytes": result}
+        rows.append((count, seconds, peak / 2**30, result / 2**30))
+        del query, gallery
+    header = ("images", "s", "GiB beyond the features", "of which the result")
+    table("k-reciprocal, a fifth of the images being queries", header, rows)
+    return results
+
+
+def _sysu_trials(args: argparse.Namespace, share: int) -> dict[str, Any]:
+    """Everything after the embeddings for SYSU-MM01's ten trials."""
+    rng = np.random.default_rng(5)
+    results, rows = {}, []
+    for shots in (1, 10):
+        q_pids, g_pids, q_camids, g_camids = _sysu(share, shots)
+        # Ten galleries out of three times as many images, each embedded once.
+        pids, camids = np.tile(g_pids, 3), np.tile(g_camids, 3)
+        chosen = [np.arange(len(g_pids)) + rng.integers(0, 3) * len(g_pids) for _ in range(TRIALS)]
+        eval_set = SimpleNamespace(
+            query=SimpleNamespace(pids=q_pids, camids=q_camids),
+            gallery=SimpleNamespace(pids=pids, camids=camids),
+            gallery_trials=tuple(chosen),
+            camera_rule="sysu",
+            protocol=f"all-search, {shots}-shot",
+        )
+        query, gallery = _features(q_pids, pids)
+        for ranking in ("no", "k_reciprocal"):
+            call = functools.partial(score, eval_set, query, gallery, ranking)
+            name = f"{shots}-shot, {'not re-ranked' if ranking == 'no' else ranking}"
+            repeats = args.repeats if ranking == "no" else 1
+            times = interleaved({name: call}, repeats, description=name, warm_up=False)
+            results[name] = times[name]
+            rows.append((name, times[name]["median"]))
+    table("SYSU-MM01, ten trials, all after the embeddings", ("protocol", "s"), rows)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

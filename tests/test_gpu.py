@@ -1,0 +1,160 @@
+"""CPU against CUDA, in float32 and bf16: run on a machine with a GPU by ``pytest -m gpu``."""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.plain import PlainNet, plain_training_step
+from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
+from engine import extract_features, make_optimizer, set_learning_rate, training_step
+from loss import TERM_WEIGHTS, Criterion
+from memory import MemoryHealth, read
+from model import TwoStreamNet, gem
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+IDS = 150  # 4500 parts: the reads take the sparse route
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """float32 products in float32, not in the card's shorter TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def relative(ours, truth):
+    """Error in the norm."""
+    ours, truth = ours.detach().double().cpu(), truth.detach().double().cpu()
+    return ((ours - truth).norm() / truth.norm().clamp_min(1e-6)).item()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("ids", [100, 900, 4500])
+def test_read_and_its_gradients(ids, scale):
+    """From no survivor to few, over the dense and the sparse route."""
+    generator = torch.Generator().manual_seed(0)
+    x = scale * torch.randn(4, 32, 6, 3, generator=generator)
+    bank = torch.randn(ids, 32, generator=generator)
+    toward = torch.randn(4, 32, 6, 3, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        inputs = [t.to(device).requires_grad_() for t in (x, bank)]
+        health = MemoryHealth()
+        out = read(*inputs, 0.0025, level="part", health=health)
+        gradients = torch.autograd.grad((out * toward.to(device)).sum(), inputs)
+        results.append(((out, *gradients), health.summary()))
+    (expected, counted), (ours, counted_there) = results
+    assert counted_there == pytest.approx(counted, rel=1e-3, abs=1e-3)
+    for a, b in zip(ours, expected, strict=True):
+        assert relative(a, b) < 1e-3
+
+
+@pytest.mark.parametrize("p", [3.0, 6.5, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gem_and_its_gradient(p, dtype):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 8, 3, 4, generator=generator).relu().to(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        images = x.to(device).requires_grad_()
+        out = gem(images, p, (2, 3))
+        results.append((out, *torch.autograd.grad(out.square().sum(), images)))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert relative(ours, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def step(device, memory, amp, plain=False):
+    """Terms and gradients of one step from the same weights on the same images."""
+    torch.manual_seed(0)
+    net = TwoStreamNet(IDS, memory=memory, arch="resnet18").train()
+    if memory is not None:
+        with torch.no_grad():
+            net.memory.part_bank.mul_(3)
+    batch = {
+        "visible": torch.randn(8, 3, 96, 48).to(device),
+        "infrared": torch.randn(8, 3, 96, 48).to(device),
+        "labels": torch.tensor([3, 1, 149, 7], device=device).repeat_interleave(2).repeat(2),
+        "order": [4, 0, 5, 2, 1, 3],
+        "weights": TERM_WEIGHTS,
+    }
+    if plain:
+        net = PlainNet(net).to(device)
+        terms = plain_training_step(net, make_optimizer(net), **batch)
+        return terms, net.gradients()
+    net = net.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(net)
+    set_learning_rate(optimizer, 0.01)
+    terms, _ = training_step(net, Criterion(), optimizer, **batch, amp=amp, health=MemoryHealth())
+    return terms, {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("memory", [None, "sg", "mg"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_float32_step(memory, plain):
+    expected_terms, expected = step("cpu", memory, amp=False)
+    terms, gradients = step("cuda", memory, amp=False, plain=plain)
+    for name, term in expected_terms.items():
+        assert terms[name].item() == pytest.approx(term.item(), rel=1e-3, abs=1e-5), name
+    for name, truth in expected.items():
+        if truth is not None and truth.norm() > 1e-4:
+            # An untrained network's ReLUs switch on rounding errors.
+            assert relative(gradients[name], truth) < 0.05, name
+
+
+@pytest.mark.parametrize("memory", [None, "sg", "mg"])
+def test_bf16_step(memory):
+    expected_terms, expected = step("cpu", memory, amp=False)
+    terms, gradients = step("cuda", memory, amp=True)
+    for name, term in expected_terms.items():
+        assert terms[name].item() == pytest.approx(term.item(), rel=0.05, abs=0.02), name
+    assert gradients.keys() == expected.keys()
+    assert all(g is None or g.isfinite().all() for g in gradients.values())
+    assert relative(gradients["part_classifier.weight"], expected["part_classifier.weight"]) < 0.1
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_features(amp):
+    torch.manual_seed(0)
+    net = TwoStreamNet(10, memory="mg", arch="resnet18")
+    images = torch.randn(6, 3, 96, 48)
+    feats = [
+        extract_features(
+            net.to(device),
+            [images.to(device)],
+            modality="visible",
+            test_feats=("pcb", "memory"),
+            amp=amp and device == "cuda",
+        )
+        for device in ("cpu", "cuda")
+    ]
+    for name, expected in feats[0].items():
+        cosine = (expected * feats[1][name]).sum(axis=1)
+        assert cosine.min() > (0.99 if amp else 0.99999), name
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_batches_are_the_cpu_s(resident):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 24, 12, 3), dtype=np.uint8)
+    labels = np.arange(40) % 8
+    epochs = []
+    for device in ("cpu", "cuda"):
+        device = torch.device(device)
+        loader = TrainLoader(
+            visible=ImageStore(images, device=device, resident=resident),
+            infrared=ImageStore(images[::-1].copy(), device=device, resident=resident),
+            sampler=IdentitySampler(labels, labels, ids_per_batch=4, images_per_id=2, seed=0),
+            augmentation=Augmentation(pad=2, grey=0.5, erase=0.5),
+            seed=0,
+            device=device,
+        )
+        epochs.append(list(loader.epoch(1)))
+    for expected, ours in zip(*epochs, strict=True):
+        assert torch.equal(ours.labels.cpu(), expected.labels)
+        torch.testing.assert_close(ours.visible.cpu(), expected.visible)
+        torch.testing.assert_close(ours.infrared.cpu(), expected.infrared)
