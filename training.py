@@ -192,6 +192,7 @@ def _run(
     )
     progress, changed = Progress(), ""
     if resumed:
+        changed = "" if args.test_only else _changed_options(args, resumed)
         progress = resume.restore(
             resumed,
             net,
@@ -199,8 +200,10 @@ def _run(
             steps_per_epoch=sampler.steps_per_epoch,
             identities=training.pids.tolist(),
         )
-    if resumed and not args.test_only:
-        changed = _changed_options(args, resumed, progress)
+    if progress.epoch > args.epochs and not args.test_only:
+        raise ValueError(
+            f"{resumed['path']} has {progress.epoch} epochs already and --epochs is {args.epochs}"
+        )
     if distributed.is_main():
         _make_folders(files, args.log_path)
     log.info("%s\n%s", name, options.describe(args, sources))
@@ -281,20 +284,16 @@ def _data_sets(args: argparse.Namespace) -> tuple[TrainSet, EvalSet]:
     return training, testing
 
 
-def _changed_options(args: argparse.Namespace, resumed: dict[str, Any], progress: Progress) -> str:
+def _changed_options(args: argparse.Namespace, resumed: dict[str, Any]) -> str:
     """The options that differ from the checkpoint's, in words.
 
     Raises:
         ValueError: When one cannot change, or the checkpoint is beyond the last epoch.
     """
-    if progress.epoch > args.epochs:
-        raise ValueError(
-            f"{resumed['path']} has {progress.epoch} epochs already and --epochs is {args.epochs}"
-        )
-    saved = resumed["options"]
-    if not isinstance(saved, dict):
+    saved, underway = resumed["options"], resumed["underway"]
+    if not (isinstance(saved, dict) and isinstance(underway, dict)):
         raise CheckpointError(f"{resumed['path']} holds no options")
-    within = progress.underway.steps > 0
+    within = underway.get("steps") != 0
     return options.changes(saved, options.to_json(args), within_epoch=within)
 
 

@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import torch
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 import stand_in
 
@@ -19,6 +22,28 @@ FLAGS = (
     *("--eval-start", "1", "--eval-every", "1", "--gpu", "cpu", "--quiet"),
 )
 TIMES = ("images_per_second", "seconds")
+
+
+class NarrowResNet(nn.Module):
+    """A ResNet's stages with an eighth of its channels: files and steps cost next to nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(BasicBlock(8, 8))
+        for i, (before, after) in enumerate([(8, 16), (16, 16), (16, 32)], start=2):
+            shortcut = nn.Sequential(
+                nn.Conv2d(before, after, 1, 2, bias=False), nn.BatchNorm2d(after)
+            )
+            setattr(self, f"layer{i}", nn.Sequential(BasicBlock(before, after, 2, shortcut)))
+        self.fc = nn.Linear(32, 1)
+
+
+def use_narrow_backbone() -> None:
+    """Makes every network of this process, stripe head only, narrow."""
+    torchvision.models.get_model = NarrowResNet
 
 
 def write_data(root: Path) -> Path:
