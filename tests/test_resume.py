@@ -6,6 +6,9 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,3 +339,13 @@ def test_other_methods_and_adam_resume_within_an_epoch(data, tmp_path, monkeypat
                     train_HCT.main(arguments(data, folder, *flags))
         train_HCT.main(arguments(data, folder, *flags, *(["--resume"] * (name == "parts"))))
     assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "parts")) == []
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing():
+    script = Path(__file__).with_name("fault_injection.py")
+    command = [sys.executable, str(script), "--kills", "20", "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kills: 20" in done.stdout
+    assert "wrong: 0" in done.stdout
