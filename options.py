@@ -6,6 +6,7 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def _probability(text: str) -> float:
 def _positive(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
         return value
 
@@ -119,7 +120,7 @@ def _positive(kind: type) -> Any:
 def _non_negative(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
         return value
 
@@ -424,6 +425,8 @@ def resolve(args: argparse.Namespace) -> dict[str, str]:
                 sources[name] = "AGW"
     args.milestones = tuple(args.milestones)
     args.triplet_ramp = tuple(args.triplet_ramp)
+    if not 0 <= args.triplet_ramp[0] <= args.triplet_ramp[1]:
+        raise ValueError(f"--triplet-ramp takes two epochs, START <= END; got {args.triplet_ramp}")
     resolve_protocol(args)
     return sources
 

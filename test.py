@@ -31,6 +31,7 @@ from search import search_folders
 from utils import (
     load_checkpoint,
     make_writable_dir,
+    plain_entry,
     resolve_device,
     setup_logging,
     user_errors,
@@ -235,13 +236,12 @@ def draw_figures(
 
 def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
     """What a result says of its checkpoint: file, how its epoch was chosen, training data."""
-    selection = info.get("selection", "unknown (checkpoint of an earlier release)")
-    epoch = info.get("epoch")
+    unknown = "unknown (checkpoint of an earlier release)"
     return {
         "checkpoint": str(path),
-        "selection": selection,
-        "epoch": int(epoch) if epoch is not None else None,
-        "trained_on": info.get("data", "unknown"),
+        "selection": plain_entry(info, "selection", unknown, path),
+        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
+        "trained_on": plain_entry(info, "data", "unknown", path),
     }
 
 

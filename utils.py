@@ -20,12 +20,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = "mgmra-checkpoint-1"  # written into each checkpoint; other files are earlier releases'
 ZIP_MAGIC = b"PK\x03\x04"  # the first bytes of what torch.save writes
@@ -359,12 +361,27 @@ def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {k.removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no network weights (found: {', '.join(content)[:200]})"
-        )
-    return state
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if not tensors:
+        found = ", ".join(map(str, content))[:200]
+        raise CheckpointError(f"{path} holds no network weights (found: {found})")
+    return {k.removeprefix("module."): v for k, v in tensors.items()}
+
+
+def plain_entry(content: dict[str, Any], key: str, default: T, path: str | Path) -> T:
+    """An entry of a checkpoint, of the default's type; the default when it is absent or None.
+
+    Raises:
+        CheckpointError: When it has another type, or is a number below 0.
+    """
+    value = content.get(key)
+    if value is None:
+        return default
+    # Earlier releases store numbers as NumPy's.
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) is not type(default) or (isinstance(value, int) and value < 0):
+        raise CheckpointError(f"{path}: {key!r} is {str(value)[:40]!r}, expected as in {default!r}")
+    return value
 
 
 @contextlib.contextmanager

@@ -34,6 +34,8 @@ SETTINGS = {
     "suppress_health_check": list(HealthCheck),
     "derandomize": True,
     "database": None,
+    "report_multiple_bugs": False,
+    "print_blob": False,
 }
 
 
