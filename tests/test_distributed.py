@@ -1,0 +1,211 @@
+"""Several processes on the CPU (gloo) against one: same loss, same gradients, same results."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distributed
+from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def start(count, *command, **environment):
+    """Starts that many processes as torchrun does; returns them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    base = {
+        **os.environ,
+        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_ADDR": "127.0.0.1"},
+        **{"MASTER_PORT": str(port), "WORLD_SIZE": str(count), **environment},
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(processes):
+    """Waits; returns what each printed."""
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What one, two and three processes made of the same batch and the same run: by number."""
+    root = tmp_path_factory.mktemp("distributed")
+    started = {n: start(n, WORKER, root / "data", root / str(n)) for n in (1,)}
+    finish(started.pop(1))  # writes the data
+    started = {n: start(n, WORKER, root / "data", root / str(n)) for n in (2, 3)}
+    for processes in started.values():
+        finish(processes)
+    return {n: torch.load(root / str(n) / "report.pt", weights_only=True) for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_losses_and_gradients_equal_one_process(count, reports):
+    for method, one in reports[1]["methods"].items():
+        several = reports[count]["methods"][method]
+        for name, value in one["terms"].items():
+            assert several["terms"][name].item() == pytest.approx(value.item(), rel=1e-6), name
+        assert one["gradients"].keys() == several["gradients"].keys()
+        for name, gradient in one["gradients"].items():
+            scale = gradient.abs().max().clamp_min(1e-12)
+            error = ((several["gradients"][name] - gradient).abs().max() / scale).item()
+            assert error < 1e-6, f"{method}, {name}: {error}"
+        assert one["health"].keys() == several["health"].keys()
+        for name, value in one["health"].items():
+            assert several["health"][name] == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_parameters_and_statistics_are_equal_on_all_ranks(count, reports):
+    assert reports[count]["alike"] == [True] * count
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sharded_evaluation_has_the_bits_of_one_process(count, reports):
+    assert reports[count]["evaluation"] == reports[1]["evaluation"]
+
+
+def test_each_rank_loads_its_share_of_the_one_batch():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), 3)
+    stores = [
+        ImageStore(rng.integers(0, 256, (18, 12, 6, 3), dtype=np.uint8), device="cpu")
+        for _ in range(2)
+    ]
+    sampler = IdentitySampler(labels, labels, ids_per_batch=6, images_per_id=2, seed=3)
+
+    def loader(share=(0, 1)):
+        settings = Augmentation(pad=2, grey=0.5, erase=0.5, tone=0.2)
+        return TrainLoader(
+            visible=stores[0],
+            infrared=stores[1],
+            sampler=sampler,
+            augmentation=settings,
+            seed=5,
+            device=torch.device("cpu"),
+            share=share,
+        )
+
+    whole = loader().batch(1, 1)
+    for count in (2, 3, 6):
+        shares = [loader((i, count)).batch(1, 1) for i in range(count)]
+        for name in ("visible", "infrared"):
+            assert torch.equal(torch.cat([getattr(s, name) for s in shares]), getattr(whole, name))
+        halves = [share.labels.chunk(2) for share in shares]
+        joined = torch.cat([half[i] for i in range(2) for half in halves])
+        assert torch.equal(joined, whole.labels)
+    with pytest.raises(ValueError, match=r"6 identities don't divide among 4.*multiple of 4"):
+        loader((0, 4))
+
+
+def test_alone_everything_is_the_identity():
+    rows = torch.ones(4, 2)
+    assert (distributed.size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
+    assert distributed.gather_rows(rows) is rows
+    assert distributed.gather_objects(3) == [3]
+    assert distributed.from_main("x") == "x"
+    assert distributed.any_of(True)
+    assert distributed.share_of(10, 4) == (0, 10)
+    net = torch.nn.Linear(2, 2)
+    assert distributed.parallel(net) is net
+
+
+def test_shares_are_whole_batches_that_cover_all(monkeypatch):
+    for size in (1, 2, 3, 5):
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
+        for count in (0, 1, 7, 8, 64, 65, 300):
+            bounds = []
+            for rank in range(size):
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                bounds.append(distributed.share_of(count, 8))
+            assert bounds[0][0] == 0
+            assert bounds[-1][1] == count
+            assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+            assert all(first % 8 == 0 or first == count for first, _ in bounds)
+
+
+def torchrun(count, arguments, timeout=240, **more):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+    command += ["--master_port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += [str(WORKER.with_name("narrow_train.py")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes(tmp_path):
+    from short_run import EPOCHS, STEPS, arguments, log_lines, without_times, write_data
+
+    data = write_data(tmp_path / "data")
+    flags = ("--save-every-steps", 1, "--resume")
+    whole, broken = (arguments(data, tmp_path / n, *flags) for n in ("whole", "broken"))
+    process = torchrun(2, whole)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("INFO MGMRA_regdb") == 1  # only rank 0 speaks
+    lines = log_lines(tmp_path / "whole")
+    assert [line["epoch"] for line in lines] == list(range(1, EPOCHS + 1))
+
+    process = torchrun(2, [*broken, "--epochs", "400"])
+    pids = tmp_path / "broken" / "pids"
+    deadline = time.time() + 120
+    while not (tmp_path / "broken" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    victim = children(process.pid)[-1]
+    os.kill(victim, signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output
+    assert not pids.exists()
+    content = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
+    reached = content["epoch"] * STEPS + content["underway"]["steps"]
+    assert reached > 0
+
+    # SIGTERM to the launcher: all ranks stop together, rank 0 saves.
+    process = torchrun(2, [*broken, "--epochs", "400"])
+    before = time.time()
+    while "resumed" not in (log := (tmp_path / "broken" / "train.log").read_text()) or (
+        time.time() - before < 8
+    ):
+        time.sleep(0.2)
+        assert time.time() - before < 120, log
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert "stopped by SIGTERM: " in output
+
+    content = torch.load(tmp_path / "broken" / "last.pt", weights_only=True)
+    first = [without_times(line) for line in content["log"][:EPOCHS]]
+    assert first[0] == without_times(lines[0])
+    report = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert report["last"]["epoch"] == EPOCHS
+
+
+def children(pid):
+    """Process ids of a process's children, oldest first."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, listed))
