@@ -1,5 +1,7 @@
-"""One process of `test_distributed.py`: python distributed_worker.py DATA FOLDER."""
+"""The processes of `test_distributed.py`: python distributed_worker.py FOLDER."""
 
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -92,15 +94,10 @@ def run_and_evaluate(data: Path, folder: Path) -> tuple[list[bool], dict]:
     return alike, result
 
 
-def main() -> None:
-    """Writes FOLDER/report.pt in the main process."""
+def work(data: Path, folder: Path) -> None:
+    """One process's part; the main one writes FOLDER/report.pt."""
     torch.set_num_threads(1)
-    data, folder = Path(sys.argv[1]), Path(sys.argv[2])
     with distributed.processes("cpu"):
-        if distributed.is_main():
-            folder.mkdir()
-            if not data.exists():
-                short_run.write_data(data)
         methods = {"AGW": one_step({"head": "agw"})}  # its non-local blocks need the real ResNet
         short_run.use_narrow_backbone()
         methods |= {memory: one_step({"memory": memory}) for memory in ("sg", "mg")}
@@ -110,5 +107,37 @@ def main() -> None:
             torch.save(report, folder / "report.pt")
 
 
+def fork(count: int, rank: int, port: int, data: Path, folder: Path) -> int:
+    """Starts one process with torchrun's environment; returns its id."""
+    child = os.fork()
+    if child == 0:
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+        values = map(str, (count, rank, rank, port, "127.0.0.1"))
+        os.environ.update(zip(names, values, strict=True))
+        try:
+            work(data, folder)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def main() -> int:
+    """Does the work with one, two and three processes; torch is imported only once for all."""
+    root = Path(sys.argv[1])
+    data = short_run.write_data(root / "data")
+    failed = 0
+    for count in (1, 2, 3):
+        folder = root / str(count)
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [fork(count, rank, port, data, folder) for rank in range(count)]
+        failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
+    return failed
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
