@@ -195,6 +195,20 @@ class IdentitySampler:
         most = max(len(visible_labels), len(infrared_labels))
         self.steps_per_epoch = most // (ids_per_batch * images_per_id) + 1
 
+    def share(self, index: int, count: int) -> slice:
+        """Return which rows of each batch are the `index`-th of `count` equal shares of identities.
+
+        Raises:
+            ValueError: P does not divide into them.
+        """
+        if self.ids_per_batch % count:
+            raise ValueError(
+                f"--batch-size {self.ids_per_batch} identities don't divide among {count}"
+                f" processes; choose a multiple of {count}"
+            )
+        rows = self.ids_per_batch // count * self.images_per_id
+        return slice(index * rows, (index + 1) * rows)
+
     def batch(self, epoch: int, step: int) -> IdentityBatch:
         """Draw the rows of one step, both counted from 0."""
         rng = np.random.default_rng((self.seed, epoch, step, SAMPLER_STREAM))
@@ -468,13 +482,7 @@ class TrainLoader:
         Raises:
             ValueError: the identities of a batch don't divide into n shares.
         """
-        if sampler.ids_per_batch % share[1]:
-            raise ValueError(
-                f"--batch-size {sampler.ids_per_batch} identities don't divide among {share[1]}"
-                f" processes; choose a multiple of {share[1]}"
-            )
-        rows = sampler.ids_per_batch // share[1] * sampler.images_per_id
-        self._rows = slice(share[0] * rows, (share[0] + 1) * rows)
+        self._rows = sampler.share(*share)
         self.visible, self.infrared, self.sampler = visible, infrared, sampler
         self.augmentation, self.seed = augmentation, seed
         self.device, self.prefetch = torch.device(device), prefetch

@@ -64,19 +64,12 @@ def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
 
     Args:
         net: On its device, states loaded; with `sync_bn` its batch norms are exchanged in place.
-        sync_bn: Batch statistics over all processes.
-
-    Raises:
-        ValueError: When `sync_bn` is asked for on the CPU, for which torch has none.
+        sync_bn: Batch statistics over all processes; CUDA only.
     """
     if size() == 1:
         return net
     device = next(net.parameters()).device
     if sync_bn:
-        if device.type != "cuda":
-            raise ValueError(
-                "--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version"
-            )
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     ids = [device.index] if device.type == "cuda" else None
     # A term of weight 0 may leave parameters without gradient.

@@ -132,9 +132,6 @@ def restore(
         raise CheckpointError(
             f"{path} does not hold a run's state as expected: {reason}"
         ) from error
-    steps = progress.underway.steps
-    within = f" and {steps} of {steps_per_epoch} steps of the next" if steps else ""
-    log.info("resumed %s after %d epochs%s", path, progress.epoch, within)
     return progress
 
 

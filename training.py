@@ -182,6 +182,9 @@ def _run(
         images_per_id=args.num_pos,
         seed=args.seed,
     )
+    sampler.share(distributed.rank(), distributed.size())  # raises where they do not divide
+    if args.sync_bn and device.type != "cuda":
+        raise ValueError("--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version")
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(
         net,
@@ -190,26 +193,13 @@ def _run(
         weight_decay=args.weight_decay,
         momentum=args.momentum,
     )
-    progress, changed = Progress(), ""
-    if resumed:
-        changed = "" if args.test_only else _changed_options(args, resumed)
-        progress = resume.restore(
-            resumed,
-            net,
-            optimizer,
-            steps_per_epoch=sampler.steps_per_epoch,
-            identities=training.pids.tolist(),
-        )
-    if progress.epoch > args.epochs and not args.test_only:
-        raise ValueError(
-            f"{resumed['path']} has {progress.epoch} epochs already and --epochs is {args.epochs}"
-        )
+    progress, notes = _resume(args, resumed, net, optimizer, sampler, training)
     if distributed.is_main():
         _make_folders(files, args.log_path)
     log.info("%s\n%s", name, options.describe(args, sources))
     log.info("data: %s; %s", data, training.description)
-    if changed:
-        log.warning("options changed since %s: %s", resumed["path"], changed)
+    for note in notes:
+        log.warning("%s", note)
     evaluate = _evaluator(args, testing, net, device, data)
     if args.test_only:
         log.info("%s  (%s)", format_result(evaluate()), data)
@@ -284,17 +274,41 @@ def _data_sets(args: argparse.Namespace) -> tuple[TrainSet, EvalSet]:
     return training, testing
 
 
-def _changed_options(args: argparse.Namespace, resumed: dict[str, Any]) -> str:
-    """The options that differ from the checkpoint's, in words.
+def _resume(
+    args: argparse.Namespace,
+    resumed: dict[str, Any] | None,
+    net: TwoStreamNet,
+    optimizer: torch.optim.Optimizer,
+    sampler: IdentitySampler,
+    training: TrainSet,
+) -> tuple[Progress, list[str]]:
+    """Loads a checkpoint's states, if there is one; also returns what is to be said about it.
 
     Raises:
-        ValueError: When one cannot change, or the checkpoint is beyond the last epoch.
+        ValueError: When it does not fit, an option cannot change, or it is beyond the last epoch.
     """
-    saved, underway = resumed["options"], resumed["underway"]
+    if resumed is None:
+        return Progress(), []
+    path, saved, underway = (resumed[name] for name in ("path", "options", "underway"))
     if not (isinstance(saved, dict) and isinstance(underway, dict)):
-        raise CheckpointError(f"{resumed['path']} holds no options")
-    within = underway.get("steps") != 0
-    return options.changes(saved, options.to_json(args), within_epoch=within)
+        raise CheckpointError(f"{path} holds no options of a run")
+    changed = ""
+    if not args.test_only:
+        within = underway.get("steps") != 0
+        changed = options.changes(saved, options.to_json(args), within_epoch=within)
+    progress = resume.restore(
+        resumed,
+        net,
+        optimizer,
+        steps_per_epoch=sampler.steps_per_epoch,
+        identities=training.pids.tolist(),
+    )
+    if progress.epoch > args.epochs and not args.test_only:
+        raise ValueError(f"{path} has {progress.epoch} epochs and --epochs is {args.epochs}")
+    steps = progress.underway.steps
+    inside = f" and {steps} of {sampler.steps_per_epoch} steps of the next" if steps else ""
+    notes = [f"resumed {path} after {progress.epoch} epochs{inside}"]
+    return progress, [*notes, *([f"options changed since then: {changed}"] if changed else [])]
 
 
 def _start_files(

@@ -161,7 +161,7 @@ def test_regdb_lists(place, data):
         try:
             found = train_set("regdb", place.regdb)
         except DataError as error:
-            assert "train_visible_1" in str(error) or "train_thermal_1" in str(error)
+            assert "idx/train_" in str(error) or str(place.regdb / "Visible") in str(error)
         else:
             inside(found.visible, place.regdb)
 
