@@ -10,6 +10,7 @@ when it needs them, are printed beside it. Exit code 1 when a stage fails or tak
 """
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,7 @@ class Stage:
 def stages(folder: Path, args: argparse.Namespace) -> bool:
     """Runs every stage until one fails."""
     data, run = folder / "SYSU-MM01", folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
     height, width = args.size
     size = ("--img_h", height, "--img_w", width)
     if not (data / "stand_in.json").exists():
