@@ -427,6 +427,40 @@ def extract_features(
     return result
 
 
+def extract_shared(
+    net: nn.Module,
+    count: int,
+    batches: Callable[[int, int], Iterable[Tensor]],
+    *,
+    batch_size: int,
+    test_feats: Sequence[str],
+    **settings: Any,
+) -> dict[str, np.ndarray]:
+    """`extract_features` with several processes, each of which embeds a share of the images.
+
+    Batches stay whole, so that the result has the bits of a single process's.
+
+    Args:
+        net: Alike in all processes.
+        count: Images in all.
+        batches: From first and last + 1 image to their batches; asked for the own share alone.
+        batch_size: Images a batch.
+        test_feats: See `extract_features`, as for the other settings.
+        **settings: For `extract_features`.
+
+    Returns:
+        All images' features, in every process.
+    """
+    first, last = distributed.share_of(count, batch_size)
+    own = None
+    if first < last or distributed.size() == 1:
+        own = extract_features(net, batches(first, last), test_feats=test_feats, **settings)
+    if distributed.size() == 1:
+        return own
+    shares = [share for share in distributed.gather_objects(own) if share is not None]
+    return {name: np.concatenate([share[name] for share in shares]) for name in test_feats}
+
+
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
     """Distances (Q, G) of L2-normalised features, smaller is closer.
 

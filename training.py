@@ -34,7 +34,7 @@ from engine import (
     Progress,
     RunFiles,
     Schedule,
-    extract_features,
+    extract_shared,
     fit,
     format_result,
     make_optimizer,
@@ -434,30 +434,30 @@ def _evaluator(
     test_feat = args.test_feat or net.test_feats()[0]
 
     def embed(role: str) -> np.ndarray:
-        """Features of all images, of which each process embeds a share, batches left whole."""
         images = getattr(testing, role)
-        first, stop = distributed.share_of(len(images), args.test_batch)
-        own = None
-        if first < stop:
+
+        def batches(first: int, last: int) -> EvalLoader:
             if role not in loaders:
                 decoded = load_images(
-                    images if stop - first == len(images) else images.take(range(first, stop)),
+                    images if last - first == len(images) else images.take(range(first, last)),
                     height=args.img_h,
                     width=args.img_w,
                     workers=args.workers,
                     progress=_shows_bars(args),
                 )
                 loaders[role] = EvalLoader(decoded, batch_size=args.test_batch, device=device)
-            own = extract_features(
-                net,
-                loaders[role],
-                modality=images.modality,
-                test_feats=(test_feat,),
-                amp=args.amp,
-                progress=_shows_bars(args),
-            )[test_feat]
-        shares = [share for share in distributed.gather_objects(own) if share is not None]
-        return np.concatenate(shares)
+            return loaders[role]
+
+        return extract_shared(
+            net,
+            len(images),
+            batches,
+            batch_size=args.test_batch,
+            modality=images.modality,
+            test_feats=(test_feat,),
+            amp=args.amp,
+            progress=_shows_bars(args),
+        )[test_feat]
 
     def evaluate() -> dict[str, Any]:
         features = [embed(role) for role in ("query", "gallery")]

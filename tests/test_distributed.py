@@ -1,5 +1,6 @@
 """Several processes on the CPU (gloo) against one: same loss, same gradients, same results."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,9 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from short_run import EPOCHS, arguments, differences, log_lines, outcome, write_data
+import torchvision
+from short_run import (
+    EPOCHS,
+    NarrowResNet,
+    arguments,
+    differences,
+    log_lines,
+    outcome,
+    write_data,
+)
 
 import distributed
+import test
+import train_MGMRA
 from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -118,10 +130,10 @@ def test_shares_are_whole_batches_that_cover_all(monkeypatch):
             assert all(first % 8 == 0 or first == count for first, _ in bounds)
 
 
-def torchrun(count, arguments):
+def torchrun(count, script, arguments):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += [str(WORKER.with_name("narrow_train.py")), *arguments]
+    command += [str(WORKER.with_name("narrow.py")), script, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -142,13 +154,13 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
     data = write_data(tmp_path / "data")
     flags = ("--save-every-steps", 1, "--resume")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = torchrun(2, arguments(data, whole, *flags))
+    process = torchrun(2, "train_MGMRA", arguments(data, whole, *flags))
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert output.count("INFO MGMRA_regdb") == 1  # only rank 0 speaks
     assert [line["epoch"] for line in log_lines(whole)] == list(range(1, EPOCHS + 1))
 
-    process = torchrun(2, arguments(data, broken, *flags))
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     wait_for((broken / "last.pt").exists, process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     output = process.communicate(timeout=120)[0]
@@ -156,7 +168,7 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
     assert "Signal 9 (SIGKILL)" in output
 
     # SIGTERM to the launcher: all ranks stop after the same step, and rank 0 saves.
-    process = torchrun(2, arguments(data, broken, *flags))
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     before = (broken / "last.pt").stat().st_mtime
     wait_for(lambda: (broken / "last.pt").stat().st_mtime > before, process)
     process.send_signal(signal.SIGTERM)
@@ -164,10 +176,26 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
     assert process.returncode != 0
     assert "stopped by SIGTERM: " in output
 
-    process = torchrun(2, arguments(data, broken, *flags))
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert differences(outcome(whole), outcome(broken)) == []
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates_to_the_bits_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.models, "get_model", NarrowResNet)
+    data = write_data(tmp_path / "data")
+    train_MGMRA.main(arguments(data, tmp_path / "run", "--epochs", 1))
+    flags = ("--dataset", "regdb", "--data-path", data, "--resume", tmp_path / "run" / "last.pt")
+    flags = (*flags, "--gpu", "cpu", "--test-batch", 5, "--quiet", "--output-dir")
+    test.main([str(word) for word in (*flags, tmp_path / "one")])
+    process = torchrun(3, "test", (*flags, tmp_path / "three"))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("wrote ") == 1
+    one, three = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "three"))
+    assert one["rows"] == three["rows"]
 
 
 def children(pid):

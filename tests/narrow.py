@@ -1,5 +1,6 @@
-"""train_MGMRA.py with a narrow network, for launchers that start a script."""
+"""A script of the project with a narrow network: narrow.py train_MGMRA|test FLAGS."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -7,8 +8,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 
 import short_run  # noqa: E402
 
-import train_MGMRA  # noqa: E402
-
 if __name__ == "__main__":
     short_run.use_narrow_backbone()
-    sys.exit(train_MGMRA.main())
+    sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))
