@@ -165,6 +165,12 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def wait_for_all() -> None:
+    """Waits until every process has come here."""
+    if size() > 1:
+        dist.barrier()
+
+
 def any_of(flag: bool) -> bool:
     """Whether the flag is set in any process."""
     return any(gather_objects(flag))

@@ -23,6 +23,7 @@ from short_run import (
 )
 
 import distributed
+import pre_process_sysu
 import test
 import train_MGMRA
 from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
@@ -202,3 +203,14 @@ def children(pid):
     """Process ids of a process's children, oldest first."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return sorted(map(int, listed))
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_pre_processing(tiny_sysu, tmp_path):
+    flags = ("--data-path", tiny_sysu, "--img_h", 16, "--img_w", 8, "--workers", 1, "--output-dir")
+    assert pre_process_sysu.main([str(word) for word in (*flags, tmp_path / "one")]) == 0
+    process = torchrun(3, "pre_process_sysu", (*flags, tmp_path / "three"))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "three")]
+    assert files[0] == files[1]
