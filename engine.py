@@ -307,12 +307,13 @@ def train_epoch(
             amp=amp,
             health=health,
         )
-        stop = torch.full_like(terms["total"], checkpoints.stop_requested())
-        terms = {**terms, "feature_spread": feature_spread(feat), STOPPING: stop}
+        terms["feature_spread"] = feature_spread(feat)
+        stopping = checkpoints.stop_requested()
+        if distributed.size() > 1:  # learn of a request together, when its step is accounted for
+            terms[STOPPING] = torch.full_like(terms["total"], stopping)
+            stopping = ledger.stopping
         ledger.note(distributed.mean_of(terms), images=len(batch.labels))
         bar.set_postfix_str(ledger.summary(lr))
-        # Alone a request is met at once; several processes learn of it together, a step later.
-        stopping = checkpoints.stop_requested() if distributed.size() == 1 else ledger.stopping
         if checkpoints.due(step + 1, stopping) and step + 1 < len(loader):
             ledger.settle()
             checkpoints.save(stopping=stopping or ledger.stopping)
@@ -351,7 +352,7 @@ class _Ledger:
         underway = self.underway
         values = {name: float(value) for name, value in self._pending.items()}
         self._pending = {}
-        self.stopping = self.stopping or values.pop(STOPPING) > 0
+        self.stopping = self.stopping or values.pop(STOPPING, 0.0) > 0
         check_finite(values, epoch=self._epoch, step=underway.steps)
         for name, value in values.items():
             underway.sums[name] = underway.sums.get(name, 0.0) + value

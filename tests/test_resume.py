@@ -316,6 +316,29 @@ def test_the_same_bits_whatever_the_workers(data, unbroken, tmp_path):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.gpu
+def test_the_same_bits_twice_on_cuda(data, tmp_path):
+    flags = ("--gpu", 0, "--deterministic")
+    try:
+        train(data, tmp_path / "one", *flags)
+        train(data, tmp_path / "two", *flags, "--workers", 3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert differences(outcome(tmp_path / "one"), outcome(tmp_path / "two")) == []
+
+
+def test_what_several_processes_cannot_do_is_said_before_any_work(
+    data, tmp_path, capsys, monkeypatch
+):
+    interrupted(data, tmp_path / "run", "--sync-bn", code=2)
+    assert "--sync-bn needs CUDA" in capsys.readouterr().err
+    monkeypatch.setattr(training.distributed, "size", lambda: 3)
+    interrupted(data, tmp_path / "run", "--batch-size", 4, code=2)
+    error = capsys.readouterr().err
+    assert "4 identities don't divide among 3 processes; choose a multiple of 3" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_test_only_evaluates_the_file_that_was_named_or_nothing(data, unbroken, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
