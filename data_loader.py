@@ -195,6 +195,20 @@ class IdentitySampler:
         most = max(len(visible_labels), len(infrared_labels))
         self.steps_per_epoch = most // (ids_per_batch * images_per_id) + 1
 
+    def share(self, index: int, count: int) -> slice:
+        """Return which rows of each batch are the `index`-th of `count` equal shares of identities.
+
+        Raises:
+            ValueError: P does not divide into them.
+        """
+        if self.ids_per_batch % count:
+            raise ValueError(
+                f"--batch-size {self.ids_per_batch} identities don't divide among {count}"
+                f" processes; choose a multiple of {count}"
+            )
+        rows = self.ids_per_batch // count * self.images_per_id
+        return slice(index * rows, (index + 1) * rows)
+
     def batch(self, epoch: int, step: int) -> IdentityBatch:
         """Draw the rows of one step, both counted from 0."""
         rng = np.random.default_rng((self.seed, epoch, step, SAMPLER_STREAM))
@@ -318,19 +332,24 @@ def augment(
     rng: np.random.Generator,
     *,
     modality: str,
+    first: int = 0,
+    total: int | None = None,
 ) -> torch.Tensor:
     """Augment a batch, each image on its own, and normalise it.
 
     Args:
         images_uint8: (n, H, W, 3) uint8.
         augmentation: what to do.
-        rng: n x 9 uniform numbers are drawn from it, whatever is switched on.
+        rng: total x 9 uniform numbers are drawn from it, whatever is switched on.
         modality: "visible" or "infrared" (never made grey).
+        first: number of the first image within the whole batch, of which these may be a share.
+        total: images in the whole batch (None: n).
 
     Returns:
         (n, 3, H, W) float32 on the same device, channels_last in memory.
     """
-    draws = rng.random((9, len(images_uint8)))
+    count = len(images_uint8)
+    draws = rng.random((9, total or count))[:, first : first + count]
     side = 2 * augmentation.pad + 1
     top, left = (draws[:2] * side).astype(np.int64)
     flipped = np.flatnonzero(draws[2] < augmentation.flip)
@@ -423,7 +442,7 @@ class Batch:
     """One training step's input.
 
     Attributes:
-        visible: (P*K, 3, H, W) float32.
+        visible: (P*K, 3, H, W) float32; P is smaller where a loader delivers a share.
         infrared: (P*K, 3, H, W) float32, the same identities in the same order.
         labels: (2*P*K,) int64, visible rows first.
     """
@@ -446,6 +465,7 @@ class TrainLoader:
         seed: int,
         device: torch.device,
         prefetch: int = 2,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Keep the parts.
 
@@ -457,7 +477,12 @@ class TrainLoader:
             seed: of the augmentation's draws, not negative.
             device: where batches are wanted; the stores' device.
             prefetch: batches made ahead, 0 for none; what is in them does not depend on it.
+            share: (i, n): of each batch only the i-th of n equal shares of its identities.
+
+        Raises:
+            ValueError: the identities of a batch don't divide into n shares.
         """
+        self._rows = sampler.share(*share)
         self.visible, self.infrared, self.sampler = visible, infrared, sampler
         self.augmentation, self.seed = augmentation, seed
         self.device, self.prefetch = torch.device(device), prefetch
@@ -469,21 +494,23 @@ class TrainLoader:
     def batch(self, epoch: int, step: int) -> Batch:
         """Make one batch, a function of (seed, epoch, step)."""
         rows = self.sampler.batch(epoch, step)
-        labels = torch.from_numpy(np.concatenate([rows.labels, rows.labels])).to(self.device)
+        labels = np.tile(rows.labels[self._rows], 2)
         parts = (
             ("visible", self.visible, rows.visible, VISIBLE_STREAM),
             ("infrared", self.infrared, rows.infrared, INFRARED_STREAM),
         )
         images = [
             augment(
-                store.gather(chosen),
+                store.gather(chosen[self._rows]),
                 self.augmentation,
                 np.random.default_rng((self.seed, epoch, step, stream)),
                 modality=modality,
+                first=self._rows.start,
+                total=len(chosen),
             )
             for modality, store, chosen, stream in parts
         ]
-        return Batch(*images, labels)
+        return Batch(*images, torch.from_numpy(labels).to(self.device))
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch from `start_step` on; leaving early stops the thread."""

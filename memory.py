@@ -72,8 +72,20 @@ class MemoryHealth:
         }
         old = self._levels.get(level)
         if old is not None:
+            old = {k: v.to(counts.device) for k, v in old.items()}
             new = {k: (old[k] | v) if k == "used" else old[k] + v for k, v in new.items()}
         self._levels[level] = new
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The counters by level and name, on the CPU: what `load_state_dict` goes on from."""
+        return {
+            level: {name: counter.cpu() for name, counter in counters.items()}
+            for level, counters in self._levels.items()
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Takes over the counters of `state_dict`; the next update moves them to its device."""
+        self._levels = {level: dict(counters) for level, counters in state.items()}
 
     def summary(self) -> dict[str, float]:
         """Returns ``{level/number: value}`` over all updates.

@@ -25,7 +25,7 @@ from memory import (
     MultiGranularityMemory,
     SingleGranularityMemory,
 )
-from utils import CheckpointError, load_checkpoint, state_dict_of
+from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 from weights import (
     convert_released_state_dict,
     is_backbone,
@@ -490,10 +490,14 @@ def load_network(
         else:
             config = {**RELEASED_DEFAULTS, **released_config(state), **given}
             state = convert_released_state_dict(state)
+        with torch.device("meta"):  # sizes first: a stranger's may ask for any amount of memory
+            shapes = {k: v.shape for k, v in TwoStreamNet(**config).state_dict().items()}
+        if shapes != {k: v.shape for k, v in state.items()}:
+            raise ValueError("its configuration does not belong to its weights")
         net = TwoStreamNet(**config)
         net.load_state_dict(state)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a stranger's dictionary makes torch raise nearly anything
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
     return net, rest
 
@@ -503,9 +507,16 @@ def trained_size(info: dict[str, Any]) -> tuple[int, int]:
 
     Args:
         info: The entries that `load_network` gives beside the network.
+
+    Raises:
+        CheckpointError: When they are no numbers.
     """
-    trained = info.get("options", {})
-    return trained.get("img_h", RELEASED_SIZE[0]), trained.get("img_w", RELEASED_SIZE[1])
+    trained = plain_entry(info, "options", {}, "the checkpoint")
+    height, width = (
+        plain_entry(trained, name, size, "the checkpoint's options")
+        for name, size in zip(("img_h", "img_w"), RELEASED_SIZE, strict=True)
+    )
+    return height, width
 
 
 def _require(ok: bool, name: str, value: object, legal: object) -> None:

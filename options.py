@@ -6,7 +6,8 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _probability(text: str) -> float:
 def _positive(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
         return value
 
@@ -129,7 +130,7 @@ def _positive(kind: type) -> Any:
 def _non_negative(kind: type) -> Any:
     def parse(text: str) -> Any:
         value = kind(text)
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
         return value
 
@@ -139,6 +140,17 @@ def _non_negative(kind: type) -> Any:
 
 def _shrink(text: str) -> float | str:
     return text if text == "auto" else _probability(text)
+
+
+# On --resume: what is no part of the result, what belongs to the run for good, and what places the
+# steps within an epoch. Everything else may change, and is reported.
+FREE_ON_RESUME = (
+    *("workers", "quiet", "gpu", "data_path", "output_dir", "model_path", "log_path"),
+    *("vis_log_path", "resume", "overwrite", "test_only", "save_epoch", "save_every_steps"),
+    *("preset", "weights", "test_batch", "deterministic"),
+)
+FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
+FIXED_WITHIN_EPOCH = ("seed", "batch_size", "num_pos")
 
 
 class _Flags:
@@ -257,7 +269,9 @@ def _optimiser_flags(parser: argparse.ArgumentParser) -> None:
     add("triplet-ramp", "epochs between which triplet terms come in", type=int, nargs=2)
     add("amp", "bf16 autocast in the network", action="store_true")
     add("seed", "seed of everything random", type=_non_negative(int), default=0)
-    add("gpu", "CUDA index, or cpu", default="0")
+    add("gpu", "CUDA index, or cpu; under torchrun each process takes its own", default="0")
+    add("sync-bn", "torchrun: batch statistics over all processes", action="store_true")
+    add("deterministic", "the same bits in each run on CUDA too; slower", action="store_true")
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +282,12 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("vis_log_path", "TensorBoard (default: OUTPUT/tensorboard)", type=Path)
     add("overwrite", "start afresh in a folder that holds a run", action="store_true")
     add("save_epoch", "keep a checkpoint every so many epochs", type=_non_negative(int), default=0)
+    add(
+        "save-every-steps",
+        "save last.pt every so many steps, beside after each epoch",
+        type=_non_negative(int),
+        default=0,
+    )
     add("resume", "continue from this checkpoint; alone: from the output folder", "-r", nargs="?")
     add("test-only", "evaluate --resume, train nothing", action="store_true")
     add("eval-start", "epochs before the first evaluation", type=_non_negative(int))
@@ -434,6 +454,8 @@ def resolve(args: argparse.Namespace) -> dict[str, str]:
     args.shrink_scale = args.shrink_scale or 1.0
     args.milestones = tuple(args.milestones)
     args.triplet_ramp = tuple(args.triplet_ramp)
+    if not 0 <= args.triplet_ramp[0] <= args.triplet_ramp[1]:
+        raise ValueError(f"--triplet-ramp takes two epochs, START <= END; got {args.triplet_ramp}")
     resolve_protocol(args)
     return sources
 
@@ -451,6 +473,33 @@ def resolve_protocol(args: argparse.Namespace) -> None:
         args.data_path = Path("data") / DATA_FOLDERS[args.dataset]
     args.shots = args.shots or 1
     args.trials = args.trials or 10
+
+
+def changes(saved: Mapping[str, Any], present: Mapping[str, Any], *, within_epoch: bool) -> str:
+    """The options that a run was started with and is to go on without: "lr 0.1 -> 0.05; ...".
+
+    Args:
+        saved: Options in the checkpoint, as `to_json` gives them.
+        present: Options now, likewise.
+        within_epoch: Whether the checkpoint lies inside an epoch.
+
+    Raises:
+        ValueError: When one of them cannot change.
+    """
+    fixed = FIXED_ON_RESUME + (FIXED_WITHIN_EPOCH if within_epoch else ())
+    changed = {
+        name: f"{name} {saved[name]} -> {value}"
+        for name, value in present.items()
+        if name in saved and name not in FREE_ON_RESUME and saved[name] != value
+    }
+    refused = [text for name, text in changed.items() if name in fixed]
+    if refused:
+        place = " inside an epoch" if within_epoch else ""
+        raise ValueError(
+            f"a run cannot go on{place} with a changed {'; '.join(refused)}: give the former "
+            f"value, or start a new run from these weights with --weights and another --output-dir"
+        )
+    return "; ".join(changed.values())
 
 
 def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:

@@ -7,7 +7,8 @@ Writes `train_{rgb,ir}_resized_{img,label}.npy` into the data folder, where trai
 uint8 (n, H, W, 3) and int64 (n,), in the order of the training lists; 4.3 GB at 288 x 144. After an
 interruption the same command goes on where it stopped, and what is finished is kept. With
 --output-dir the caches go elsewhere: link them into the data folder. Bad data or a full disk end
-with status 2.
+with status 2. Several machines with one file system share the work under `torchrun`, each process
+decoding its share.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import distributed
 from data_loader import load_images
 from data_manager import CACHE_WORDS, DataError, ImageList, train_set
 
@@ -80,12 +82,14 @@ def build_caches(
         if overwrite or not _is_built(output_dir, images, labels, (height, width))
     ]
     _check_room(output_dir, sum(len(images) for images, _ in todo) * height * width * 3)
+    distributed.wait_for_all()  # everyone has looked before anyone writes
     for images, labels in todo:
         image_file, label_file = _names(output_dir, images)
-        partial = label_file.with_suffix(".npy.partial")
-        with partial.open("wb") as file:
-            np.save(file, labels)
-        os.replace(partial, label_file)
+        if distributed.is_main():
+            partial = label_file.with_suffix(".npy.partial")
+            with partial.open("wb") as file:
+                np.save(file, labels)
+            os.replace(partial, label_file)
         _build(image_file, images, (height, width), workers, progress)  # last: it marks the end
         logger.info("built %s: %d images of %d x %d", image_file, len(images), height, width)
     return [_names(output_dir, images)[0] for images, _ in todo]
@@ -137,23 +141,30 @@ def _build(
     file: Path, images: ImageList, size: tuple[int, int], workers: int, progress: bool
 ) -> None:
     """Fill FILE.partial chunk by chunk, note finished chunks in FILE.journal, rename at the end."""
-    partial, journal = (file.with_suffix(f".npy.{word}") for word in ("partial", "journal"))
+    partial = file.with_suffix(".npy.partial")
+    journals = sorted(file.parent.glob(f"{file.stem}.npy.journal*"))
+    journal = file.with_suffix(f".npy.journal{distributed.rank() or ''}")
     shape = (len(images), *size, 3)
     key = _fingerprint(images, size)
     header = io.BytesIO()
     about = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, about)
     length = header.tell() + math.prod(shape)
-    done = _finished(journal, partial, key, length)
-    if not done:
+    done = set().union(*(_finished(notes, partial, key, length) for notes in journals))
+    distributed.wait_for_all()
+    if not done and distributed.is_main():
         with partial.open("wb") as out:
             out.write(header.getvalue())
             out.truncate(length)
+    if not _finished(journal, partial, key, length):
         journal.write_text(f"{key}\n")
-    todo = [start for start in range(0, len(images), CHUNK) if start not in done]
+    distributed.wait_for_all()
+    every = [start for start in range(0, len(images), CHUNK) if start not in done]
+    todo = every[distributed.rank() :: distributed.size()]
+    own = sum(min(CHUNK, len(images) - start) for start in todo)
     bar = tqdm(
-        total=len(images),
-        initial=len(images) - sum(min(CHUNK, len(images) - start) for start in todo),
+        total=own if distributed.size() > 1 else len(images),
+        initial=0 if distributed.size() > 1 else len(images) - own,
         desc=f"cache {images.modality}",
         unit="img",
         disable=None if progress else True,
@@ -174,8 +185,12 @@ def _build(
                 bar.update(len(chunks[futures[future]]))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    os.replace(partial, file)
+    distributed.wait_for_all()
+    if distributed.is_main():
+        os.replace(partial, file)
     journal.unlink()
+    for notes in journals:  # of an interrupted run with more processes
+        notes.unlink(missing_ok=True)
 
 
 def _fill(partial: Path, shape: tuple[int, ...], start: int, images: ImageList) -> None:
@@ -249,14 +264,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        build_caches(
-            args.data_path,
-            args.output_dir or args.data_path,
-            height=args.img_h,
-            width=args.img_w,
-            workers=args.workers,
-            overwrite=args.overwrite,
-        )
+        with distributed.processes("cpu"):
+            build_caches(
+                args.data_path,
+                args.output_dir or args.data_path,
+                height=args.img_h,
+                width=args.img_w,
+                workers=args.workers,
+                overwrite=args.overwrite,
+                progress=distributed.is_main(),
+            )
     except BrokenProcessPool:
         logger.error(
             "a worker process died, perhaps for want of memory; the same command goes on where it"

@@ -21,17 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
+import distributed
 import options
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
-from engine import METRICS, extract_features, score
+from engine import METRICS, extract_shared, score
 from eval_metrics import mean_and_std
 from model import TwoStreamNet, load_network, trained_size
 from search import search_folders
 from utils import (
     load_checkpoint,
     make_writable_dir,
-    resolve_device,
+    plain_entry,
     setup_logging,
     user_errors,
     versions,
@@ -121,21 +122,31 @@ def evaluate_checkpoint(
         progress: Whether to show bars.
 
     Returns:
-        A result (`engine.score`) for each feature and ranking, and the features by role and kind.
+        A result (`engine.score`) for each feature and ranking (none in processes other than the
+        main one), and the features by role and kind.
     """
     features: dict[str, dict[str, np.ndarray]] = {}
     for role in ("query", "gallery"):
         images = getattr(protocol, role)
-        loader = EvalLoader(load(images), batch_size=batch_size, device=device)
-        features[role] = extract_features(
+
+        def batches(first: int, last: int, images: ImageList = images) -> EvalLoader:
+            whole = last - first == len(images)
+            shown = load(images if whole else images.take(range(first, last)))
+            return EvalLoader(shown, batch_size=batch_size, device=device)
+
+        features[role] = extract_shared(
             net,
-            loader,
+            len(images),
+            batches,
+            batch_size=batch_size,
             modality=images.modality,
             test_feats=test_feats,
             amp=amp,
             progress=progress,
         )
     rows = []
+    if not distributed.is_main():
+        return rows, features
     for feat in test_feats:
         for ranking in rankings:
             result = score(protocol, features["query"][feat], features["gallery"][feat], ranking)
@@ -235,13 +246,12 @@ def draw_figures(
 
 def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
     """What a result says of its checkpoint: file, how its epoch was chosen, training data."""
-    selection = info.get("selection", "unknown (checkpoint of an earlier release)")
-    epoch = info.get("epoch")
+    unknown = "unknown (checkpoint of an earlier release)"
     return {
         "checkpoint": str(path),
-        "selection": selection,
-        "epoch": int(epoch) if epoch is not None else None,
-        "trained_on": info.get("data", "unknown"),
+        "selection": plain_entry(info, "selection", unknown, path),
+        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
+        "trained_on": plain_entry(info, "data", "unknown", path),
     }
 
 
@@ -268,67 +278,79 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.query_dir or args.gallery_dir:
             search_folders(args)
             return 0
-        device = resolve_device(args.gpu)
-        found = checkpoints(args)
-        targets = [feature_file(args, trial) for trial, _ in found]
-        given = {"gem_p": args.gem_p, "memory_variant": args.memory_variant}
-        for _, path in found[1:]:
-            load_checkpoint(path)  # a broken one is found before the others' long work
-        protocols = [
-            eval_set(
-                args.dataset,
-                args.data_path,
-                trial=trial,
-                direction=args.direction,
-                mode=args.mode,
-                gallery=args.gallery,
-                shots=args.shots,
-                trials=args.trials,
-                subset=args.subset,
-            )
-            for trial, _ in found
-        ]
-        output = make_writable_dir(args.output_dir or default_output(args, args.resume))
-        cache = ImageCache(workers=args.workers, progress=not args.quiet)
-        data = data_name(args.dataset, args.data_path)
-        results = []
-        for (_, path), protocol, target in zip(found, protocols, targets, strict=True):
-            net, info = load_network(path, **given)
-            size = image_size(args, info)
-            net.check_image_height(size[0])
-            load = functools.partial(cache, size=size)
-            rows, features = evaluate_checkpoint(
-                net.to(device, memory_format=torch.channels_last),
-                protocol,
-                load,
-                test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-                rankings=tuple(dict.fromkeys(("no", args.re_rank))),
-                batch_size=args.test_batch,
-                device=device,
-                amp=args.amp,
-                progress=not args.quiet,
-            )
-            about = {"dataset": data, **describe_checkpoint(path, info)}
-            results.append([{**row, **about} for row in rows])
-            if target:
-                save_features(target, protocol, features, results[-1][-1])
-                log.info("wrote %s", target)
-            if args.figures and len(results) == 1:
-                draw_figures(output, protocol, load, features, results[0])
-        rows = over_checkpoints(results)
-        sys.stdout.write(table(rows) + "\n")
-        # The headline is what was asked for: re-ranked only where --re_rank says so.
-        headline = next(row for row in rows if row["re_rank"] == args.re_rank)
-        content = {
-            **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
-            "rows": rows,
-            "checkpoints": [path for _, path in found],
-            "options": options.to_json(args),
-            "versions": versions(),
-        }
-        write_json(output / "results.json", content)
-        log.info("wrote %s", output / "results.json")
+        with distributed.processes(args.gpu) as device:
+            evaluate_all(args, device)
     return 0
+
+
+def evaluate_all(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates every checkpoint asked for; the main process prints and writes the results."""
+    found = checkpoints(args)
+    targets = [feature_file(args, trial) for trial, _ in found]
+    given = {"gem_p": args.gem_p, "memory_variant": args.memory_variant}
+    for _, path in found[1:]:
+        load_checkpoint(path)  # a broken one is found before the others' long work
+    protocols = [
+        eval_set(
+            args.dataset,
+            args.data_path,
+            trial=trial,
+            direction=args.direction,
+            mode=args.mode,
+            gallery=args.gallery,
+            shots=args.shots,
+            trials=args.trials,
+            subset=args.subset,
+        )
+        for trial, _ in found
+    ]
+    output = args.output_dir or default_output(args, args.resume)
+    if distributed.is_main():
+        make_writable_dir(output)
+    shows_bars = distributed.is_main() and not args.quiet
+    cache = ImageCache(workers=args.workers, progress=shows_bars)
+    data = data_name(args.dataset, args.data_path)
+    results = []
+    for (_, path), protocol, target in zip(found, protocols, targets, strict=True):
+        net, info = load_network(path, **given)
+        size = image_size(args, info)
+        net.check_image_height(size[0])
+        load = functools.partial(cache, size=size)
+        rows, features = evaluate_checkpoint(
+            net.to(device, memory_format=torch.channels_last),
+            protocol,
+            load,
+            test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
+            rankings=tuple(dict.fromkeys(("no", args.re_rank))),
+            batch_size=args.test_batch,
+            device=device,
+            amp=args.amp,
+            progress=shows_bars,
+        )
+        if not distributed.is_main():
+            continue
+        about = {"dataset": data, **describe_checkpoint(path, info)}
+        results.append([{**row, **about} for row in rows])
+        if target:
+            save_features(target, protocol, features, results[-1][-1])
+            log.info("wrote %s", target)
+        if args.figures and len(results) == 1:
+            draw_figures(output, protocol, load, features, results[0])
+    if not distributed.is_main():
+        return
+    rows = over_checkpoints(results)
+    sys.stdout.write(table(rows) + "\n")
+    # The headline is what was asked for: re-ranked only where --re_rank says so.
+    headline = next(row for row in rows if row["re_rank"] == args.re_rank)
+    content = {
+        **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
+        "rows": rows,
+        "checkpoints": [path for _, path in found],
+        "options": options.to_json(args),
+        "versions": versions(),
+    }
+    write_json(output / "results.json", content)
+    log.info("wrote %s", output / "results.json")
 
 
 if __name__ == "__main__":

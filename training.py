@@ -6,14 +6,19 @@ A training script says which method it is, how its network and its criterion are
 
 import argparse
 import logging
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+import distributed
 import options
+import resume
 from data_loader import (
     Augmentation,
     EvalLoader,
@@ -24,23 +29,27 @@ from data_loader import (
 )
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
 from engine import (
+    LAST,
+    PREVIOUS,
     Progress,
     RunFiles,
     Schedule,
-    extract_features,
+    extract_shared,
     fit,
     format_result,
     make_optimizer,
     score,
+    write_reports,
 )
 from loss import LABEL_SMOOTHING, Criterion
 from memory import SHRINK
 from model import TwoStreamNet
 from utils import (
     CheckpointError,
-    load_checkpoint,
+    Interrupted,
+    StopSignals,
+    make_deterministic,
     make_writable_dir,
-    resolve_device,
     seed_everything,
     setup_logging,
     user_errors,
@@ -125,81 +134,92 @@ def run(
     Returns:
         The process's exit code.
     """
-    with user_errors():
+    with user_errors(), StopSignals() as stop:
         args = options.train_parser(description).parse_args(argv)
         sources = options.resolve(args)
         name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
-        setup_logging()
-        files = _run_files(args, name)
-        device = resolve_device(args.gpu)
-        seed_everything(args.seed)
-        on_val = args.select_on == "val"
-        training = train_set(
-            args.dataset, args.data_path, trial=args.trial, subset="fit" if on_val else "all"
-        )
-        testing = eval_set(
-            args.dataset,
-            args.data_path,
-            trial=args.trial,
-            direction=args.direction,
-            mode=args.mode,
-            gallery=args.gallery,
-            shots=args.shots,
-            trials=args.trials,
-            subset="val" if on_val else "test",
-        )
-        data = data_name(args.dataset, args.data_path)
-        resumed = _read_resume(args, files)
-        net = build_model(args, training.num_ids)
-        net.check_image_height(args.img_h)
-        sampler = IdentitySampler(
-            training.visible_labels,
-            training.infrared_labels,
-            ids_per_batch=args.batch_size,
-            images_per_id=args.num_pos,
-            seed=args.seed,
-        )
-        net = net.to(device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(
-            net,
-            name=args.optim,
-            backbone_lr_scale=args.backbone_lr_scale,
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-        )
-        progress = _restore(resumed, net, optimizer) if resumed else Progress()
+        if args.deterministic:
+            make_deterministic()
+        try:
+            with distributed.processes(args.gpu) as device:
+                _run(args, sources, name, device, build_model, build_criterion, stop)
+        except Interrupted as interrupted:
+            sys.stderr.write(f"{interrupted}. {_how_to_go_on(args, argv)}\n")
+            raise SystemExit(interrupted.exit_code) from None
+    return 0
+
+
+def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
+    """What to run after an interruption."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
+    kept = [str(word) for word in words if word not in former]
+    command = shlex.join([Path(sys.argv[0]).name, *kept, "--resume"])
+    launcher = "torchrun ..." if distributed.size() > 1 else "python"
+    return f"Go on with: {launcher} {command}"
+
+
+def _run(
+    args: argparse.Namespace,
+    sources: dict[str, str],
+    name: str,
+    device: torch.device,
+    build_model: Callable[[argparse.Namespace, int], TwoStreamNet],
+    build_criterion: Callable[[argparse.Namespace], Criterion],
+    stop: StopSignals,
+) -> None:
+    """Checks everything, then trains or evaluates; see `run`."""
+    _start_logging()
+    files = _run_files(args, name)
+    seed_everything(args.seed)
+    training, testing = _data_sets(args)
+    data = data_name(args.dataset, args.data_path)
+    resumed = _read_resume(args, files)
+    net = build_model(args, training.num_ids)
+    net.check_image_height(args.img_h)
+    sampler = IdentitySampler(
+        training.visible_labels,
+        training.infrared_labels,
+        ids_per_batch=args.batch_size,
+        images_per_id=args.num_pos,
+        seed=args.seed,
+    )
+    sampler.share(distributed.rank(), distributed.size())  # raises where they do not divide
+    if args.sync_bn and device.type != "cuda":
+        raise ValueError("--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version")
+    net = net.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(
+        net,
+        name=args.optim,
+        backbone_lr_scale=args.backbone_lr_scale,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+    )
+    progress, notes = _resume(args, resumed, net, optimizer, sampler, training)
+    if distributed.is_main():
         _make_folders(files, args.log_path)
-        log.info("%s\n%s", name, options.describe(args, sources))
-        log.info("data: %s; %s", data, training.description)
-        evaluate = _evaluator(args, testing, net, device, data)
-        if args.test_only:
-            log.info("%s  (%s)", format_result(evaluate()), data)
-            return 0
-        if progress.epoch >= args.epochs:
-            raise ValueError(
-                f"the checkpoint has all of its {progress.epoch} epochs and --epochs is "
-                f"{args.epochs}: nothing to train; evaluate it with test.py"
-            )
-        files.header.update(
-            method=name,
-            options=options.to_json(args),
-            versions=versions(),
-            data=data,
-            identities=training.pids.tolist(),
-        )
-        if args.overwrite:
-            _clear(files)
-        write_json(
-            files.output_dir / "options.json",
-            {k: files.header[k] for k in ("method", "data", "options", "versions")},
-        )
-        loader = _train_loader(args, training, sampler, device)
+    log.info("%s\n%s", name, options.describe(args, sources))
+    log.info("data: %s; %s", data, training.description)
+    for note in notes:
+        log.warning("%s", note)
+    evaluate = _evaluator(args, testing, net, device, data)
+    if args.test_only:
+        log.info("%s  (%s)", format_result(evaluate()), data)
+        return
+    if distributed.is_main():
+        identities = training.pids.tolist()
+        _start_files(args, files, resumed, method=name, data=data, identities=identities)
+    if progress.epoch == args.epochs:
+        log.info("nothing to train: all %d epochs are done; test.py evaluates them", args.epochs)
+        write_reports(files, progress)
+        final = progress
+    else:
         final = fit(
             net,
             build_criterion(args),
             optimizer,
-            loader,
+            _train_loader(args, training, sampler, device),
             schedule=Schedule(
                 lr=args.lr,
                 epochs=args.epochs,
@@ -211,18 +231,104 @@ def run(
             files=files,
             seed=args.seed,
             evaluate=evaluate,
-            selection="the validation identities" if on_val else "the test set",
+            selection=("the validation identities" if args.select_on == "val" else "the test set"),
             eval_start=args.eval_start,
             eval_every=args.eval_every,
             save_epoch=args.save_epoch,
+            save_every_steps=args.save_every_steps,
+            sync_bn=args.sync_bn,
             amp=args.amp,
             resume_from=progress,
-            progress=not args.quiet,
+            stop=stop,
+            progress=_shows_bars(args),
         )
-        for label, result in (("last", final.last), ("best", final.best)):
+    for label, result in (("last", final.last), ("best", final.best)):
+        if result is not None:
             chosen = f"epoch {result['epoch']}, {result['selection']}"
             log.info("%s (%s; %s): %s", label, chosen, data, format_result(result))
-    return 0
+
+
+def _start_logging(file: Path | None = None) -> None:
+    """Sets up logging; processes other than the main one only warn."""
+    setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
+
+
+def _shows_bars(args: argparse.Namespace) -> bool:
+    return distributed.is_main() and not args.quiet
+
+
+def _data_sets(args: argparse.Namespace) -> tuple[TrainSet, EvalSet]:
+    """The lists to train and to evaluate on."""
+    on_val = args.select_on == "val"
+    training = train_set(
+        args.dataset, args.data_path, trial=args.trial, subset="fit" if on_val else "all"
+    )
+    testing = eval_set(
+        args.dataset,
+        args.data_path,
+        trial=args.trial,
+        direction=args.direction,
+        mode=args.mode,
+        gallery=args.gallery,
+        shots=args.shots,
+        trials=args.trials,
+        subset="val" if on_val else "test",
+    )
+    return training, testing
+
+
+def _resume(
+    args: argparse.Namespace,
+    resumed: dict[str, Any] | None,
+    net: TwoStreamNet,
+    optimizer: torch.optim.Optimizer,
+    sampler: IdentitySampler,
+    training: TrainSet,
+) -> tuple[Progress, list[str]]:
+    """Loads a checkpoint's states, if there is one; also returns what is to be said about it.
+
+    Raises:
+        ValueError: When it does not fit, an option cannot change, or it is beyond the last epoch.
+    """
+    if resumed is None:
+        return Progress(), []
+    path, saved, underway = (resumed[name] for name in ("path", "options", "underway"))
+    if not (isinstance(saved, dict) and isinstance(underway, dict)):
+        raise CheckpointError(f"{path} holds no options of a run")
+    changed = ""
+    if not args.test_only:
+        within = underway.get("steps") != 0
+        changed = options.changes(saved, options.to_json(args), within_epoch=within)
+    progress = resume.restore(
+        resumed,
+        net,
+        optimizer,
+        steps_per_epoch=sampler.steps_per_epoch,
+        identities=training.pids.tolist(),
+    )
+    if progress.epoch > args.epochs and not args.test_only:
+        raise ValueError(f"{path} has {progress.epoch} epochs and --epochs is {args.epochs}")
+    steps = progress.underway.steps
+    inside = f" and {steps} of {sampler.steps_per_epoch} steps of the next" if steps else ""
+    notes = [f"resumed {path} after {progress.epoch} epochs{inside}"]
+    return progress, [*notes, *([f"options changed since then: {changed}"] if changed else [])]
+
+
+def _start_files(
+    args: argparse.Namespace,
+    files: RunFiles,
+    resumed: dict[str, Any] | None,
+    **about: Any,
+) -> None:
+    """Readies the folders once the run is sure to start: a former run goes, a resumed one stays."""
+    files.header.update(options=options.to_json(args), versions=versions(), **about)
+    if args.overwrite:
+        _clear(files)
+    if resumed:
+        resume.set_damaged_aside(resumed, files.checkpoint_dir)
+        resume.carry_best(resumed, files.checkpoint_dir)
+    written = ("method", "data", "options", "versions")
+    write_json(files.output_dir / "options.json", {k: files.header[k] for k in written})
 
 
 def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
@@ -233,10 +339,12 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
     """
     output = args.output_dir or Path("runs") / name
     checkpoints = args.model_path or output
-    existing = checkpoints / "last.pt"
-    if existing.exists() and not (starts_from_checkpoint(args) or args.overwrite):
+    if args.overwrite and starts_from_checkpoint(args):
+        raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
+    existing = [checkpoints / n for n in (LAST, PREVIOUS) if (checkpoints / n).exists()]
+    if existing and not (starts_from_checkpoint(args) or args.overwrite):
         raise ValueError(
-            f"{existing} is there already: continue that run with --resume, start it afresh "
+            f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
         )
     return RunFiles(output, checkpoints, args.vis_log_path or output / "tensorboard")
@@ -251,7 +359,7 @@ def _make_folders(files: RunFiles, log_path: Path | None) -> None:
     logs = log_path or files.output_dir
     for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
         make_writable_dir(folder)
-    setup_logging(logs / "train.log")
+    _start_logging(logs / "train.log")
 
 
 def _clear(files: RunFiles) -> None:
@@ -266,45 +374,25 @@ def _clear(files: RunFiles) -> None:
 
 
 def _read_resume(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
-    """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt."""
+    """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
+
+    Alone in a folder without one there is nothing to go on with yet, and the run starts at the
+    beginning: the same command serves however early a run was ended.
+    """
     if not starts_from_checkpoint(args):
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
-    path = Path(args.resume or files.checkpoint_dir / "last.pt")
-    if not path.exists() and (files.checkpoint_dir / path).exists():
-        path = files.checkpoint_dir / path
-    content = load_checkpoint(path)
-    if "config" not in content or "optimizer" not in content:
-        raise CheckpointError(
-            f"{path} is no checkpoint of an interrupted run of this project; to start from its "
-            f"weights use --weights {path}, to evaluate it test.py --resume {path}"
-        )
-    return {**content, "path": path}
-
-
-def _restore(
-    content: dict[str, Any], net: TwoStreamNet, optimizer: torch.optim.Optimizer
-) -> Progress:
-    """Loads a checkpoint's states.
-
-    Raises:
-        CheckpointError: When it belongs to another method, network or number of identities.
-    """
-    differing = [
-        f"{key} {content['config'].get(key)!r} there, {value!r} here"
-        for key, value in net.config.items()
-        if content["config"].get(key) != value
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{content['path']} belongs to another network ({'; '.join(differing)}); to start from "
-            f"its weights use --weights"
-        )
-    net.load_state_dict(content["net"])
-    optimizer.load_state_dict(content["optimizer"])
-    log.info("resumed %s after epoch %d", content["path"], content["epoch"])
-    return Progress(content["epoch"], content["best"], content["last"])
+    folder = files.checkpoint_dir
+    path = Path(args.resume or folder / LAST)
+    if not path.exists() and (folder / path).exists():
+        path = folder / path
+    nothing_yet = not any((folder / name).exists() for name in (LAST, PREVIOUS))
+    if args.resume is None and nothing_yet and not args.test_only:
+        log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
+        args.resume = ""
+        return None
+    return resume.read(path, fall_back=not args.test_only)
 
 
 def _train_loader(
@@ -318,7 +406,7 @@ def _train_loader(
                 height=args.img_h,
                 width=args.img_w,
                 workers=args.workers,
-                progress=not args.quiet,
+                progress=_shows_bars(args),
             ),
             device=device,
         )
@@ -333,6 +421,7 @@ def _train_loader(
         ),
         seed=args.seed,
         device=device,
+        share=(distributed.rank(), distributed.size()),
     )
 
 
@@ -347,30 +436,38 @@ def _evaluator(
     loaders: dict[str, EvalLoader] = {}
     test_feat = args.test_feat or net.test_feats()[0]
 
-    def evaluate() -> dict[str, Any]:
-        features = []
-        for role in ("query", "gallery"):
-            images = getattr(testing, role)
+    def embed(role: str) -> np.ndarray:
+        images = getattr(testing, role)
+
+        def batches(first: int, last: int) -> EvalLoader:
             if role not in loaders:
                 decoded = load_images(
-                    images,
+                    images if last - first == len(images) else images.take(range(first, last)),
                     height=args.img_h,
                     width=args.img_w,
                     workers=args.workers,
-                    progress=not args.quiet,
+                    progress=_shows_bars(args),
                 )
                 loaders[role] = EvalLoader(decoded, batch_size=args.test_batch, device=device)
-            embedded = extract_features(
-                net,
-                loaders[role],
-                modality=images.modality,
-                test_feats=(test_feat,),
-                amp=args.amp,
-                progress=not args.quiet,
-            )
-            features.append(embedded[test_feat])
-        result = score(testing, *features, args.re_rank)
-        del result["cmc"]  # of no use in a log
-        return {**result, "dataset": data, "test_feat": test_feat}
+            return loaders[role]
+
+        return extract_shared(
+            net,
+            len(images),
+            batches,
+            batch_size=args.test_batch,
+            modality=images.modality,
+            test_feats=(test_feat,),
+            amp=args.amp,
+            progress=_shows_bars(args),
+        )[test_feat]
+
+    def evaluate() -> dict[str, Any]:
+        features = [embed(role) for role in ("query", "gallery")]
+        result = None
+        if distributed.is_main():
+            result = score(testing, *features, args.re_rank)
+            del result["cmc"]  # of no use in a log
+        return {**distributed.from_main(result), "dataset": data, "test_feat": test_feat}
 
     return evaluate

@@ -11,22 +11,97 @@ import logging
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
+import threading
+import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import FrameType
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FORMAT = "mgmra-checkpoint-1"  # written into each checkpoint; other files are earlier releases'
+ZIP_MAGIC = b"PK\x03\x04"  # the first bytes of what torch.save writes
+INSIST_SECONDS = 2.0  # launchers repeat a signal at once; a person who insists takes longer
 
 
 class CheckpointError(ValueError):
     """A checkpoint file cannot be used; the message says which, why, and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C ended the work at a place where nothing is lost.
+
+    Attributes:
+        signal: Which of the two.
+        detail: What was reached and saved, for the message to the user; may be empty.
+    """
+
+    def __init__(self, number: signal.Signals, detail: str = "") -> None:
+        """Keeps signal and detail."""
+        super().__init__(f"stopped by {number.name}{': ' if detail else ''}{detail}")
+        self.signal, self.detail = number, detail
+
+    @property
+    def exit_code(self) -> int:
+        """The process's exit code, as a shell reports a death by this signal."""
+        return 128 + self.signal
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C: raised as `Interrupted` at once, or noted while work must not break off.
+
+    A context manager that takes over both signals (in the main thread; elsewhere it does nothing).
+    Within `deferred` a signal sets `received`; a second Ctrl-C later than `INSIST_SECONDS` is
+    raised all the same.
+    """
+
+    def __init__(self) -> None:
+        """Nothing received."""
+        self.received: signal.Signals | None = None
+        self._deferring = False
+        self._since = 0.0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        """Takes over the signals."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives them back."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        first = self.received is None
+        if first:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        insists = number == signal.SIGINT and time.monotonic() - self._since > INSIST_SECONDS
+        if not self._deferring or (insists and not first):
+            raise Interrupted(self.received)
+
+    @contextlib.contextmanager
+    def deferred(self, deferring: bool = True) -> Iterator[None]:
+        """Only notes signals inside; with False raises them again, one noted before at once."""
+        before, self._deferring = self._deferring, deferring
+        try:
+            if not deferring and self.received:
+                raise Interrupted(self.received)
+            yield
+        finally:
+            self._deferring = before
 
 
 def seed_everything(seed: int) -> None:
@@ -34,6 +109,17 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that use the global generator
     torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Restricts torch to operations that give the same bits in each run, on CUDA too; slower.
+
+    To be called before CUDA is first used. Operations without such a form raise RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
 
 
 def resolve_device(gpu: str) -> torch.device:
@@ -63,13 +149,13 @@ def resolve_device(gpu: str) -> torch.device:
     return torch.device("cuda", int(gpu))
 
 
-def setup_logging(file: Path | None = None) -> None:
+def setup_logging(file: Path | None = None, level: int = logging.INFO) -> None:
     """Logs to standard error, and to `file` (appending) when one is given."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
         handlers.append(logging.FileHandler(file))
     logging.basicConfig(
-        level=logging.INFO,
+        level=level,
         format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         handlers=handlers,
@@ -123,8 +209,16 @@ def make_writable_dir(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomic(
+    path: Path, write: Callable[[BinaryIO], None], *, keep: Path | None = None
+) -> None:
     """Writes a file through `write(stream)` so that `path` is never half written.
+
+    Args:
+        path: Where to.
+        write: Gives the content.
+        keep: A former file moves here once the new one is on the disk, just before it takes its
+            place: at every moment one of the two is whole.
 
     Raises:
         OSError: When it cannot be written (disk full, ...); a former file is then untouched.
@@ -135,6 +229,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], None]) -> None:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -146,15 +242,43 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
-def append_json_line(path: Path, content: dict[str, Any]) -> None:
-    """Appends one JSON object as one line."""
-    with open(path, "a") as stream:
-        stream.write(json.dumps(content) + "\n")
+def write_json_lines(path: Path, content: list[dict[str, Any]]) -> None:
+    """Writes JSON objects atomically, one a line."""
+    text = "".join(json.dumps(line) + "\n" for line in content)
+    write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Saves a checkpoint atomically, marked with `FORMAT`."""
-    write_atomic(path, lambda stream: torch.save({"format": FORMAT, **content}, stream))
+def remove_temporary_files(folder: Path) -> None:
+    """Removes what a process killed within `write_atomic` has left in a folder."""
+    for file in folder.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = None) -> None:
+    """Saves a checkpoint atomically, marked with `FORMAT`.
+
+    Args:
+        path: Where to.
+        content: Tensors, plain values, and containers of them.
+        keep: The former file moves here, once the new one is safe on the disk.
+
+    Raises:
+        OSError: When it cannot be written (disk full, read-only, ...); the former file is then
+            untouched, and the message says so.
+    """
+
+    def write(stream: BinaryIO) -> None:
+        torch.save({"format": FORMAT, **content}, stream)
+
+    try:
+        write_atomic(path, write, keep=keep)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, for a failed write
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        state = "the former one is untouched" if path.exists() else "there was none before it"
+        raise OSError(
+            f"cannot write the checkpoint {path} ({cause}); {state}. Make room or mend the folder, "
+            f"then go on with --resume"
+        ) from error
 
 
 def _numpy_types() -> list[Any]:
@@ -194,6 +318,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         found = ", ".join(sorted(names)[:8]) or "none"
         raise CheckpointError(f"no checkpoint at {path}; checkpoints in {where}: {found}")
     try:
+        _check_integrity(path)
         with torch.serialization.safe_globals(_numpy_types()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each kind of damage
@@ -209,6 +334,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _check_integrity(path: Path) -> None:
+    """Compares each record with its checksum, which torch.load does not; older formats have none.
+
+    Raises:
+        ValueError: When one differs, and zipfile's errors when the archive itself is damaged.
+    """
+    with open(path, "rb") as stream:
+        if stream.read(len(ZIP_MAGIC)) != ZIP_MAGIC:
+            return
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("it holds compressed records, which torch.save never writes")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its record {damaged} is wrong")
+
+
 def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
     """The network's state dict in a checkpoint: under ``net``, ``state_dict``, ``model``, or bare.
 
@@ -219,12 +361,27 @@ def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.
         if isinstance(content.get(key), dict):
             content = content[key]
             break
-    state = {k.removeprefix("module."): v for k, v in content.items() if torch.is_tensor(v)}
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no network weights (found: {', '.join(content)[:200]})"
-        )
-    return state
+    tensors = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if not tensors:
+        found = ", ".join(map(str, content))[:200]
+        raise CheckpointError(f"{path} holds no network weights (found: {found})")
+    return {k.removeprefix("module."): v for k, v in tensors.items()}
+
+
+def plain_entry(content: dict[str, Any], key: str, default: T, path: str | Path) -> T:
+    """An entry of a checkpoint, of the default's type; the default when it is absent or None.
+
+    Raises:
+        CheckpointError: When it has another type, or is a number below 0.
+    """
+    value = content.get(key)
+    if value is None:
+        return default
+    # Earlier releases store numbers as NumPy's.
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) is not type(default) or (isinstance(value, int) and value < 0):
+        raise CheckpointError(f"{path}: {key!r} is {str(value)[:40]!r}, expected as in {default!r}")
+    return value
 
 
 @contextlib.contextmanager
@@ -232,6 +389,6 @@ def user_errors() -> Iterator[None]:
     """Turns errors a user can mend into one paragraph on standard error and exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error

@@ -261,7 +261,8 @@ def test_fit_evaluates_logs_and_saves_when_due(tmp_path):
     assert (state.best["epoch"], state.best["rank1"]) == (5, 0.7)
     assert (state.last["epoch"], state.last["rank1"]) == (6, 0.6)
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"last.pt", "best.pt", "epoch_004.pt", "log.jsonl", "training.json", "board"}
+    checkpoints = {"last.pt", "last.previous.pt", "best.pt", "epoch_004.pt"}
+    assert names == {*checkpoints, "log.jsonl", "training.json", "board"}
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert (best["epoch"], best["selection"]) == (5, "best Rank-1 on the test set")
     assert best["method"] == "m"
@@ -290,7 +291,9 @@ LAYERS = {  # project modules that each module may import: house map, imports po
     "weights": "utils",
     "data_loader": "data_manager",
     "model": "memory utils weights",
-    "engine": "eval_metrics loss memory re_rank utils",
+    "distributed": "utils",
+    "engine": "distributed eval_metrics loss memory re_rank utils",
+    "resume": "engine model utils",
     "figures": "utils",
     "pictures": "figures",
     "addresses": "data_loader memory model pictures",

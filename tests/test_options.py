@@ -173,3 +173,20 @@ def test_description_and_json_hold_every_flag():
     assert content["milestones"] == [20, 50]
     assert isinstance(args, argparse.Namespace)
     assert resolved("--dataset sysu")[0].data_path == Path("data/SYSU-MM01")
+
+
+def test_changes_on_resume_are_listed_and_some_refused():
+    saved = {"lr": 0.1, "epochs": 61, "workers": 4, "trial": 1, "seed": 0, "gone": 3}
+    now = {"lr": 0.05, "epochs": 61, "workers": 8, "trial": 1, "seed": 1, "new": 2}
+    assert options.changes(saved, now, within_epoch=False) == "lr 0.1 -> 0.05; seed 0 -> 1"
+    with pytest.raises(ValueError, match="inside an epoch with a changed seed 0 -> 1"):
+        options.changes(saved, now, within_epoch=True)
+    with pytest.raises(ValueError, match="changed trial 1 -> 2"):
+        options.changes(saved, {**now, "trial": 2}, within_epoch=False)
+
+
+@pytest.mark.parametrize("flags", [("--lr", "inf"), ("--triplet-ramp", "5", "3")])
+def test_numbers_that_make_no_schedule(flags, capsys):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        options.resolve(options.train_parser("").parse_args(flags))
+    assert "inf" in capsys.readouterr().err or "START <= END" in str(error.value)

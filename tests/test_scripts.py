@@ -201,7 +201,7 @@ def test_a_run_is_not_overwritten_and_test_only_evaluates(data, tmp_path):
     _, error = train("train_HCT.py", data, folder, "--test-only", "--resume", folder / "last.pt")
     assert "R1 " in error
     assert (folder / "last.pt").read_bytes() == before
-    _, error = train("train_HCT.py", data, folder, "--epochs", 1, "--resume", code=2)
+    _, error = train("train_HCT.py", data, folder, "--epochs", 1, "--resume")
     assert "nothing to train" in error
     _, error = train("train_MGMRA.py", data, folder, "--resume", code=2)
     assert "belongs to another network" in error

@@ -1,0 +1,216 @@
+"""Several processes on the CPU (gloo) against one: same loss, same gradients, same results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from short_run import (
+    EPOCHS,
+    NarrowResNet,
+    arguments,
+    differences,
+    log_lines,
+    outcome,
+    write_data,
+)
+
+import distributed
+import pre_process_sysu
+import test
+import train_MGMRA
+from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What one, two and three processes made of the same batch and the same run: by number."""
+    root = tmp_path_factory.mktemp("distributed")
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(root)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {n: torch.load(root / str(n) / "report.pt", weights_only=True) for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_losses_and_gradients_equal_one_process(count, reports):
+    for method, one in reports[1]["methods"].items():
+        several = reports[count]["methods"][method]
+        for name, value in one["terms"].items():
+            assert several["terms"][name].item() == pytest.approx(value.item(), rel=1e-6), name
+        assert one["gradients"].keys() == several["gradients"].keys()
+        for name, gradient in one["gradients"].items():
+            scale = gradient.abs().max().clamp_min(1e-12)
+            error = ((several["gradients"][name] - gradient).abs().max() / scale).item()
+            assert error < 1e-6, f"{method}, {name}: {error}"
+        assert one["health"].keys() == several["health"].keys()
+        for name, value in one["health"].items():
+            assert several["health"][name] == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_parameters_and_statistics_are_equal_on_all_ranks(count, reports):
+    assert reports[count]["alike"] == [True] * count
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_sharded_evaluation_has_the_bits_of_one_process(count, reports):
+    assert reports[count]["evaluation"] == reports[1]["evaluation"]
+
+
+def test_each_rank_loads_its_share_of_the_one_batch():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), 3)
+    stores = [
+        ImageStore(rng.integers(0, 256, (18, 12, 6, 3), dtype=np.uint8), device="cpu")
+        for _ in range(2)
+    ]
+    sampler = IdentitySampler(labels, labels, ids_per_batch=6, images_per_id=2, seed=3)
+
+    def loader(share=(0, 1)):
+        settings = Augmentation(pad=2, grey=0.5, erase=0.5, tone=0.2)
+        return TrainLoader(
+            visible=stores[0],
+            infrared=stores[1],
+            sampler=sampler,
+            augmentation=settings,
+            seed=5,
+            device=torch.device("cpu"),
+            share=share,
+        )
+
+    whole = loader().batch(1, 1)
+    for count in (2, 3, 6):
+        shares = [loader((i, count)).batch(1, 1) for i in range(count)]
+        for name in ("visible", "infrared"):
+            assert torch.equal(torch.cat([getattr(s, name) for s in shares]), getattr(whole, name))
+        halves = [share.labels.chunk(2) for share in shares]
+        joined = torch.cat([half[i] for i in range(2) for half in halves])
+        assert torch.equal(joined, whole.labels)
+    with pytest.raises(ValueError, match=r"6 identities don't divide among 4.*multiple of 4"):
+        loader((0, 4))
+
+
+def test_alone_everything_is_the_identity():
+    rows = torch.ones(4, 2)
+    assert (distributed.size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
+    assert distributed.gather_rows(rows) is rows
+    assert distributed.gather_objects(3) == [3]
+    assert distributed.from_main("x") == "x"
+    assert distributed.any_of(True)
+    assert distributed.share_of(10, 4) == (0, 10)
+    net = torch.nn.Linear(2, 2)
+    assert distributed.parallel(net) is net
+
+
+def test_shares_are_whole_batches_that_cover_all(monkeypatch):
+    for size in (1, 2, 3, 5):
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
+        for count in (0, 1, 7, 8, 64, 65, 300):
+            bounds = []
+            for rank in range(size):
+                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+                bounds.append(distributed.share_of(count, 8))
+            assert bounds[0][0] == 0
+            assert bounds[-1][1] == count
+            assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
+            assert all(first % 8 == 0 or first == count for first, _ in bounds)
+
+
+def torchrun(count, script, arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += [str(WORKER.with_name("narrow.py")), script, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, process):
+    """Waits until it holds, while the process runs."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_path):
+    data = write_data(tmp_path / "data")
+    flags = ("--save-every-steps", 1, "--resume")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    process = torchrun(2, "train_MGMRA", arguments(data, whole, *flags))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("INFO MGMRA_regdb") == 1  # only rank 0 speaks
+    assert [line["epoch"] for line in log_lines(whole)] == list(range(1, EPOCHS + 1))
+
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
+    wait_for((broken / "last.pt").exists, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output
+
+    # SIGTERM to the launcher: all ranks stop after the same step, and rank 0 saves.
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
+    before = (broken / "last.pt").stat().st_mtime
+    wait_for(lambda: (broken / "last.pt").stat().st_mtime > before, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "stopped by SIGTERM: " in output
+
+    process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert differences(outcome(whole), outcome(broken)) == []
+
+
+@pytest.mark.slow
+def test_torchrun_evaluates_to_the_bits_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision.models, "get_model", NarrowResNet)
+    data = write_data(tmp_path / "data")
+    train_MGMRA.main(arguments(data, tmp_path / "run", "--epochs", 1))
+    flags = ("--dataset", "regdb", "--data-path", data, "--resume", tmp_path / "run" / "last.pt")
+    flags = (*flags, "--gpu", "cpu", "--test-batch", 5, "--quiet", "--output-dir")
+    test.main([str(word) for word in (*flags, tmp_path / "one")])
+    process = torchrun(3, "test", (*flags, tmp_path / "three"))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    assert output.count("wrote ") == 1
+    one, three = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "three"))
+    assert one["rows"] == three["rows"]
+
+
+def children(pid):
+    """Process ids of a process's children, oldest first."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, listed))
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_pre_processing(tiny_sysu, tmp_path):
+    flags = ("--data-path", tiny_sysu, "--img_h", 16, "--img_w", 8, "--workers", 1, "--output-dir")
+    assert pre_process_sysu.main([str(word) for word in (*flags, tmp_path / "one")]) == 0
+    process = torchrun(3, "pre_process_sysu", (*flags, tmp_path / "three"))
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "three")]
+    assert files[0] == files[1]

@@ -1,0 +1,361 @@
+"""Files from strangers: whatever is in them, an answer or an error of ours.
+
+Hundreds of cases by default; `pytest -m slow tests/test_untrusted.py` tries thousands.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.io import savemat
+from short_run import NarrowResNet, arguments, write_data
+
+import engine
+import options
+import resume
+import stand_in
+import train_MGMRA
+from data_manager import DataError, eval_set, train_set
+from engine import Schedule, make_optimizer
+from model import TwoStreamNet, load_network
+from test import describe_checkpoint, image_size
+from utils import CheckpointError, load_checkpoint
+
+SETTINGS = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "derandomize": True,
+    "database": None,
+    "report_multiple_bugs": False,
+    "print_blob": False,
+}
+
+
+def cases(few, many):
+    """A property tried on `few` cases by default, and on `many` more in a slow test."""
+
+    def decorate(function):
+        def run(count, *args):
+            settings(max_examples=count, **SETTINGS)(function)(*args)
+
+        return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])(
+            _with_signature(run, function)
+        )
+
+    return decorate
+
+
+def _with_signature(run, function):
+    """A test whose one fixture beside the count is the module's `place`."""
+
+    def test(count, place):
+        run(count, place)
+
+    test.__name__, test.__doc__ = function.__name__, function.__doc__
+    return test
+
+
+class Place:
+    """Stand-in data in both layouts, with links that lead outside, and a checkpoint."""
+
+    def __init__(self, root):
+        self.root, self.regdb, self.sysu = root, root / "regdb", root / "sysu"
+        write_data(self.regdb)
+        counts = {"train_ids": 3, "val_ids": 1, "test_ids": 2, "images_per_id": 2}
+        stand_in.generate(self.sysu, layout="sysu", **counts, seed=1, workers=1)
+        outside = root / "outside" / "1"
+        outside.mkdir(parents=True)
+        shutil.copy(next(self.regdb.rglob("*.bmp")), outside / "out.bmp")
+        self.files = sorted(p.relative_to(self.regdb).as_posix() for p in self.regdb.rglob("*.bmp"))
+        (self.regdb / Path(self.files[0]).parent / "link.bmp").symlink_to(outside / "out.bmp")
+        (self.regdb / "Visible" / "77").symlink_to(outside)
+        self.files += [f"{Path(self.files[0]).parent}/link.bmp", "Visible/77/out.bmp"]
+        self.lines = (self.regdb / "idx/train_visible_1.txt").read_text().splitlines()
+        folder = root / "run"
+        train_MGMRA.main(arguments(self.regdb, folder, "--epochs", 1))
+        self.checkpoint = folder / "last.pt"
+        self.content = load_checkpoint(self.checkpoint)
+        self.identities = self.content["identities"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torchvision.models, "get_model", NarrowResNet)
+        yield Place(tmp_path_factory.mktemp("untrusted"))
+
+
+@contextlib.contextmanager
+def replaced(file, content):
+    """Another content of a file, while it lasts."""
+    before = file.read_bytes() if file.exists() else None
+    file.write_bytes(content)
+    try:
+        yield
+    finally:
+        file.unlink() if before is None else file.write_bytes(before)
+
+
+def inside(images, root):
+    """Checks that each image is a file in the data folder."""
+    for path in images.paths:
+        real = os.path.realpath(root / path)
+        assert real.startswith(f"{os.path.realpath(root)}/")
+        assert os.path.isfile(real)
+
+
+def mutated(data):
+    """Bytes with a few changes: overwritten, cut, repeated, inserted."""
+
+    @st.composite
+    def strategy(draw):
+        result = bytearray(data)
+        for _ in range(draw(st.integers(1, 4))):
+            at = draw(st.integers(0, max(len(result) - 1, 0)))
+            kind = draw(st.sampled_from(("set", "cut", "insert", "end")))
+            if kind == "set":
+                result[at : at + 1] = draw(st.binary(min_size=1, max_size=4))
+            elif kind == "cut":
+                del result[at : at + draw(st.integers(1, 9))]
+            elif kind == "insert":
+                result[at:at] = draw(st.binary(max_size=9))
+            else:
+                del result[at:]
+        return bytes(result)
+
+    return strategy()
+
+
+SEGMENTS = st.sampled_from(
+    ("Visible", "Thermal", "..", ".", "", "/etc", "77", "idx", "link.bmp", "out.bmp", "~", "\x00")
+)
+
+
+@cases(200, 4000)
+@given(st.data())
+def test_regdb_lists(place, data):
+    paths = st.one_of(
+        st.sampled_from(place.files),
+        st.lists(SEGMENTS | st.text(max_size=6), max_size=5).map("/".join),
+        st.text(max_size=20),
+    )
+    labels = st.integers(-1, 7).map(str) | st.text(max_size=4)
+    line = st.sampled_from(place.lines) | st.tuples(paths, labels).map(" ".join)
+    few_changes = st.tuples(st.integers(0, len(place.lines) - 1), line).map(
+        lambda change: [*place.lines[: change[0]], change[1], *place.lines[change[0] + 1 :]]
+    )
+    lines = data.draw(few_changes | st.lists(line, max_size=6))
+    text = data.draw(
+        st.just("\n".join(lines).encode("utf-8", "surrogatepass"))
+        | mutated("\n".join(place.lines).encode())
+    )
+    with replaced(place.regdb / "idx/train_visible_1.txt", text):
+        try:
+            found = train_set("regdb", place.regdb)
+        except DataError as error:
+            assert "idx/train_" in str(error) or str(place.regdb / "Visible") in str(error)
+        else:
+            inside(found.visible, place.regdb)
+
+
+@cases(150, 3000)
+@given(st.data())
+def test_identity_lists(place, data):
+    number = st.integers(-2, 12).map(str) | st.text(max_size=5) | st.integers().map(str)
+    lines = st.lists(number, max_size=9).map(",".join).map(lambda text: text.encode("utf-8"))
+    name = data.draw(st.sampled_from(("train", "val", "test")))
+    file = place.sysu / f"exp/{name}_id.txt"
+    with replaced(file, data.draw(lines | mutated(file.read_bytes()))):
+        for read in (train_set, eval_set):
+            with contextlib.suppress(DataError):
+                found = read("sysu", place.sysu)
+                inside(getattr(found, "gallery", None) or found.visible, place.sysu)
+
+
+def permutations(place):
+    """A legal rand_perm_cam.mat for the stand-in's layout."""
+    cells = np.empty((6, 1), dtype=object)
+    for camera in range(6):
+        cells[camera, 0] = np.empty((6, 1), dtype=object)
+        for pid in range(1, 7):
+            count = len(list((place.sysu / f"cam{camera + 1}/{pid:04d}").glob("*.jpg")))
+            rows = [np.random.default_rng(t).permutation(count) + 1 for t in range(10)]
+            cells[camera, 0][pid - 1, 0] = np.array(rows).reshape(10, count)
+    stream = io.BytesIO()
+    savemat(stream, {"rand_perm_cam": cells})
+    return stream.getvalue()
+
+
+@cases(150, 4000)
+@given(st.data())
+def test_split_files(place, data):
+    file = place.sysu / "exp/rand_perm_cam.mat"
+    content = data.draw(mutated(permutations(place)) | st.binary(max_size=300))
+    with replaced(file, content):
+        try:
+            found = eval_set("sysu", place.sysu, gallery="official")
+        except DataError as error:
+            assert "rand_perm_cam.mat" in str(error)
+        else:
+            inside(found.gallery, place.sysu)
+
+
+FLAG_VALUES = st.one_of(
+    st.integers(-3, 200).map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ("on", "off", "base", "agw", "regdb", "sysu", "sgd", "adam", "cosine", "step", "v2i", "i2v")
+    ),
+    st.sampled_from(("scratch", "val", "test", "all", "indoor", "resnet18", "", "nan", "-inf")),
+    st.text(max_size=5),
+)
+
+
+@cases(200, 5000)
+@given(st.data())
+def test_option_combinations(place, data):
+    parser = options.train_parser("")
+    flags = sorted(
+        f for a in parser._actions for f in a.option_strings if f not in ("-h", "--help")
+    )
+    words = data.draw(
+        st.lists(st.tuples(st.sampled_from(flags), st.lists(FLAG_VALUES, max_size=2)), max_size=5)
+    )
+    argv = [word for flag, values in words for word in (flag, *values)]
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            args = parser.parse_args(argv)
+            options.resolve(args)
+        except (ValueError, SystemExit):
+            return
+    saved = options.to_json(args)
+    assert options.changes(saved, saved, within_epoch=True) == ""
+    options.describe(args, {})
+    schedule = Schedule(
+        lr=args.lr,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        milestones=args.milestones,
+        kind=args.schedule,
+        triplet_ramp=args.triplet_ramp,
+    )
+    for epoch in {0, 1, args.epochs // 2, args.epochs - 1} & set(range(args.epochs)):
+        assert 0 <= schedule.learning_rate(epoch) <= args.lr
+        assert 0 <= schedule.triplet_scale(epoch) <= 1
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(((), (3,), (2, 2), (32, 8, 1, 1))).map(torch.ones)
+    | st.sampled_from(((), (5,), (60,))).map(lambda shape: torch.ones(shape, dtype=torch.int64)),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5) | st.integers(0, 3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def changed(draw, content, depth=4):
+    """A dictionary with one entry, possibly deep inside, replaced, removed or added."""
+    content = dict(content)
+    keys = sorted(content, key=str)
+    key = draw(st.sampled_from(keys)) if keys else "new"
+    value = content.get(key)
+    if isinstance(value, dict) and depth and draw(st.booleans()):
+        content[key] = draw(changed(value, depth - 1))
+    elif isinstance(value, list) and value and draw(st.booleans()):
+        content[key] = [*value[:-1], draw(VALUES)]
+    elif draw(st.integers(0, 3)) == 0:
+        content.pop(key, None)
+    else:
+        key = draw(st.just(key) | st.text(max_size=4) | st.integers(0, 2))
+        content[key] = draw(VALUES)
+    return content
+
+
+def try_resume(place, content, folder):
+    """Restores a dictionary as a run would; returns whether it was taken."""
+    net = TwoStreamNet(**place.content["config"])
+    with contextlib.suppress(CheckpointError):
+        progress = resume.restore(
+            {**content, "path": place.checkpoint},
+            net,
+            make_optimizer(net),
+            steps_per_epoch=5,
+            identities=place.identities,
+        )
+        engine.write_reports(engine.RunFiles(folder, folder, folder), progress)
+        engine.summarize_health(progress.underway.health)
+        if progress.last is not None:
+            engine.format_result(progress.last)
+        return True
+    return False
+
+
+@cases(150, 3000)
+@given(st.data())
+def test_checkpoint_dictionaries(place, data):
+    whole = {**place.content, "underway": data.draw(st.just(underway()) | st.just({"steps": 0}))}
+    content = data.draw(changed(whole) | st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
+    file = place.root / "stranger.pt"
+    torch.save(content, file)
+    with contextlib.suppress(CheckpointError):
+        load_network(file)
+        info = load_checkpoint(file)
+        describe_checkpoint(str(file), info)
+        image_size(options.test_parser("").parse_args([]), info)
+    with contextlib.suppress(CheckpointError):
+        try_resume(place, resume.read(file, fall_back=False), place.root)
+
+
+def underway():
+    """An epoch under way as a checkpoint holds it."""
+    counter = lambda n: torch.tensor(n)  # noqa: E731
+    health = {
+        "rows": counter(8),
+        "zero_rows": counter(3),
+        "survivors": counter(9),
+        "entropy": torch.tensor(0.5, dtype=torch.float64),
+        "used": torch.ones(6, dtype=torch.bool),
+    }
+    sums = {"id": 1.0, "total": 2.0, "feature_spread": 0.5}
+    return {
+        "steps": 2,
+        "sums": sums,
+        "health": {"semantic": health},
+        "images": 16,
+        "seconds": 0.5,
+    }
+
+
+def test_what_is_in_order_is_taken(place):
+    assert try_resume(place, place.content, place.root)
+    assert try_resume(place, {**place.content, "underway": underway()}, place.root)
+
+
+@cases(150, 3000)
+@given(st.data())
+def test_checkpoint_bytes(place, data):
+    file = place.root / "stranger.pt"
+    before = place.checkpoint.read_bytes()
+    after = data.draw(mutated(before))
+    file.write_bytes(after)
+    try:
+        content = load_checkpoint(file)
+    except CheckpointError as error:
+        assert str(file) in str(error)
+    else:  # a change in the padding, or of a checksum that nothing reads
+        for name, value in content["net"].items():
+            assert torch.equal(value, place.content["net"][name]), name
