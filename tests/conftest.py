@@ -1,6 +1,10 @@
 """Tiny data sets in the real layouts, written anew for each test that asks for one."""
 
+import os
 from pathlib import Path
+
+# Two test processes run side by side (pyproject.toml): one thread each, scripts included.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
