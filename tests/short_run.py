@@ -64,6 +64,9 @@ def outcome(folder: Path) -> dict:
     found = {"log": [without_times(line) for line in log_lines(folder)]}
     found["training.json"] = json.loads((folder / "training.json").read_text())
     for name in ("last.pt", "best.pt"):
+        found[name] = (folder / name).exists()
+        if not found[name]:
+            continue
         content = torch.load(folder / name, weights_only=True)
         found[f"{name}: log"] = [without_times(line) for line in content["log"]]
         for key in ("epoch", "best", "last", "selection", "config", "identities"):

@@ -275,6 +275,28 @@ def test_a_kill_between_the_two_renames_loses_nothing(data, unbroken, tmp_path):
     assert log_lines(folder)[:EPOCHS] == log_lines(unbroken)
 
 
+def test_an_end_between_any_two_renames_loses_nothing(data, unbroken, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    replace = os.replace
+    for allowed in range(8, 14):  # of the renames, up to the last epoch and its best.pt
+        folder, calls = tmp_path / str(allowed), []
+
+        def fail(source, target, allowed=allowed, calls=calls):
+            calls.append(target)
+            if len(calls) > allowed:
+                raise Killed
+            replace(source, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(utils.os, "replace", fail)
+            with pytest.raises(Killed):
+                train(data, folder)
+        assert train(data, folder, "--resume") == 0
+        assert differences(outcome(unbroken), outcome(folder)) == [], calls[-1]
+
+
 def test_a_loss_or_weight_that_is_not_finite_keeps_the_last_good_checkpoint(
     data, unbroken, tmp_path, capsys, monkeypatch
 ):

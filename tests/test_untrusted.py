@@ -304,7 +304,7 @@ def try_resume(place, content, folder):
     return False
 
 
-@cases(150, 3000)
+@cases(100, 3000)
 @given(st.data())
 def test_checkpoint_dictionaries(place, data):
     whole = {**place.content, "underway": data.draw(st.just(underway()) | st.just({"steps": 0}))}
