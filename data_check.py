@@ -1,8 +1,7 @@
 """What `reproduce.py check` finds in a data folder: counts, lists, pictures, and the way out.
 
 Every list is read as training and evaluation will read it, so that what passes here runs there.
-Expected counts are the data set's own (METHOD.md section 5), or those that stand-in data was drawn
-with.
+Expected counts are the data set's own, or those that stand-in data was drawn with.
 """
 
 import json

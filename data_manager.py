@@ -843,7 +843,7 @@ class Llcm:
     modality; the gallery has one seeded image of the other per identity and camera, drawn as
     SYSU-MM01's. Images of the query's own person and camera do not count.
 
-    Deviation: METHOD.md names no validation identities; every fifth training label is held out,
+    Deviation: the data set names no validation identities; every fifth training label is held out,
     and since the training lists name no cameras either, these are evaluated as RegDB's.
     """
 

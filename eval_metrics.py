@@ -51,7 +51,7 @@ def eval_sysu(
     Raises:
         ValueError: shapes that disagree, an empty side, NaN, or no query with a true match.
 
-    Source: METHOD.md section 5; CMC and mAP as in the data set authors' evaluation.
+    Source: the data set authors' evaluation (CMC and mAP); mINP as in AGW (arXiv 2001.04193).
     """
     return _evaluate_rule("sysu", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
 
@@ -70,9 +70,9 @@ def eval_llcm(
     each gallery identity once, at its first hit; AP and INP use every remaining image. Arguments
     (cameras 1..9), results and errors are those of `eval_sysu`.
 
-    Source: METHOD.md section 5 for the exclusion. It is silent on the CMC: as in SYSU-MM01's, whose
-    gallery of one image per identity and camera LLCM's repeats, and whose evaluation the field runs
-    on it with another exclusion. RegDB's plain CMC could only be lower.
+    Source: the data set's protocol for the exclusion. The CMC is SYSU-MM01's, whose gallery of one
+    image per identity and camera LLCM's repeats, and whose evaluation the field runs on it with
+    another exclusion. RegDB's plain CMC could only be lower.
     """
     return _evaluate_rule("same", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
 
@@ -134,7 +134,7 @@ def eval_regdb(
 
     Arguments, results and errors are those of `eval_sysu`.
 
-    Source: METHOD.md section 5.
+    Source: the AGW family's evaluation of RegDB.
     """
     return _evaluate(distmat, q_pids, g_pids, max_rank, None, count_identities=False)
 

@@ -65,7 +65,7 @@ class HeteroCenterTripletLoss(nn.Module):
     ``relu(margin + hardest positive - hardest negative)``; the mean over centres is the loss. The
     positive is the same identity's centre in the other modality.
 
-    Source: Liu, Tan, Zhou, arXiv 2008.06223, equation 9.
+    Source: Liu, Tan, Zhou, arXiv 2008.06223.
     Deviation: centres come from labels and modality, not from a row's position in the batch.
     """
 
@@ -140,7 +140,7 @@ class WeightedRegularizedTripletLoss(nn.Module):
     ones weighing more, and ``d-`` the average to the negatives, near ones weighing more. Gradient
     flows through the weights too.
 
-    Source: Ye et al., arXiv 2001.04193, section 4; the anchor counts among its own positives.
+    Source: Ye et al., arXiv 2001.04193; the anchor counts among its own positives.
     """
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Letters in shapes: ``L`` training identities, ``T`` instance prototypes per iden
 prototypes per instance, ``M = L*T*R`` part prototypes, ``C`` backbone channels.
 
 Source: "Memory Regulation and Alignment toward Generalizer RGB-Infrared Person Re-identification"
-(arXiv 2109.08843), figure 2; the read descends from MemAE (Gong et al., ICCV 2019).
+(arXiv 2109.08843), its figure; the read descends from MemAE (Gong et al., ICCV 2019).
 """
 
 import math

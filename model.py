@@ -62,7 +62,7 @@ class NonLocal(nn.Module):
     With a single inner channel the attended value factorises: ``sum_j theta_i phi_j g_j / n`` is
     ``theta_i`` times the mean of ``phi * g``, so no (n x n) score matrix is needed.
 
-    Source: AGW (arXiv 2001.04193), section 4. The residual path starts at zero.
+    Source: AGW (arXiv 2001.04193). The residual path starts at zero.
     """
 
     def __init__(self, channels: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 DATA_FOLDERS = {"regdb": "RegDB", "sysu": "SYSU-MM01", "llcm": "LLCM"}
 DATASETS = tuple(DATA_FOLDERS)
 
-# Values shared by all presets: METHOD, section 4, and the releases' settings.
+# Values shared by all presets: the releases' settings.
 DEFAULTS: dict[str, Any] = {
     "lr": 0.1,
     "optim": "sgd",

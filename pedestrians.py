@@ -2,8 +2,6 @@
 
 An identity is a structure (body, hair, patterned garments, things carried) that shows in both
 modalities; its colours do not. `stand_in.py` writes whole data sets of them.
-
-Source: METHOD.md section 5.
 """
 
 from __future__ import annotations

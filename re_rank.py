@@ -40,7 +40,7 @@ def k_reciprocal(
         ValueError: features that are empty, not finite, or not matrices of one width; k1 or k2
             below 1; a weight outside 0..1.
 
-    Source: Zhong et al., CVPR 2017; METHOD.md section 5.
+    Source: Zhong et al., CVPR 2017.
     Deviation: earlier releases compute in float16. Here float32, and float64 where that leaves a
         neighbour undecided; equal distances stay in order, queries before the gallery.
     """
@@ -58,7 +58,7 @@ def random_walk(q_feats: np.ndarray, g_feats: np.ndarray, alpha: float = 0.95) -
     Raises:
         ValueError: features as for `k_reciprocal`, or alpha out of range.
 
-    Source: METHOD.md section 5.
+    Source: the earlier releases' random walk.
     """
     q_feats, g_feats = _checked(q_feats=q_feats, g_feats=g_feats)
     if not 0 <= alpha < 1:
@@ -224,7 +224,7 @@ def _members(ids: np.ndarray) -> sparse.csr_array:
 
 
 def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
-    """V of METHOD.md section 5: (n, n), rows sum to 1."""
+    """V of Zhong et al., the encodings: (n, n), rows sum to 1."""
     within = _members(images.ids[:, : k1 + 1])
     mutual = within.multiply(within.T).tocsr()
     within = _members(images.ids[:, : round(k1 / 2) + 1])

@@ -8,8 +8,6 @@ modalities; its colours do not. A finished folder holds `stand_in.json`, which t
     python stand_in.py --layout sysu --out data/sysu --full
     python stand_in.py --layout llcm --out data/llcm --train-ids 60 --test-ids 20 --images-per-id 8
     python stand_in.py --layout regdb --sheet sheet.png
-
-Source: METHOD.md section 5.
 """
 
 from __future__ import annotations

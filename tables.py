@@ -4,7 +4,7 @@ A row knows the files that its numbers come from, one for each trial or one for 
 is not there is shown as missing, and its row has no mean. Last and best epochs, re-ranked rows and
 plain ones stand in tables of their own; every caption names the data.
 
-Source of the published numbers: METHOD.md section 7, and what is named there.
+Sources of the published numbers stand beside them.
 """
 
 import csv
@@ -24,7 +24,7 @@ LEVELS = ("part", "instance", "semantic")
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
 
 PAPER = "arXiv 2109.08843, Table 1"
-COLLECTED = "as collected in METHOD.md, section 7"
+COLLECTED = "the method's own paper"
 ARXIV = {"AGW": "arXiv 2001.04193", "HCT": "arXiv 2008.06223", "MG-MRA": "arXiv 2109.08843"}
 # Percent: Rank-1, Rank-10, Rank-20, mAP, and mINP where known.
 _REGDB = {

@@ -361,7 +361,7 @@ def plain_k_reciprocal(
 
 
 def _expanded_neighbours(ranking: np.ndarray, i: int, k1: int) -> np.ndarray:
-    """R*(i) of METHOD.md section 5."""
+    """R*(i): the k-reciprocal set, expanded."""
     mutual = _mutual_neighbours(ranking, i, k1)
     members = mutual
     for j in mutual:

@@ -4,8 +4,6 @@
 
 Run from the folder above. Lengths are pixels at the width a README is shown with; the file has
 twice as many.
-
-Source: METHOD.md sections 1 to 3.
 """
 
 from __future__ import annotations

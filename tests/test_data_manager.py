@@ -838,7 +838,7 @@ def test_llcm_training_lists(tiny_llcm):
 
 
 def naive_llcm_gallery(root, word, trial):
-    """The draw of METHOD.md section 5 and of the tiny set's counts, written once more."""
+    """The protocol's draw and of the tiny set's counts, written once more."""
     generator, drawn = random.Random(trial), []
     for pid in sorted(LLCM_COUNTS):
         for camera in sorted(LLCM_COUNTS[pid][word == "nir"]):

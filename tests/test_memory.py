@@ -70,7 +70,7 @@ def test_agrees_with_the_released_memory(name, shrink):
 
 
 def naive_read(x, bank, shrink):
-    """One position after the other, as METHOD says it."""
+    """One position after the other, as the method says it."""
     batch, _, height, width = x.shape
     out = torch.zeros_like(x)
     for b in range(batch):
@@ -227,7 +227,7 @@ def test_a_scaled_threshold_is_a_share_of_each_bank():
 
 
 def test_a_scale_below_one_never_reads_zero_and_the_fixed_threshold_may():
-    """What METHOD.md says of the start of training: uniform weights lie under 0.0025."""
+    """The start of training: uniform weights lie under 0.0025."""
     torch.manual_seed(0)
     settings = {"num_ids": 206, "dim": 16}
     x = torch.randn(1, 16, 3, 3)

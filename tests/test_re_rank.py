@@ -14,7 +14,7 @@ SETTINGS = [(20, 6, 0.3), (13, 1, 0.1), (8, 3, 0.5), (1, 1, 0.0), (5, 40, 0.7), 
 
 
 def naive_k_reciprocal(q_feats, g_feats, k1=20, k2=6, lambda_value=0.3):
-    """METHOD.md's definition with sets and loops, in float64."""
+    """The definition with sets and loops, in float64."""
     feats = np.concatenate([q_feats, g_feats]).astype(np.float64)
     count, queries = len(feats), len(q_feats)
     distance = np.array([((feats - own) ** 2).sum(axis=1) for own in feats])
