@@ -24,8 +24,7 @@ LEVELS = ("part", "instance", "semantic")
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
 
 PAPER = "arXiv 2109.08843, Table 1"
-COLLECTED = "the method's own paper"
-ARXIV = {"AGW": "arXiv 2001.04193", "HCT": "arXiv 2008.06223", "MG-MRA": "arXiv 2109.08843"}
+COLLECTED = "collected second-hand, primary source not recorded"
 # Percent: Rank-1, Rank-10, Rank-20, mAP, and mINP where known.
 _REGDB = {
     "v2i": {
@@ -119,7 +118,7 @@ def published(section: str) -> dict[str, tuple[dict[str, float], str]]:
     found = {}
     for method, values in rows.items():
         pairs = zip(names, values, strict=False)
-        source = PAPER if dataset == "regdb" else ARXIV.get(method, COLLECTED)
+        source = PAPER if dataset == "regdb" else COLLECTED
         if (section, method) == ("sysu indoor 1 seeded", "MG-MRA"):
             source = "the authors' own re-run"
         if (section, method) == ("regdb i2v", "MPANet"):
