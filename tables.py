@@ -24,7 +24,7 @@ LEVELS = ("part", "instance", "semantic")
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
 
 PAPER = "arXiv 2109.08843, Table 1"
-COLLECTED = "collected second-hand, primary source not recorded"
+COLLECTED = "collected for this project, source not recorded"
 # Percent: Rank-1, Rank-10, Rank-20, mAP, and mINP where known.
 _REGDB = {
     "v2i": {
