@@ -27,9 +27,11 @@ class Recorder:
 
     levels: dict[str, tuple[Survivors, int]] = field(default_factory=dict)
 
-    def update(self, level: str, survivors: Survivors, num_prototypes: int) -> None:
+    def update(
+        self, level: str, survivors: Survivors, num_prototypes: int, repeats: int = 1
+    ) -> None:
         """Keeps one read of a batch."""
-        self.levels[level] = (survivors, num_prototypes)
+        self.levels[level] = (survivors.repeat(repeats), num_prototypes)
 
 
 def require_memory(net: TwoStreamNet) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import resolve_device
+from utils import keep_freed_memory, resolve_device
 
 
 def size() -> int:
@@ -36,6 +36,8 @@ def is_main() -> bool:
 def processes(gpu: str) -> Iterator[torch.device]:
     """Joins the processes that ``torchrun`` started, if it did, and leaves them at the end.
 
+    On the CPU freed memory is kept for reuse; see `utils.keep_freed_memory`.
+
     Args:
         gpu: ``--gpu``; under torchrun each process takes the CUDA device of its local rank (NCCL),
             or the CPU (gloo).
@@ -47,12 +49,17 @@ def processes(gpu: str) -> Iterator[torch.device]:
         ValueError: When there is no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield resolve_device(gpu)
+        device = resolve_device(gpu)
+        if device.type == "cpu":
+            keep_freed_memory()
+        yield device
         return
     on_cpu = gpu in ("cpu", "-1") or not torch.cuda.is_available()
     device = resolve_device("cpu" if on_cpu else os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects travel through the current device
+    else:
+        keep_freed_memory()
     dist.init_process_group("gloo" if on_cpu else "nccl")
     yield device
     # Only after success: with a dead peer this would wait for it.

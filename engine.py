@@ -23,7 +23,7 @@ import distributed
 import re_rank
 from eval_metrics import eval_llcm, eval_regdb, eval_sysu, mean_and_std, summarize
 from loss import TRIPLET_TERMS, Criterion, weighted_total
-from memory import MemoryHealth
+from memory import MemoryHealth, MemoryRead
 from utils import (
     Interrupted,
     StopSignals,
@@ -176,8 +176,8 @@ def _float32(value: Any) -> Any:
     """Casts a training output out of autocast's half precision, leaving wider types."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-    if isinstance(value, tuple):  # a MemoryRead
-        return type(value)(*map(_float32, value))
+    if isinstance(value, MemoryRead):  # of which the losses take the part read alone
+        return value._replace(part=_float32(value.part))
     return value
 
 
@@ -211,6 +211,7 @@ def training_step(
     Returns:
         Detached terms, with their ``total``, and the feature (N, D) that the triplet acts on.
     """
+    optimizer.zero_grad(set_to_none=True)  # their memory serves the forward pass
     with torch.autocast(visible.device.type, dtype=torch.bfloat16, enabled=amp):
         out = net(visible, infrared, health)
     out = {name: _float32(value) for name, value in out.items()}
@@ -219,11 +220,12 @@ def training_step(
     out, labels = distributed.gather_output(out, labels, whole_read=whole_read)
     terms = criterion(out, labels, order)
     total = weighted_total(terms, weights)
-    optimizer.zero_grad(set_to_none=True)
+    feat = out["feat"].detach()
+    del out  # its maps go as soon as the backward pass needs them no more
     total.backward()
     optimizer.step()
     terms = {name: term.detach() for name, term in terms.items()}
-    return {**terms, "total": total.detach()}, out["feat"].detach()
+    return {**terms, "total": total.detach()}, feat
 
 
 def feature_spread(feat: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ distances whose squares are clamped at 1e-12 before the root. A batch in which a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -204,10 +205,37 @@ def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
     batch, channels, height, width = part_read.shape
     if stripes < 2 or height % stripes:
         raise ValueError(f"a map of height {height} does not divide into {stripes} >= 2 stripes")
-    striped = part_read.reshape(batch, channels, stripes, height // stripes, width).unbind(dim=2)
     half = stripes // 2
-    pairs = zip(order[:half], order[half:], strict=False)  # an odd stripe is left over
-    return torch.stack([F.mse_loss(striped[i], striped[j]) for i, j in pairs]).mean()
+    pairs = list(zip(order[:half], order[half:], strict=False))  # an odd stripe is left over
+    compared = half * batch * channels * (height // stripes) * width
+    return _StripeDifferences.apply(part_read, stripes, pairs) / compared
+
+
+class _StripeDifferences(torch.autograd.Function):
+    """Sum of squared differences between pairs of stripes of a map (N, C, H, W).
+
+    Its derivative writes one map, in the layout of the read, and nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stripes: int, pairs: list[tuple[int, int]]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.stripes, ctx.pairs = stripes, pairs
+        striped = x.permute(0, 2, 3, 1).unflatten(1, (stripes, -1))  # (N, S, H/S, W, C)
+        return sum((striped[:, i] - striped[:, j]).square_().sum() for i, j in pairs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        maps = ctx.saved_tensors[0].permute(0, 2, 3, 1)
+        striped = maps.unflatten(1, (ctx.stripes, -1))
+        result = torch.empty_like(maps, memory_format=torch.contiguous_format)
+        parts = result.unflatten(1, (ctx.stripes, -1)).unbind(dim=1)
+        for i, j in ctx.pairs:
+            torch.sub(striped[:, i], striped[:, j], out=parts[i]).mul_(2 * grad)
+            torch.neg(parts[i], out=parts[j])
+        for left_over in set(range(ctx.stripes)).difference(*ctx.pairs):
+            parts[left_over].zero_()
+        return result.permute(0, 3, 1, 2), None, None
 
 
 def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:

@@ -18,8 +18,10 @@ SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped (releas
 INSTANCES_PER_ID = 5  # T, released setting
 PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, float64 goldens do
-CHUNK_ENTRIES = 1 << 20  # scores held at a time on the CPU: 4 MiB, within its cache
+CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its cache
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
+QUERIES_PER_BAG = 1024  # whose gradients are computed at a time on the CPU
+BOUND_FACTOR = 2.1  # 2 and what rounding may add, of bf16 too
 SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
 VARIANTS = ("paper", "released")
 LEVELS = ("part", "instance", "semantic")
@@ -51,23 +53,26 @@ class MemoryHealth:
         self._levels: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()
-    def update(self, level: str, survivors: "Survivors", num_prototypes: int) -> None:
+    def update(
+        self, level: str, survivors: "Survivors", num_prototypes: int, repeats: int = 1
+    ) -> None:
         """Adds one read.
 
         Args:
             level: "part", "instance" or "semantic".
             survivors: Who was addressed, and how strongly.
             num_prototypes: Size m of the bank.
+            repeats: How often its rows, in order, are repeated.
         """
         counts = survivors.offsets.diff()
         used = torch.zeros(num_prototypes, dtype=torch.bool, device=counts.device)
         used[survivors.columns] = True
         weights = survivors.weights
         new = {
-            "rows": torch.tensor(len(counts), device=counts.device),
-            "zero_rows": (counts == 0).sum(),
-            "survivors": counts.sum(),
-            "entropy": -torch.special.xlogy(weights, weights).sum(dtype=torch.float64),
+            "rows": torch.tensor(repeats * len(counts), device=counts.device),
+            "zero_rows": repeats * (counts == 0).sum(),
+            "survivors": repeats * counts.sum(),
+            "entropy": -repeats * torch.special.xlogy(weights, weights).sum(dtype=torch.float64),
             "used": used,
         }
         old = self._levels.get(level)
@@ -123,6 +128,12 @@ class Survivors(NamedTuple):
         counts = self.offsets.diff()
         return torch.repeat_interleave(counts, output_size=len(self.columns))
 
+    def repeat(self, times: int) -> "Survivors":
+        """All queries, over and over."""
+        counts = self.offsets.diff().repeat(times)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Survivors(offsets, self.columns.repeat(times), self.weights.repeat(times))
+
 
 def address(x: Tensor, bank: Tensor, shrink: float) -> Tensor:
     """Addressing weights: softmax over the bank, hard-shrunk, renormalised over the survivors.
@@ -158,61 +169,93 @@ def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
 
     Deviation: without the epsilon of `address`, whose effect float32 does not resolve.
     """
-    on_cpu = x.device.type == "cpu"
-    per_chunk = max(1, CHUNK_ENTRIES // len(bank)) if on_cpu else len(x)
-    # A zero query addresses all prototypes alike, hence none where 1 / m is within the threshold.
-    skip_zeros = on_cpu and len(bank) * shrink >= 1
-    counts, columns, weights = [], [], []
+    total, size = len(x), len(bank)
+    reading = torch.arange(total, device=x.device)
+    per_chunk = max(1, total)
+    if x.device.type == "cpu":
+        per_chunk = max(1, CHUNK_ENTRIES // size)
+        if size * shrink >= 1:
+            # Scores lie within |x| |b| of zero, so that no weight exceeds exp(2 |x| |b|) / m.
+            reach = (x.norm(dim=1) * bank.norm(dim=1).max()).float()
+            reading = (BOUND_FACTOR * reach > math.log(size * shrink)).nonzero()[:, 0]
+            x = x if len(reading) == total else x[reading]
+    found, weights = [], []
     for queries in x.split(per_chunk):
-        if skip_zeros:
-            alive = queries.norm(dim=1) > 0
-            some_zero = not alive.all()
-            queries = queries[alive] if some_zero else queries
-        logits = (queries @ bank.t()).to(_at_least_float32(x))  # (chunk, m)
-        log_norm = logits.logsumexp(dim=1, keepdim=True)
-        survives = logits > log_norm + (math.log(shrink) if shrink else -math.inf)
-        count = survives.sum(dim=1)
-        found = survives.nonzero()  # row by row
-        weight = (logits[found[:, 0], found[:, 1]] - log_norm[found[:, 0], 0]).exp()
-        total = torch.zeros_like(log_norm[:, 0]).index_add_(0, found[:, 0], weight)
-        if skip_zeros and some_zero:
-            count = torch.zeros_like(alive, dtype=count.dtype).index_put_((alive,), count)
-        counts.append(count)
-        columns.append(found[:, 1])
-        weights.append(weight / total[found[:, 0]])
-    offsets = torch.cat([counts[0].new_zeros(1), torch.cat(counts).cumsum(0)])
-    return Survivors(offsets, torch.cat(columns), torch.cat(weights))
+        weight = (queries @ bank.t()).softmax(dim=1, dtype=_at_least_float32(x)).flatten()
+        places = (weight > shrink).nonzero()[:, 0]
+        weights.append(weight[places])
+        found.append(places + len(found) * per_chunk * size)
+    found, weights = torch.cat(found), torch.cat(weights)
+    rows, columns = reading[found // size], found % size
+    sums = weights.new_zeros(total).index_add_(0, rows, weights)
+    offsets = torch.searchsorted(rows, torch.arange(total + 1, device=x.device))
+    return Survivors(offsets, columns, weights / sums[rows])
 
 
 class _SparseRead(torch.autograd.Function):
-    """Weighted sums of the survivors; the backward, too, costs what the survivors cost."""
+    """Weighted sums of the survivors; the backward, too, costs what the survivors cost.
+
+    The second result holds the first one's sums over each image's positions: a gradient that comes
+    through it alone is the same for all of them.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bank: Tensor, offsets: Tensor, columns: Tensor, weights: Tensor
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        bank: Tensor,
+        offsets: Tensor,
+        columns: Tensor,
+        weights: Tensor,
+        images: int,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, bank, offsets, columns, weights)
-        return _bag(bank, columns, offsets, weights)
+        ctx.set_materialize_grads(False)
+        if not len(columns):  # one zero vector for all
+            values = bank.new_zeros(1, bank.shape[1])
+            return values.expand(len(x), -1), values.repeat(images, 1)
+        values = _bag(bank, columns, offsets, weights)
+        return values, values.unflatten(0, (images, -1)).sum(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_sums: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         x, bank, offsets, columns, weights = ctx.saved_tensors
+        if not len(columns):
+            grads = [v.new_zeros(()).expand_as(v) for v in (x, bank)]
+            return *grads, None, None, None, None
         survivors = Survivors(offsets, columns, weights)
         rows = survivors.rows()
+        grad_weight = torch.zeros_like(weights)
+        if grad is not None:
+            grad_weight += _row_products(grad, bank, survivors, rows)
+        if grad_sums is not None:
+            images = rows // (len(x) // len(grad_sums))
+            grad_weight += (grad_sums @ bank.to(grad_sums.dtype).t())[images, columns]
         # Softmax over the survivors: d logit = a * (d a - sum of a * d a over the row).
-        grad_weight = _row_products(grad, bank, survivors, rows)  # (nnz,)
-        mean = torch.zeros_like(grad[:, 0]).index_add_(0, rows, weights * grad_weight)
+        mean = weights.new_zeros(len(x)).index_add_(0, rows, weights * grad_weight)
         grad_logit = weights * (grad_weight - mean[rows])
         grad_x = grad_bank = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _bag(bank, columns, offsets, grad_logit).to(x.dtype)
         if ctx.needs_input_grad[1]:
             order = columns.argsort(stable=True)
-            by_column = torch.bincount(columns, minlength=len(bank)).cumsum(0)
-            starts = torch.cat([by_column.new_zeros(1), by_column])
-            grad_bank = _bag(grad, rows[order], starts, weights[order])
-            grad_bank += _bag(x.to(grad.dtype), rows[order], starts, grad_logit[order])
-        return grad_x, grad_bank, None, None, None
+            places = torch.arange(len(bank) + 1, device=x.device)
+            starts = torch.searchsorted(columns[order], places)
+            grad_bank = _bag(x.to(bank.dtype), rows[order], starts, grad_logit[order])
+            if grad is not None:
+                grad_bank += _bag(grad, rows[order], starts, weights[order])
+            if grad_sums is not None:
+                used = weights.new_zeros(len(grad_sums) * len(bank))
+                used.index_add_(0, images * len(bank) + columns, weights)
+                grad_bank += used.view(len(grad_sums), -1).t() @ grad_sums
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            step = QUERIES_PER_BAG if x.device.type == "cpu" else len(x)
+            for i in range(0, len(x), step):  # no whole float32 map beside the one in x's type
+                own = offsets[i : i + step + 1]
+                part = slice(own[0], own[-1])
+                grad_x[i : i + step] = _bag(bank, columns[part], own - own[0], grad_logit[part])
+        return grad_x, grad_bank, None, None, None, None
 
 
 def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -254,10 +297,22 @@ def read(
         health: Where to count; None costs nothing.
 
     Returns:
-        Map of x's shape, float32 or wider; zero where no prototype's weight is above `shrink`.
+        Map of x's shape, zero where no prototype's weight is above `shrink`.
     """
-    batch, channels, height, width = x.shape
+    return _read(x, bank, shrink, level, health)[0]
+
+
+def _read(
+    x: Tensor, bank: Tensor, shrink: float, level: str, health: MemoryHealth | None
+) -> tuple[Tensor, Tensor]:
+    """What `read` returns, and its sums over each image's positions, (B, C)."""
+    batch, channels, height, width = shape = x.shape
+    positions = batch * height * width
+    constant = x.stride(0) == x.stride(2) == x.stride(3) == 0
+    if constant:
+        x = _OfAll.apply(x)
     queries = x.permute(0, 2, 3, 1).reshape(-1, channels)  # (B*H*W, C)
+    images = len(x)
     survivors = None
     if x.dtype != torch.float64 and len(bank) * shrink >= SPARSE_BANK:
         survivors = select(*_autocast(queries, bank), shrink)
@@ -265,17 +320,43 @@ def read(
         weights = address(queries, bank, shrink)
         survivors = None if health is None else _from_dense(weights.detach())
         values = weights.to(queries.dtype) @ bank.to(queries.dtype)  # (B*H*W, C)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = weights.unflatten(0, (images, -1)).sum(dim=1) @ bank.to(weights.dtype)
     else:
-        values = sparse_read(queries, bank, survivors)
+        values, sums = _sparse_read(queries, bank, survivors, images)
     if health is not None:
-        health.update(level, survivors, len(bank))
-    return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        health.update(level, survivors, len(bank), repeats=positions // len(queries))
+    values = values.view(images, *x.shape[2:], channels).permute(0, 3, 1, 2)
+    if constant:
+        values = values.expand(shape)
+        sums = (height * width * sums).expand(batch, -1)
+    return values, sums
+
+
+class _OfAll(torch.autograd.Function):
+    """The vector (1, C, 1, 1) of which a map is an expanded view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x[:1, :, :1, :1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # What the view's own derivative sums up again; it takes no memory.
+        return (grad * (grad.numel() / ctx.shape.numel())).expand(ctx.shape)
 
 
 def sparse_read(queries: Tensor, bank: Tensor, survivors: Survivors) -> Tensor:
     """Weighted sums of the survivors' prototypes, differentiable in both: (n, C)."""
+    return _sparse_read(queries, bank, survivors, 1)[0]
+
+
+def _sparse_read(
+    queries: Tensor, bank: Tensor, survivors: Survivors, images: int
+) -> tuple[Tensor, Tensor]:
     with torch.autocast(queries.device.type, enabled=False):
-        return _SparseRead.apply(queries, bank, *survivors)
+        return _SparseRead.apply(queries, bank, *survivors, images)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -368,13 +449,34 @@ class SingleGranularityMemory(nn.Module):
             return self.shrink
         return min(self.shrink_scale / len(bank), 1.0)
 
-    def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
-        """Reads the part bank at every position of x (B, C, H, W)."""
-        return MemoryRead(
-            part=read(
-                x, self.part_bank, self.threshold(self.part_bank), level="part", health=health
-            )
-        )
+    def forward(
+        self,
+        x: Tensor,
+        health: MemoryHealth | None = None,
+        sums: dict[str, Tensor] | None = None,
+    ) -> MemoryRead:
+        """Reads all granularities at every position.
+
+        Args:
+            x: Queries, (B, C, H, W).
+            health: Counts how each level is addressed.
+            sums: Takes, by level, each read's sum over the positions, (B, C), float32 or wider. A
+                gradient through it costs less than one through the map.
+        """
+        return MemoryRead(self._read("part", x, self.part_bank, health, sums))
+
+    def _read(
+        self,
+        level: str,
+        x: Tensor,
+        bank: Tensor,
+        health: MemoryHealth | None,
+        sums: dict[str, Tensor] | None,
+    ) -> Tensor:
+        values, total = _read(x, bank, self.threshold(bank), level, health)
+        if sums is not None:
+            sums[level] = total
+        return values
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""
@@ -438,22 +540,21 @@ class MultiGranularityMemory(SingleGranularityMemory):
         grouped = instance.view(self.num_ids, self.instances_per_id, self.dim)  # (L, T, C)
         return instance, _gated_mean(self.instance_gate, grouped)  # (L, C)
 
-    def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
-        """Reads all granularities at every position of x (B, C, H, W)."""
+    def forward(
+        self,
+        x: Tensor,
+        health: MemoryHealth | None = None,
+        sums: dict[str, Tensor] | None = None,
+    ) -> MemoryRead:
+        """Reads all granularities; see `SingleGranularityMemory.forward`."""
         instance_bank, semantic_bank = self.banks()
-        part = read(x, self.part_bank, self.threshold(self.part_bank), level="part", health=health)
+        part = self._read("part", x, self.part_bank, health, sums)
         if self.variant == "released":
-            semantic = read(
-                x, semantic_bank, self.threshold(semantic_bank), level="semantic", health=health
-            )
-            return MemoryRead(part=part, semantic=semantic)
-        instance = read(
-            part, instance_bank, self.threshold(instance_bank), level="instance", health=health
-        )
-        semantic = read(
-            instance, semantic_bank, self.threshold(semantic_bank), level="semantic", health=health
-        )
-        return MemoryRead(part=part, instance=instance, semantic=semantic)
+            semantic = self._read("semantic", x, semantic_bank, health, sums)
+            return MemoryRead(part, semantic=semantic)
+        instance = self._read("instance", part, instance_bank, health, sums)
+        semantic = self._read("semantic", instance, semantic_bank, health, sums)
+        return MemoryRead(part, instance, semantic)
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""

@@ -406,9 +406,10 @@ class TwoStreamNet(nn.Module):
         total = x.sum(dim=(2, 3), dtype=dtype)
         read = None
         if self.memory is not None:
-            read = self.memory(x, health)
+            sums: dict[str, Tensor] = {}
+            read = self.memory(x, health, sums)
             # The mean of a sum is the sum of the means: no map x + read is built.
-            total = total + getattr(read, self.memory_level).sum(dim=(2, 3), dtype=dtype)
+            total = total + sums[self.memory_level]
         # Dividing after the sums, not in mean(), spares the backward two maps.
         return total / x[0, 0].numel(), read
 

@@ -5,15 +5,17 @@
     python -m benchmarks.train --small             # a quick look
 
 Prints Markdown tables and, with ``--json``, writes all numbers. Variants take turns, so that
-whatever else the machine does hits all of them alike; numbers are medians of wall-clock times, with
-processor times of all threads beside them. Images and weights are random; ``--bank-scale`` sets how
-many prototypes survive (printed).
+whatever else the machine does hits all of them alike, each in a process of its own that does a few
+steps in a row, as training does: what one leaves in the allocator is no burden to another. Numbers
+are medians of wall-clock times, with processor times of all threads beside them. Images and weights
+are random; ``--bank-scale`` sets how many prototypes survive (printed).
 """
 
 import argparse
 import functools
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from benchmarks.common import finish, interleaved, table
 from benchmarks.plain import PlainNet, plain_training_step
@@ -32,10 +35,13 @@ from engine import make_optimizer, set_learning_rate, training_step
 from loss import LABEL_SMOOTHING, TERM_WEIGHTS, Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet
+from utils import keep_freed_memory
 
 MEMORIES = {"HCT": None, "SG-MRA": "sg", "MG-MRA": "mg"}
-VARIANTS = ("plain float32", "float32", "bf16")
-SECTIONS = ("steps", "peak", "identities", "batches", "input")
+# "kept": the plain rendering with the allocator's settings that our training runs under.
+VARIANTS = ("plain float32", "plain float32, kept", "float32", "bf16")
+STOCK = VARIANTS[:1]  # variants under the C library's own settings
+SECTIONS = ("steps", "identities", "batches", "input")
 GEM_P = 10.0  # RegDB's
 RATE = 1e-3  # small: the steps should not run away
 STORED_IMAGES = 2060  # per modality, as RegDB's training split
@@ -58,10 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ids", type=int, default=206, help="training identities")
     parser.add_argument("--identities", nargs="*", type=int, default=[206, 395, 2000, 10000])
     parser.add_argument("--bank-scale", type=float, default=4.0, help="1: as at the start")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--steps", type=int, default=2, help="timed a turn, after one that is not")
     parser.add_argument("--small", action="store_true", help="ResNet-18, 96 x 48, 2 repeats")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # one variant, for its peak memory
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # one turn of one variant
     return parser
 
 
@@ -73,12 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.identities, args.batches = [206, 395], ["4x4", "8x4"]
     device = torch.device(args.device)
     if args.child:
-        sys.stdout.write(json.dumps(_peak_here(args, device, *args.child.split("/"))) + "\n")
+        sys.stdout.write(json.dumps(_turn_here(args, device, *args.child.split("/"))) + "\n")
         return 0
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
     sections = {
         "steps": _steps,
-        "peak": _peaks,
         "identities": _identities,
         "batches": _batches,
         "input": _input,
@@ -160,37 +166,95 @@ def _synchronize(device: torch.device) -> Callable[[], Any]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
+def _measured(
+    args: argparse.Namespace, names: Sequence[str], what: str, *, batch: str, ids: int
+) -> dict[str, dict[str, Any]]:
+    """Times and peak memory of variants, ``method/variant``, that take turns.
+
+    Returns:
+        By name ``median``, ``min`` and ``cpu``, in seconds; ``peak`` in bytes; ``flops`` (CUDA);
+        ``addressed``, the memory's health.
+    """
+    command = [sys.executable, "-m", "benchmarks.train", "--device", args.device]
+    command += ["--arch", args.arch, "--batch", batch, "--ids", str(ids)]
+    command += ["--height", str(args.height), "--width", str(args.width)]
+    command += ["--bank-scale", str(args.bank_scale), "--steps", str(args.steps)]
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tqdm(total=args.repeats * len(names), desc=what, disable=None) as bar:
+        for _ in range(args.repeats):
+            for name in names:
+                bar.set_postfix_str(name)
+                done = subprocess.run(
+                    [*command, "--child", name], check=True, stdout=subprocess.PIPE, text=True
+                )
+                turns[name].append(json.loads(done.stdout.splitlines()[-1]))
+                bar.update()
+    return {name: _over_turns(own) for name, own in turns.items()}
+
+
+def _over_turns(turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [time for turn in turns for time in turn["seconds"]]
+    return {
+        **turns[-1],
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "cpu": statistics.median(time for turn in turns for time in turn["cpu"]),
+        "peak": statistics.median(turn["peak"] for turn in turns),
+    }
+
+
+def _turn_here(
+    args: argparse.Namespace, device: torch.device, method: str, variant: str
+) -> dict[str, Any]:
+    """A few steps of one variant, the first not timed."""
+    if variant not in STOCK:
+        keep_freed_memory()
+    health = MemoryHealth() if MEMORIES[method] else None
+    step = _step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)
+    synchronize = _synchronize(device)
+    step()
+    seconds, cpu = [], []
+    for _ in range(args.steps):
+        synchronize()
+        start, start_cpu = time.perf_counter(), time.process_time()
+        step()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - start_cpu)
+    turn = {"seconds": seconds, "cpu": cpu, "peak": _peak(device)}
+    if health is not None and "plain" not in variant:
+        turn["addressed"] = health.summary()
+    if device.type == "cuda" and "plain" not in variant:
+        turn["flops"] = _flops(step)
+    return turn
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes that this process needed at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage where it can be helped: on Linux its peak may be that of the parent process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every method in every variant, at one shape."""
-    calls, healths = {}, {}
-    for method in args.methods:
-        for variant in args.variants:
-            healths[method] = MemoryHealth()
-            calls[f"{method}/{variant}"] = _step(
-                args,
-                device,
-                method,
-                variant,
-                batch=args.batch,
-                ids=args.ids,
-                health=healths[method] if MEMORIES[method] else None,
-            )
-    flops = {}
-    if device.type == "cuda":
-        flops = {name: _flops(call) for name, call in calls.items() if "plain" not in name}
-    times = interleaved(
-        calls, args.repeats, synchronize=_synchronize(device), description="training steps"
-    )
+    names = [f"{method}/{variant}" for method in args.methods for variant in args.variants]
+    times = _measured(args, names, "training steps", batch=args.batch, ids=args.ids)
     ceiling = _ceiling(device) if device.type == "cuda" else None
-    rows = []
+    rows, nothing = [], {"median": float("nan"), "peak": float("nan")}
     for name, numbers in times.items():
         method, variant = name.split("/")
-        plain = times.get(f"{method}/plain float32", {}).get("median", float("nan"))
-        base = times.get(f"HCT/{variant}", {}).get("median", float("nan"))
-        numbers["speedup"] = plain / numbers["median"]
-        numbers["over_hct"] = numbers["median"] / base
-        if ceiling and name in flops:
-            numbers["share_of_bf16_ceiling"] = flops[name] / numbers["median"] / ceiling
+        plain = times.get(f"{method}/{VARIANTS[0]}", nothing)
+        numbers["speedup"] = plain["median"] / numbers["median"]
+        numbers["over_hct"] = numbers["median"] / times.get(f"HCT/{variant}", nothing)["median"]
+        numbers["peak_share"] = numbers["peak"] / plain["peak"]
+        if ceiling and "flops" in numbers:
+            numbers["share_of_bf16_ceiling"] = numbers["flops"] / numbers["median"] / ceiling
         rows.append(
             (
                 method,
@@ -200,6 +264,8 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 1e3 * numbers["cpu"],
                 numbers["speedup"],
                 numbers["over_hct"],
+                numbers["peak"] / 2**30,
+                numbers["peak_share"],
                 numbers.get("share_of_bf16_ceiling", "-"),
             )
         )
@@ -211,12 +277,18 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "CPU ms",
         "plain / this",
         "this / HCT",
+        "peak GiB",
+        "this / plain",
         "bf16 ceiling",
     )
     ids, images = _sizes(args.batch)
     shape = f"{2 * ids * images} images of {args.height} x {args.width}, {args.arch}"
     table(f"One training step, {shape}, {args.ids} identities", header, rows)
-    addressed = {method: health.summary() for method, health in healths.items() if MEMORIES[method]}
+    addressed = {
+        name.split("/")[0]: numbers["addressed"]
+        for name, numbers in times.items()
+        if "addressed" in numbers
+    }
     keys = [
         f"{level}/{name}" for level in ("part", "instance") for name in ("zero_reads", "survivors")
     ]
@@ -224,7 +296,7 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         (method, *(numbers.get(key, "-") for key in keys)) for method, numbers in addressed.items()
     ]
     table("How the banks were addressed", ("method", *keys), rows)
-    return {"times": times, "addressed": addressed, "ceiling": ceiling}
+    return {"times": times, "ceiling": ceiling}
 
 
 def _flops(call: Step) -> int:
@@ -241,70 +313,31 @@ def _ceiling(device: torch.device) -> float:
     return 2 * CEILING_SIZE**3 / times["product"]["median"]
 
 
-def _peaks(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Peak memory of two steps of each variant, each in a process of its own."""
-    flags = ["--device", args.device, "--arch", args.arch, "--batch", args.batch]
-    flags += ["--height", str(args.height), "--width", str(args.width), "--ids", str(args.ids)]
-    flags += ["--bank-scale", str(args.bank_scale)]
-    peaks, rows = {}, []
-    for method in args.methods:
-        for variant in args.variants:
-            command = [sys.executable, "-m", "benchmarks.train", *flags]
-            command += ["--child", f"{method}/{variant}"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            peak = json.loads(done.stdout.splitlines()[-1])
-            peaks[f"{method}/{variant}"] = peak
-            whole = peaks.get(f"{method}/plain float32", float("nan"))
-            rows.append((method, variant, peak / 2**30, peak / whole))
-    what = "allocated on the device" if device.type == "cuda" else "resident, everything included"
-    table(f"Peak memory ({what})", ("method", "variant", "GiB", "this / plain"), rows)
-    return peaks
-
-
-def _peak_here(args: argparse.Namespace, device: torch.device, method: str, variant: str) -> int:
-    """Bytes that this process needed at most for two steps."""
-    step = _step(args, device, method, variant, batch=args.batch, ids=args.ids)
-    step(), step()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not getrusage where it can be helped: on Linux its peak may be that of the parent process.
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _grow(
-    args: argparse.Namespace, device: torch.device, cases: Sequence[tuple[Any, str, int]], what: str
+    args: argparse.Namespace, cases: Sequence[tuple[Any, str, int]], what: str
 ) -> dict[str, Any]:
     """HCT's and MG-MRA's bf16 step as something grows; one size in memory at a time."""
     results, rows = {}, []
+    methods = [method for method in ("HCT", "MG-MRA") if method in args.methods]
     for label, batch, ids in cases:
-        methods = [method for method in ("HCT", "MG-MRA") if method in args.methods]
-        calls = {m: _step(args, device, m, "bf16", batch=batch, ids=ids) for m in methods}
-        synchronize = _synchronize(device)
-        times = interleaved(
-            calls,
-            max(1, args.repeats // 2),
-            synchronize=synchronize,
-            description=f"{what} {label}",
-        )
+        names = [f"{method}/bf16" for method in methods]
+        times = _measured(args, names, f"{what} {label}", batch=batch, ids=ids)
         results[str(label)] = times
-        medians = [times[method]["median"] for method in methods]
-        ratio = medians[-1] / medians[0]
-        rows.append((label, *(1e3 * m for m in medians), ratio))
+        medians = [times[name]["median"] for name in names]
+        peaks = [times[name]["peak"] / 2**30 for name in names]
+        rows.append((label, *(1e3 * m for m in medians), medians[-1] / medians[0], *peaks))
     header = (what, *(f"{method} ms" for method in methods), "ratio")
+    header += tuple(f"{method} peak GiB" for method in methods)
     table(f"bf16 steps by {what}", header, rows)
     return results
 
 
 def _identities(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    return _grow(args, device, [(n, args.batch, n) for n in args.identities], "identities")
+    return _grow(args, [(n, args.batch, n) for n in args.identities], "identities")
 
 
 def _batches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    return _grow(args, device, [(batch, batch, args.ids) for batch in args.batches], "batch")
+    return _grow(args, [(batch, batch, args.ids) for batch in args.batches], "batch")
 
 
 def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

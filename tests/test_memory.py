@@ -175,6 +175,78 @@ def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypat
     torch.testing.assert_close(sparse_read(x, bank, survivors), dense, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shrink", [0.008, 0.05, 0.9])
+def test_queries_too_short_to_reach_any_prototype_are_left_out(shrink, monkeypatch):
+    """Rows of all lengths; uniform weights are 1/150."""
+    gen = torch.Generator().manual_seed(11)
+    x = torch.randn(300, 9, generator=gen, dtype=torch.float64)
+    x *= torch.logspace(-3, 1, 300, dtype=torch.float64)[:, None]
+    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64)
+    expected = select(x, bank, shrink)
+    _, survive = masked_softmax_read(x, bank, shrink)
+    assert torch.equal(expected.offsets.diff(), survive.sum(1))
+    monkeypatch.setattr("memory.BOUND_FACTOR", math.inf)  # leaves out no row at all
+    for ours, theirs in zip(select(x, bank, shrink), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("variant", [None, "paper", "released"])
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])  # from no survivor to few
+def test_sums_are_those_of_the_maps_gradients_included(variant, dtype, scale):
+    torch.manual_seed(12)
+    sizes = {"num_ids": 20, "instances_per_id": 5, "parts_per_instance": 8, "dim": 16}
+    if variant is None:
+        memory = SingleGranularityMemory(**sizes, shrink=0.005)
+    else:
+        memory = MultiGranularityMemory(**sizes, shrink=0.005, variant=variant)
+    memory.to(dtype)
+    with torch.no_grad():
+        memory.part_bank.mul_(4)
+    x = (scale * torch.randn(3, 16, 4, 2, dtype=dtype)).requires_grad_()
+    sums = {}
+    maps = memory(x, sums=sums)
+    toward = torch.randn(3, 16, dtype=dtype)
+    leaves = [x, *memory.parameters()]
+    for level, total in sums.items():
+        values = getattr(maps, level)
+        torch.testing.assert_close(total, values.sum(dim=(2, 3)), rtol=1e-5, atol=1e-5)
+        grads = [
+            torch.autograd.grad((toward * s).sum(), leaves, retain_graph=True, allow_unused=True)
+            for s in (total, values.sum(dim=(2, 3)))
+        ]
+        for ours, theirs in zip(*grads, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    # Both at once, as in a loss on the map beside one on the mean.
+    both = torch.autograd.grad(
+        (toward * sums["part"]).sum() + maps.part.square().sum(), (x, memory.part_bank)
+    )
+    maps = memory(x)
+    expected = torch.autograd.grad(
+        (toward[:, :, None, None] * maps.part).sum() + maps.part.square().sum(),
+        (x, memory.part_bank),
+    )
+    torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.03, 0.3])
+def test_a_constant_map_is_read_once_and_counted_in_full(shrink):
+    gen = torch.Generator().manual_seed(13)
+    vector = torch.randn(1, 6, 1, 1, generator=gen, requires_grad=True)
+    bank = torch.randn(20, 6, generator=gen, requires_grad=True)
+    toward = torch.randn(2, 6, 3, 4, generator=gen)
+    results = []
+    for x in (vector.expand(2, 6, 3, 4), vector.repeat(2, 1, 3, 4)):
+        health = MemoryHealth()
+        values = read(x, bank, shrink, level="part", health=health)
+        grads = torch.autograd.grad((toward * values).sum(), (vector, bank))
+        results.append((values, *grads, health.summary()))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert results[0][0].stride()[0] == 0
+
+
 def test_sparse_gradcheck():
     gen = torch.Generator().manual_seed(7)
     x = torch.randn(5, 4, generator=gen, dtype=torch.float64, requires_grad=True)
