@@ -32,9 +32,11 @@ T = TypeVar("T")
 
 FORMAT = "mgmra-checkpoint-1"  # written into each checkpoint; other files are earlier releases'
 ZIP_MAGIC = b"PK\x03\x04"  # the first bytes of what torch.save writes
-# Numbers and values of glibc's M_MMAP_MAX and M_TRIM_THRESHOLD.
+# Numbers and values of glibc's M_MMAP_MAX, M_TRIM_THRESHOLD and M_MXFAST. Without the last, slivers
+# that aligning cuts off are set aside, and a freed block is never large enough for its like.
 NO_MMAP = (-4, 0)
 NEVER_TRIM = (-1, 2**31 - 1)
+NO_FASTBINS = (1, 0)
 INSIST_SECONDS = 2.0  # launchers repeat a signal at once; a person who insists takes longer
 
 
@@ -165,7 +167,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False
-    return bool(mallopt(*NO_MMAP) and mallopt(*NEVER_TRIM))
+    return bool(mallopt(*NO_MMAP) and mallopt(*NEVER_TRIM) and mallopt(*NO_FASTBINS))
 
 
 def setup_logging(file: Path | None = None, level: int = logging.INFO) -> None:
