@@ -20,6 +20,8 @@ PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, float64 goldens do
 CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its cache
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
+MIN_QUERIES_PER_CHUNK = 128  # also of a bank so large that they hold more
+GROUPS_PER_CHUNK = 32  # groups of prototypes gated at a time on the CPU
 QUERIES_PER_BAG = 1024  # whose gradients are computed at a time on the CPU
 BOUND_FACTOR = 2.1  # 2 and what rounding may add, of bf16 too
 SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
@@ -173,7 +175,7 @@ def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
     reading = torch.arange(total, device=x.device)
     per_chunk = max(1, total)
     if x.device.type == "cpu":
-        per_chunk = max(1, CHUNK_ENTRIES // size)
+        per_chunk = max(MIN_QUERIES_PER_CHUNK, CHUNK_ENTRIES // size)
         if size * shrink >= 1:
             # Scores lie within |x| |b| of zero, so that no weight exceeds exp(2 |x| |b|) / m.
             reach = (x.norm(dim=1) * bank.norm(dim=1).max()).float()
@@ -377,9 +379,45 @@ def _from_dense(weights: Tensor) -> Survivors:
 
 def _gated_mean(gate: nn.Conv1d, groups: Tensor) -> Tensor:
     """Mean over the members of each group (n, members, C), gated by ``sigmoid(gate(groups))``."""
-    # A convolution of kernel 1, as a batched product: three times faster on a CPU.
-    weight = gate.weight[:, :, 0].expand(len(groups), -1, -1)
-    return (torch.sigmoid(torch.baddbmm(gate.bias[:, None], weight, groups)) * groups).mean(dim=1)
+    with torch.autocast(groups.device.type, enabled=False):
+        return _GatedMean.apply(groups, gate.weight[:, :, 0], gate.bias)
+
+
+class _GatedMean(torch.autograd.Function):
+    """Gated mean that keeps nothing for its backward but its inputs.
+
+    A convolution of kernel 1 is a batched product: three times faster on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(groups, weight, bias)
+        chunks = _chunks(groups)
+        return torch.cat([_gate(x, weight, bias).mul_(x).mean(dim=1) for x in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups, weight, bias = ctx.saved_tensors
+        grad = grad.unsqueeze(1) / groups.shape[1]
+        grad_groups = torch.empty_like(groups)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for x, above, result in zip(*map(_chunks, (groups, grad, grad_groups)), strict=True):
+            gate = _gate(x, weight, bias)
+            inner = torch.addcmul(gate, gate, gate, value=-1).mul_(x).mul_(above)
+            grad_weight += torch.bmm(inner, x.mT).sum(dim=0)
+            grad_bias += inner.sum(dim=(0, 2))
+            result.copy_(gate.mul_(above).baddbmm_(weight.t().expand(len(x), -1, -1), inner))
+        return grad_groups, grad_weight, grad_bias
+
+
+def _gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``sigmoid(weight @ x + bias)`` of each group of x (n, members, C)."""
+    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x).sigmoid_()
+
+
+def _chunks(groups: Tensor) -> tuple[Tensor, ...]:
+    """Groups a few at a time on the CPU, whose cache then holds what is computed from them."""
+    return groups.split(GROUPS_PER_CHUNK if groups.device.type == "cpu" else len(groups))
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

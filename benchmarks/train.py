@@ -321,7 +321,11 @@ def _grow(
     methods = [method for method in ("HCT", "MG-MRA") if method in args.methods]
     for label, batch, ids in cases:
         names = [f"{method}/bf16" for method in methods]
-        times = _measured(args, names, f"{what} {label}", batch=batch, ids=ids)
+        try:
+            times = _measured(args, names, f"{what} {label}", batch=batch, ids=ids)
+        except subprocess.CalledProcessError as error:  # out of memory, most likely
+            rows.append((label, f"failed: exit code {error.returncode}"))
+            continue
         results[str(label)] = times
         medians = [times[name]["median"] for name in names]
         peaks = [times[name]["peak"] / 2**30 for name in names]

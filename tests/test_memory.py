@@ -11,6 +11,7 @@ from memory import (
     MemoryRead,
     MultiGranularityMemory,
     SingleGranularityMemory,
+    _gated_mean,
     address,
     read,
     select,
@@ -142,6 +143,7 @@ def masked_softmax_read(x, bank, shrink):
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
     """From no survivor (uniform weights are 1/150) to all of them."""
+    monkeypatch.setattr("memory.MIN_QUERIES_PER_CHUNK", 1)
     monkeypatch.setattr("memory.CHUNK_ENTRIES", chunk * 150)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
@@ -162,6 +164,7 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
 @pytest.mark.parametrize("shrink", [0.005, 0.05])
 def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypatch):
     """Uniform weights are 1/150."""
+    monkeypatch.setattr("memory.MIN_QUERIES_PER_CHUNK", 1)
     monkeypatch.setattr("memory.CHUNK_ENTRIES", 7 * 150)
     gen = torch.Generator().manual_seed(10)
     x = torch.randn(40, 9, generator=gen, dtype=torch.float64)
@@ -245,6 +248,22 @@ def test_a_constant_map_is_read_once_and_counted_in_full(shrink):
         results.append((values, *grads, health.summary()))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
     assert results[0][0].stride()[0] == 0
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gated_mean_equals_the_plain_one_gradients_included(interleaved, monkeypatch):
+    monkeypatch.setattr("memory.GROUPS_PER_CHUNK", 3)
+    torch.manual_seed(14)
+    gate = torch.nn.Conv1d(4, 4, kernel_size=1).double()
+    groups = torch.randn(7, 9, 4, dtype=torch.float64) if interleaved else torch.randn(7, 4, 9)
+    groups = groups.double().requires_grad_()
+    x = groups.transpose(1, 2) if interleaved else groups
+    toward = torch.randn(7, 9, dtype=torch.float64)
+    leaves = (groups, gate.weight, gate.bias)
+    ours, plain = _gated_mean(gate, x), (torch.sigmoid(gate(x)) * x).mean(dim=1)
+    torch.testing.assert_close(ours, plain)
+    grads = [torch.autograd.grad((toward * y).sum(), leaves) for y in (ours, plain)]
+    torch.testing.assert_close(*grads)
 
 
 def test_sparse_gradcheck():
