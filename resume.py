@@ -108,16 +108,16 @@ def restore(
     path = content["path"]
     config = content["config"] if isinstance(content["config"], dict) else {}
     differing = [
-        f"{key} {config.get(key)!r} there, {value!r} here"
+        f"{key} {str(config.get(key))[:40]!r} there, {value!r} here"
         for key, value in net.config.items()
-        if config.get(key) != value
+        if not _same(config.get(key), value)
     ]
     if differing:
         raise CheckpointError(
             f"{path} belongs to another network ({'; '.join(differing)}); to start from its "
             f"weights use --weights"
         )
-    if content.get("identities") != list(identities):
+    if not _same(content.get("identities"), list(identities)):
         raise CheckpointError(
             f"{path} was trained on other identities than this data set and split hold: go on with "
             f"the same --data-path, --trial and --select-on, or use --weights {path}"
@@ -135,6 +135,14 @@ def restore(
     return progress
 
 
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether a stranger's value, of any type, equals a plain one of ours or a list of such."""
+    if isinstance(ours, list):
+        alike = isinstance(theirs, list) and len(theirs) == len(ours)
+        return alike and all(map(_same, theirs, ours))
+    return isinstance(theirs, str | int | float | None) and theirs == ours
+
+
 def _require(ok: bool, what: str) -> None:
     if not ok:
         raise ValueError(what)
@@ -143,8 +151,12 @@ def _require(ok: bool, what: str) -> None:
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any) -> None:
     """Takes over the state alone: rates, decay and momentum are the flags'."""
     ours = optimizer.state_dict()["param_groups"]
-    theirs = [group["params"] for group in saved["param_groups"]]
-    _require(theirs == [group["params"] for group in ours], "the optimiser's parameters differ")
+    groups = saved["param_groups"]
+    _require(all(isinstance(group, dict) for group in groups), "the optimiser's groups are broken")
+    theirs = [group["params"] for group in groups]
+    _require(
+        _same(theirs, [group["params"] for group in ours]), "the optimiser's parameters differ"
+    )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
     names = OPTIMIZER_STATE[type(optimizer).__name__]
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

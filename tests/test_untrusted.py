@@ -340,6 +340,18 @@ def underway():
     }
 
 
+@pytest.mark.parametrize("name", ["config", "identities", "optimizer"])
+def test_tensors_in_place_of_plain_values_are_refused(place, name):
+    """Comparing such a tensor raises; found by the property-based test."""
+    content, tensor = dict(place.content), torch.ones(2, 2)
+    content[name] = {
+        "config": {**content["config"], "num_ids": tensor},
+        "identities": [tensor] * len(place.identities),
+        "optimizer": {**content["optimizer"], "param_groups": [tensor, tensor]},
+    }[name]
+    assert not try_resume(place, content, place.root)
+
+
 def test_what_is_in_order_is_taken(place):
     assert try_resume(place, place.content, place.root)
     assert try_resume(place, {**place.content, "underway": underway()}, place.root)
