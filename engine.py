@@ -518,9 +518,11 @@ def score(
     """
     q, g = eval_set.query, eval_set.gallery
     measure = _measure(query, ranking)
+    # Trials share images: all distances once, unless a ranking depends on the gallery.
+    whole = measure(gallery) if ranking == "no" and len(eval_set.gallery_trials) > 1 else None
     per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
-        distmat = measure(gallery[rows])
+        distmat = measure(gallery[rows]) if whole is None else whole[:, rows]
         if eval_set.camera_rule == "none":
             result = eval_regdb(distmat, q.pids, g.pids[rows])
         else:

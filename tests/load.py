@@ -1,6 +1,6 @@
 """Full-size stand-in SYSU-MM01 through everything, with time and peak memory of each stage.
 
-    python tests/load.py                                    # 288 x 144, ResNet-50, 20 steps
+    python tests/load.py                                    # 288 x 144, ResNet-50, bf16, 20 steps
     python tests/load.py --size 96 48 --arch resnet18 --folder DIR    # quicker; DIR is kept
 
 Stages: data generated (skipped where FOLDER holds them), caches built, an epoch's beginning trained
@@ -102,7 +102,7 @@ def stages(folder: Path, args: argparse.Namespace) -> bool:
     training = (
         *("train_MGMRA.py", *where, *size, "--output-dir", run, "--overwrite", "--quiet"),
         *("--weights", "none", "--arch", args.arch, "--triplet-ramp", 4, 9, "--gpu", args.gpu),
-        *("--save-every-steps", args.steps),
+        *("--save-every-steps", args.steps, "--amp"),
     )
     testing = (
         *("test.py", *where, "--mode", "all", "--trials", 10, "--resume", run / "last.pt"),
