@@ -108,7 +108,7 @@ def restore(
     path = content["path"]
     config = content["config"] if isinstance(content["config"], dict) else {}
     differing = [
-        f"{key} {str(config.get(key))[:40]!r} there, {value!r} here"
+        f"{key} {repr(config.get(key))[:40]} there, {value!r} here"
         for key, value in net.config.items()
         if not _same(config.get(key), value)
     ]
