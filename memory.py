@@ -251,13 +251,21 @@ class _SparseRead(torch.autograd.Function):
                 used.index_add_(0, images * len(bank) + columns, weights)
                 grad_bank += used.view(len(grad_sums), -1).t() @ grad_sums
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            step = QUERIES_PER_BAG if x.device.type == "cpu" else len(x)
-            for i in range(0, len(x), step):  # no whole float32 map beside the one in x's type
-                own = offsets[i : i + step + 1]
-                part = slice(own[0], own[-1])
-                grad_x[i : i + step] = _bag(bank, columns[part], own - own[0], grad_logit[part])
+            grad_x = _grad_of_queries(x, bank, Survivors(offsets, columns, grad_logit))
         return grad_x, grad_bank, None, None, None, None
+
+
+def _grad_of_queries(x: Tensor, bank: Tensor, grad_logits: Survivors) -> Tensor:
+    """Derivative towards the queries (n, C), in their type."""
+    offsets, columns, weights = grad_logits
+    if x.device.type != "cpu":  # where slices of unknown bounds would wait for the device
+        return _bag(bank, columns, offsets, weights).to(x.dtype)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for i, out in enumerate(result.split(QUERIES_PER_BAG)):  # no whole map in float32
+        own = offsets[i * QUERIES_PER_BAG :][: len(out) + 1]
+        part = slice(own[0], own[-1])
+        out.copy_(_bag(bank, columns[part], own - own[0], weights[part]))
+    return result
 
 
 def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
