@@ -15,6 +15,9 @@ from torch import Tensor, nn
 MARGIN = 0.3  # HCT and batch-hard triplet
 LABEL_SMOOTHING = 0.1
 MIN_SQUARED_DISTANCE = 1e-12
+# Devices that are not asked how many centres a batch has, since the answer would keep them waiting:
+# there is room for one centre a row then.
+UNASKED = ("cuda",)
 WEIGHT_EPSILON = 1e-6  # weighted regularised triplet: keeps the weights' denominator above zero
 DECORRELATION_OFF_DIAGONAL = 0.051  # released setting, a Barlow-Twins-like balance
 DECORRELATION_SCALE = 200.0  # released setting
@@ -99,16 +102,21 @@ class HeteroCenterTripletLoss(nn.Module):
         _check(features, modality)
         if features.ndim == 2:
             features = features.unsqueeze(1)
-        # unique() sorts, so that an identity's visible and infrared centres are neighbours.
-        keys, inverse = torch.unique(labels * 2 + modality.to(labels.dtype), return_inverse=True)
-        membership = F.one_hot(inverse, len(keys)).to(features.dtype)  # (N, centres)
-        membership = membership / membership.sum(dim=0)
-        centers = torch.einsum("nc,nsd->scd", membership, features)  # (S, centres, D)
-        identity = keys.div(2, rounding_mode="floor")
+        keys, order = (labels * 2 + modality.to(labels.dtype)).sort()
+        index = torch.cat([keys.new_zeros(1), (keys.diff() != 0).cumsum(0)])  # of each key's centre
+        room = rows if features.device.type in UNASKED else int(index[-1]) + 1
+        membership = features.new_zeros(rows, room)
+        membership[order, index] = 1
+        count = membership.sum(dim=0)  # rows of each centre, 0 where there is none
+        centers = torch.einsum("nc,nsd->scd", membership / count.clamp_min(1), features)
+        identity = keys.new_full((room,), -1).scatter_(0, index, keys // 2)
+        there = count > 0
         same = identity[:, None] == identity
-        positive, negative = _hardest(pairwise_distance(centers), same)  # (S, centres)
+        distance = pairwise_distance(centers).masked_fill(~there & ~same, torch.inf)
+        positive, negative = _hardest(distance, same)  # (S, centres)
         # With a single identity there is no negative: inf, hence a hinge of zero.
-        return F.relu(self.margin + positive - negative).mean(dim=1).sum()
+        hinge = F.relu(self.margin + positive - negative)
+        return (hinge * there).sum() / there.sum()
 
 
 class BatchHardTripletLoss(nn.Module):

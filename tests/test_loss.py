@@ -110,6 +110,21 @@ def test_gradcheck_of_triplets(name):
     assert torch.autograd.gradcheck(TRIPLETS[name], (features.requires_grad_(), labels))
 
 
+@pytest.mark.parametrize("ids", [1, 2, 5])
+def test_hetero_centres_with_room_to_spare(ids, monkeypatch):
+    """As on a GPU, which is not asked how many centres there are."""
+    gen = torch.Generator().manual_seed(5)
+    labels = torch.arange(ids).repeat_interleave(3).repeat(2)
+    features = torch.randn(6 * ids, 2, 7, generator=gen, dtype=torch.float64, requires_grad=True)
+    loss = HeteroCenterTripletLoss(margin=2.0)
+    results = []
+    for unasked in ((), ("cpu",)):
+        monkeypatch.setattr("loss.UNASKED", unasked)
+        value = loss(features, labels)
+        results.append((value, *torch.autograd.grad(value, features)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 def test_order_of_the_rows_does_not_matter_to_the_hetero_centre_loss():
     features, labels = batch()
     loss = HeteroCenterTripletLoss()
