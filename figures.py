@@ -391,7 +391,8 @@ def training_curves(path: str | Path, lines: Sequence[Mapping[str, Any]], *, tit
             for label, key in (("Rank-1", "rank1"), ("mAP", "mAP"), ("mINP", "mINP"))
         }
         _lines(axes[1, 0], results, "evaluation (%)")
-        axes[1, 0].legend(loc="best", handlelength=2.6, labelspacing=0.2)
+        place = {"loc": "lower center", "bbox_to_anchor": (0.42, 1.0), "ncols": 3}
+        axes[1, 0].legend(**place, handlelength=1.7, columnspacing=0.7, handletextpad=0.3)
         _lines(axes[1, 1], {"": _series(lines, "lr")}, "learning rate")
         axes[1, 1].ticklabel_format(axis="y", scilimits=(-2, 2))
         _lines(axes[1, 2], {"": _series(lines, "feature_spread")}, "feature spread")
