@@ -33,6 +33,8 @@ PAGE_COLORS = 256  # of a whole PNG: a third of the bytes
 
 PAGE_WIDTH = 516  # points; the text width of a two-column conference page
 COLUMN_WIDTH = 252  # points; one column of such a page, which no figure is narrower than
+LABEL = (24, 11)  # points that the number of an identity takes, width and height
+LABEL_SHIFTS = ((0, 3.5), (14, 0), (-14, 0), (0, -14), (22, -5), (-22, -5))  # the best first
 MARGIN, LINE = 5, 12  # points; LINE: from one line of text to the next
 FONT, TITLE_FONT = 8, 9  # points
 INK, FAINT = "#1a1a1a", "#555555"
@@ -325,14 +327,23 @@ def embedding(
         colors = [entry["color"] for entry in matplotlib.rcParams["axes.prop_cycle"]]
         for pid, color in zip(identities, colors, strict=False):
             _identity(axes, points, pids == pid, infrared, color)
+        taken: list[np.ndarray] = []  # where labels stand, about in points of print
+        size = np.array([0.9 * COLUMN_WIDTH, 180]) / np.maximum(np.ptp(points, axis=0), 1e-12)
         for pid in identities:
             own = points[pids == pid]
             away = np.linalg.norm(own - np.median(own, axis=0), axis=1)
             own = own[away <= np.median(away)]  # a label stands by the many, not by a stray point
             look = {"ha": "center", "va": "bottom", "fontweight": "bold", "color": INK, "zorder": 5}
             look["path_effects"] = [withStroke(linewidth=2, foreground="white")]
-            place = {"xytext": (0, 3.5), "textcoords": "offset points"}
-            axes.annotate(str(pid), own[own[:, 1].argmax()], **place, **look)
+            top = own[own[:, 1].argmax()]
+            free = (
+                shift
+                for shift in LABEL_SHIFTS
+                if all((np.abs(top * size + shift - other) >= LABEL).any() for other in taken)
+            )
+            shift = next(free, LABEL_SHIFTS[0])
+            taken.append(top * size + shift)
+            axes.annotate(str(pid), top, xytext=shift, textcoords="offset points", **look)
         for marker, face, label in (("o", FAINT, "visible"), ("^", "white", "infrared")):
             look = {"markeredgecolor": FAINT, "markerfacecolor": face, "linestyle": "none"}
             axes.plot([], [], marker=marker, markersize=5, label=label, **look)
