@@ -47,6 +47,7 @@ def main() -> int:
     draw += f" --test-ids {args.test_ids} --images-per-id {args.images_per_id} --seed 0"
     if not (ROOT / RUNS / "data/stand_in.json").exists():
         call(draw)
+    pages = {}
     for table in args.tables:
         run = f"python reproduce.py run --table {table} --trials {args.trials} --runs {RUNS}"
         run += f" --data-path {RUNS}/data {QUICK} --epochs {args.epochs} --gpu {args.gpu} --quiet"
@@ -60,7 +61,9 @@ def main() -> int:
             epochs=args.epochs,
             commands="\n".join((draw, run, write)),
         )
-        (ROOT / f"docs/example_{table}_table.md").write_text(preface + page, encoding="utf-8")
+        pages[table] = preface + page
+    for table, page in pages.items():  # at the end: a changed page marks later runs as such
+        (ROOT / f"docs/example_{table}_table.md").write_text(page, encoding="utf-8")
     return 0
 
 
