@@ -154,7 +154,7 @@ def address(x: Tensor, bank: Tensor, shrink: float) -> Tensor:
     Source: MemAE's hard shrinkage, ``relu(w - lambda) * w / (|w - lambda| + epsilon)``.
     """
     logits = x @ bank.t()  # (n, m)
-    weights = logits.softmax(dim=1, dtype=_at_least_float32(logits))
+    weights = logits.softmax(dim=1, dtype=at_least_float32(logits))
     excess = (weights - shrink).relu()
     survivors = weights * (excess / (excess + EPSILON))
     return survivors / survivors.sum(dim=1, keepdim=True).clamp_min(EPSILON)
@@ -183,7 +183,7 @@ def select(x: Tensor, bank: Tensor, shrink: float) -> Survivors:
             x = x if len(reading) == total else x[reading]
     found, weights = [], []
     for queries in x.split(per_chunk):
-        weight = (queries @ bank.t()).softmax(dim=1, dtype=_at_least_float32(x)).flatten()
+        weight = (queries @ bank.t()).softmax(dim=1, dtype=at_least_float32(x)).flatten()
         places = (weight > shrink).nonzero()[:, 0]
         weights.append(weight[places])
         found.append(places + len(found) * per_chunk * size)
@@ -309,7 +309,26 @@ def read(
     Returns:
         Map of x's shape, zero where no prototype's weight is above `shrink`.
     """
-    return _read(x, bank, shrink, level, health)[0]
+    values, total = _read(x, bank, shrink, level, health)
+    values.position_sum = (_version(values), total)
+    return values
+
+
+def position_sum(values: Tensor) -> Tensor:
+    """Sum of a map (B, C, H, W) over its positions: (B, C), float32 or wider.
+
+    `read` computes its map's own beside the map, with a derivative that costs less than one through
+    the map; any other map, one changed in place included, is summed here.
+    """
+    version, total = getattr(values, "position_sum", (None, None))
+    if total is not None and version == _version(values):
+        return total
+    return values.sum(dim=(2, 3), dtype=at_least_float32(values))
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _read(
@@ -428,7 +447,7 @@ def _chunks(groups: Tensor) -> tuple[Tensor, ...]:
     return groups.split(GROUPS_PER_CHUNK if groups.device.type == "cpu" else len(groups))
 
 
-def _at_least_float32(x: Tensor) -> torch.dtype:
+def at_least_float32(x: Tensor) -> torch.dtype:
     """Float32 under autocast, the tensor's own type where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -495,34 +514,12 @@ class SingleGranularityMemory(nn.Module):
             return self.shrink
         return min(self.shrink_scale / len(bank), 1.0)
 
-    def forward(
-        self,
-        x: Tensor,
-        health: MemoryHealth | None = None,
-        sums: dict[str, Tensor] | None = None,
-    ) -> MemoryRead:
-        """Reads all granularities at every position.
+    def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
+        """Reads all granularities at every position of x (B, C, H, W); `health` counts them."""
+        return MemoryRead(self._read("part", x, self.part_bank, health))
 
-        Args:
-            x: Queries, (B, C, H, W).
-            health: Counts how each level is addressed.
-            sums: Takes, by level, each read's sum over the positions, (B, C), float32 or wider. A
-                gradient through it costs less than one through the map.
-        """
-        return MemoryRead(self._read("part", x, self.part_bank, health, sums))
-
-    def _read(
-        self,
-        level: str,
-        x: Tensor,
-        bank: Tensor,
-        health: MemoryHealth | None,
-        sums: dict[str, Tensor] | None,
-    ) -> Tensor:
-        values, total = _read(x, bank, self.threshold(bank), level, health)
-        if sums is not None:
-            sums[level] = total
-        return values
+    def _read(self, level: str, x: Tensor, bank: Tensor, health: MemoryHealth | None) -> Tensor:
+        return read(x, bank, self.threshold(bank), level=level, health=health)
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""
@@ -586,20 +583,15 @@ class MultiGranularityMemory(SingleGranularityMemory):
         grouped = instance.view(self.num_ids, self.instances_per_id, self.dim)  # (L, T, C)
         return instance, _gated_mean(self.instance_gate, grouped)  # (L, C)
 
-    def forward(
-        self,
-        x: Tensor,
-        health: MemoryHealth | None = None,
-        sums: dict[str, Tensor] | None = None,
-    ) -> MemoryRead:
+    def forward(self, x: Tensor, health: MemoryHealth | None = None) -> MemoryRead:
         """Reads all granularities; see `SingleGranularityMemory.forward`."""
         instance_bank, semantic_bank = self.banks()
-        part = self._read("part", x, self.part_bank, health, sums)
+        part = self._read("part", x, self.part_bank, health)
         if self.variant == "released":
-            semantic = self._read("semantic", x, semantic_bank, health, sums)
+            semantic = self._read("semantic", x, semantic_bank, health)
             return MemoryRead(part, semantic=semantic)
-        instance = self._read("instance", part, instance_bank, health, sums)
-        semantic = self._read("semantic", instance, semantic_bank, health, sums)
+        instance = self._read("instance", part, instance_bank, health)
+        semantic = self._read("semantic", instance, semantic_bank, health)
         return MemoryRead(part, instance, semantic)
 
     def extra_repr(self) -> str:

@@ -24,6 +24,8 @@ from memory import (
     MemoryRead,
     MultiGranularityMemory,
     SingleGranularityMemory,
+    at_least_float32,
+    position_sum,
 )
 from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 from weights import (
@@ -102,11 +104,6 @@ class Stage(nn.Module):
         return x
 
 
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    """Float32 under autocast, the tensor's own type where that is wider."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32.
 
@@ -129,7 +126,7 @@ class _GeneralizedMean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
         pooled = []
         for part in _chunks(x):
-            part = part.to(_at_least_float32(x))
+            part = part.to(at_least_float32(x))
             scale = part.amax(dim=dims, keepdim=True).clamp_min_(1)
             mean = _power_(part / scale, p).mean(dim=dims)
             scale = scale.view_as(mean)
@@ -402,14 +399,13 @@ class TwoStreamNet(nn.Module):
         self, x: Tensor, health: MemoryHealth | None = None
     ) -> tuple[Tensor, MemoryRead | None]:
         """Mean over positions of the map plus its read: (N, C), float32 or wider; all reads."""
-        dtype = _at_least_float32(x)
+        dtype = at_least_float32(x)
         total = x.sum(dim=(2, 3), dtype=dtype)
         read = None
         if self.memory is not None:
-            sums: dict[str, Tensor] = {}
-            read = self.memory(x, health, sums)
+            read = self.memory(x, health)
             # The mean of a sum is the sum of the means: no map x + read is built.
-            total = total + sums[self.memory_level]
+            total = total + position_sum(getattr(read, self.memory_level))
         # Dividing after the sums, not in mean(), spares the backward two maps.
         return total / x[0, 0].numel(), read
 
@@ -459,7 +455,7 @@ class TwoStreamNet(nn.Module):
             features.append(pooled if test_feat == "pool" else self.neck(pooled))
         if test_feat in ("memory", "both"):
             features.append(self.memory_neck(self._memory_feature(x)[0]))
-        features = [F.normalize(f.to(_at_least_float32(f))) for f in features]
+        features = [F.normalize(f.to(at_least_float32(f))) for f in features]
         return F.normalize(torch.cat(features, dim=1)) if len(features) > 1 else features[0]
 
 

@@ -13,6 +13,7 @@ from memory import (
     SingleGranularityMemory,
     _gated_mean,
     address,
+    position_sum,
     read,
     select,
     sparse_read,
@@ -208,8 +209,12 @@ def test_sums_are_those_of_the_maps_gradients_included(variant, dtype, scale):
     with torch.no_grad():
         memory.part_bank.mul_(4)
     x = (scale * torch.randn(3, 16, 4, 2, dtype=dtype)).requires_grad_()
-    sums = {}
-    maps = memory(x, sums=sums)
+    maps = memory(x)
+    sums = {
+        level: position_sum(values)
+        for level, values in maps._asdict().items()
+        if values is not None
+    }
     toward = torch.randn(3, 16, dtype=dtype)
     leaves = [x, *memory.parameters()]
     for level, total in sums.items():
@@ -233,6 +238,16 @@ def test_sums_are_those_of_the_maps_gradients_included(variant, dtype, scale):
         (x, memory.part_bank),
     )
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_changed_map_is_summed_as_it_is():
+    """Whoever changes a read finds the change in its sum."""
+    gen = torch.Generator().manual_seed(15)
+    values = read(torch.randn(2, 6, 3, 4, generator=gen), torch.randn(20, 6, generator=gen), 0.01)
+    before = position_sum(values)
+    torch.testing.assert_close(position_sum(2 * values), 2 * before)
+    values.mul_(3)
+    torch.testing.assert_close(position_sum(values), 3 * before)
 
 
 @pytest.mark.parametrize("shrink", [0.0, 0.03, 0.3])

@@ -4,7 +4,7 @@ import torch
 from recipe import GOLDEN, METHODS, images, released_state_dict
 
 from loss import part_alignment_loss
-from memory import MemoryHealth
+from memory import MemoryHealth, MemoryRead, MultiGranularityMemory
 from model import NonLocal, TwoStreamNet, convert_released_state_dict, gem, load_network
 from weights import released_config
 
@@ -145,6 +145,30 @@ def test_memory_feature_is_the_mean_of_map_plus_coarsest_read():
         coarsest = read.part if memory == "sg" else read.semantic
         expected = (x + coarsest).mean(dim=(2, 3))
         torch.testing.assert_close(net._memory_feature(x)[0], expected)
+
+
+class Doubled(MultiGranularityMemory):
+    def forward(self, x, health=None):
+        read = super().forward(x, health)
+        return read._replace(semantic=2 * read.semantic)
+
+
+class Halves(torch.nn.Module):
+    """A memory of one's own that shares nothing with ours."""
+
+    def forward(self, x, health=None):
+        return MemoryRead(x / 4, None, x / 2)
+
+
+def test_a_memory_of_ones_own_is_added_as_it_reads():
+    net = small(memory="mg", shrink=0.0)
+    x = torch.randn(2, net.dim, 6, 2)
+    twice = 2 * net.memory(x).semantic
+    net.memory.__class__ = Doubled
+    torch.testing.assert_close(net._memory_feature(x)[0], (x + twice).mean(dim=(2, 3)))
+    net.memory = Halves()
+    torch.testing.assert_close(net._memory_feature(x)[0], 1.5 * x.mean(dim=(2, 3)))
+    assert net(*pictures(2))["memory_read"].part.shape[0] == 4
 
 
 @pytest.mark.parametrize(("memory", "level"), [("mg", "part"), ("mg", "instance"), ("sg", "part")])
