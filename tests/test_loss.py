@@ -217,6 +217,15 @@ def test_alignment_of_an_odd_number_leaves_one_stripe_out():
     torch.testing.assert_close(part_alignment_loss(read, [2, 0, 1]), expected)
 
 
+@pytest.mark.parametrize("order", [[1, 0], [2, 0, 1], [3, 1, 4, 0, 5, 2]])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_alignment_gradcheck(order, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    read = torch.randn(2, 3, 2 * len(order), 2, dtype=torch.float64)
+    read = read.contiguous(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(lambda read: part_alignment_loss(read, order), read)
+
+
 def test_decorrelation_by_hand():
     gen = torch.Generator().manual_seed(4)
     read = torch.randn(3, 5, 4, 2, generator=gen, dtype=torch.float64)
