@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import pictures
+from addressing import Survivors
 from data_loader import EvalLoader
-from memory import Survivors
 from model import OUTPUT_STRIDE, TwoStreamNet
 
 PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
@@ -28,10 +28,10 @@ class Recorder:
     levels: dict[str, tuple[Survivors, int]] = field(default_factory=dict)
 
     def update(
-        self, level: str, survivors: Survivors, num_prototypes: int, repeats: int = 1
+        self, level: str, weights: Survivors | torch.Tensor, num_prototypes: int, repeats: int = 1
     ) -> None:
         """Keeps one read of a batch."""
-        self.levels[level] = (survivors.repeat(repeats), num_prototypes)
+        self.levels[level] = (Survivors.of(weights).repeat(repeats), num_prototypes)
 
 
 def require_memory(net: TwoStreamNet) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from addressing import at_least_float32, position_sum
 from memory import (
     INSTANCES_PER_ID,
     PARTS_PER_INSTANCE,
@@ -24,8 +25,6 @@ from memory import (
     MemoryRead,
     MultiGranularityMemory,
     SingleGranularityMemory,
-    at_least_float32,
-    position_sum,
 )
 from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 from weights import (

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from addressing import EPSILON
 from loss import (
     ALIGNMENT_OFFSET,
     DECORRELATION_OFF_DIAGONAL,
@@ -22,7 +23,7 @@ from loss import (
     MIN_SQUARED_DISTANCE,
     TERM_WEIGHTS,
 )
-from memory import EPSILON, MultiGranularityMemory, SingleGranularityMemory
+from memory import MultiGranularityMemory, SingleGranularityMemory
 from model import GEM_EPSILON, TwoStreamNet
 
 # --- Network --------------------------------------------------------------------------------------

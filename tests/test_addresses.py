@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import addresses
-from memory import Survivors, address
+from addressing import Survivors, address
 from model import TwoStreamNet
 
 SIZE = (96, 32)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from addressing import read
 from benchmarks.plain import PlainNet, plain_training_step
 from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
 from engine import extract_features, make_optimizer, set_learning_rate, training_step
 from loss import TERM_WEIGHTS, Criterion
-from memory import MemoryHealth, read
+from memory import MemoryHealth
 from model import TwoStreamNet, gem
 
 pytestmark = [

@@ -5,6 +5,7 @@ import pytest
 import torch
 from recipe import GOLDEN
 
+from addressing import address, position_sum, read, select
 from memory import (
     SHRINK,
     MemoryHealth,
@@ -12,11 +13,6 @@ from memory import (
     MultiGranularityMemory,
     SingleGranularityMemory,
     _gated_mean,
-    address,
-    position_sum,
-    read,
-    select,
-    sparse_read,
 )
 
 GOLDEN_NAMES = {
@@ -71,130 +67,6 @@ def test_agrees_with_the_released_memory(name, shrink):
         assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max(), key
 
 
-def naive_read(x, bank, shrink):
-    """One position after the other, as the method says it."""
-    batch, _, height, width = x.shape
-    out = torch.zeros_like(x)
-    for b in range(batch):
-        for h in range(height):
-            for w in range(width):
-                logits = bank @ x[b, :, h, w]
-                weights = torch.exp(logits - logits.max())
-                weights = weights / weights.sum()
-                kept = [i for i in range(len(bank)) if weights[i] > shrink]
-                if kept:
-                    total = sum(weights[i] for i in kept)
-                    out[b, :, h, w] = sum(weights[i] / total * bank[i] for i in kept)
-    return out
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
-@pytest.mark.parametrize("shrink", [0.0, 0.02, 0.05, 0.5, 0.999])
-def test_read_equals_a_loop_over_positions(scale, shrink):
-    gen = torch.Generator().manual_seed(1)
-    x = scale * torch.randn(2, 7, 3, 2, generator=gen, dtype=torch.float64)
-    bank = torch.randn(30, 7, generator=gen, dtype=torch.float64)
-    torch.testing.assert_close(
-        read(x, bank, shrink), naive_read(x, bank, shrink), atol=1e-7, rtol=0
-    )
-
-
-def test_address_is_a_softmax_over_the_survivors_alone():
-    gen = torch.Generator().manual_seed(2)
-    x = torch.randn(50, 8, generator=gen, dtype=torch.float64)
-    bank = torch.randn(40, 8, generator=gen, dtype=torch.float64)
-    logits = x @ bank.t()
-    full = logits.softmax(1)
-    assert ((full - 0.02).abs() > 1e-5).all(), "no weight so near the threshold that epsilon shows"
-    expected = logits.masked_fill(full <= 0.02, -math.inf).softmax(1)
-    weights = address(x, bank, 0.02)
-    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
-    assert ((weights > 0).sum(1) <= 1 / 0.02).all()
-    torch.testing.assert_close(weights.sum(1), torch.ones(50, dtype=torch.float64))
-
-
-def test_uniform_weights_under_the_threshold_read_zero_and_back_propagate():
-    bank = torch.zeros(401, 4, requires_grad=True)  # uniform weight 1/401 < 0.0025
-    x = torch.ones(2, 4, 1, 1, requires_grad=True)
-    out = read(x, bank, 0.0025)
-    assert not out.any()
-    out.sum().backward()
-    assert not x.grad.any()
-    assert not bank.grad.any()
-    assert read(x, torch.ones(399, 4), 0.0025).allclose(torch.tensor(1.0))  # 1/399 is above
-
-
-def test_the_threshold_itself_does_not_survive():
-    x = torch.zeros(1, 4, 1, 1)
-    assert not read(x, torch.ones(4, 4), 0.25).any()
-    assert read(x, torch.ones(4, 4), 0.2499).all()
-
-
-def masked_softmax_read(x, bank, shrink):
-    """Softmax over the survivors by masking, without the releases' epsilon; who survives."""
-    logits = x @ bank.t()
-    survive = logits.softmax(1) > shrink
-    none = ~survive.any(1, keepdim=True)
-    weights = logits.masked_fill(~survive & ~none, -math.inf).softmax(1)
-    return weights.masked_fill(none, 0) @ bank, survive
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.02, 0.3, 1.0, 10.0])
-@pytest.mark.parametrize("shrink", [0.0, 0.002, 0.01, 0.1, 0.9])
-@pytest.mark.parametrize("chunk", [7, 1 << 20])
-def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
-    """From no survivor (uniform weights are 1/150) to all of them."""
-    monkeypatch.setattr("memory.MIN_QUERIES_PER_CHUNK", 1)
-    monkeypatch.setattr("memory.CHUNK_ENTRIES", chunk * 150)
-    monkeypatch.setattr("memory.QUERIES_PER_BAG", min(chunk, 1024))
-    gen = torch.Generator().manual_seed(6)
-    x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
-    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
-    toward = torch.randn(40, 9, generator=gen, dtype=torch.float64)
-    dense, survive = masked_softmax_read(x, bank, shrink)
-    expected = torch.autograd.grad((toward * dense).sum(), (x, bank))
-    survivors = select(x, bank, shrink)
-    assert torch.equal(survivors.offsets.diff(), survive.sum(1))
-    sparse = sparse_read(x, bank, survivors)
-    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
-    for ours, theirs in zip(
-        torch.autograd.grad((toward * sparse).sum(), (x, bank)), expected, strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("shrink", [0.005, 0.05])
-def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypatch):
-    """Uniform weights are 1/150."""
-    monkeypatch.setattr("memory.MIN_QUERIES_PER_CHUNK", 1)
-    monkeypatch.setattr("memory.CHUNK_ENTRIES", 7 * 150)
-    gen = torch.Generator().manual_seed(10)
-    x = torch.randn(40, 9, generator=gen, dtype=torch.float64)
-    x[::3] = 0
-    x[14:21] = 0  # a whole chunk
-    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64)
-    dense, survive = masked_softmax_read(x, bank, shrink)
-    assert survive[0].any() == (shrink < 1 / 150)
-    survivors = select(x, bank, shrink)
-    assert torch.equal(survivors.offsets.diff(), survive.sum(1))
-    torch.testing.assert_close(sparse_read(x, bank, survivors), dense, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("shrink", [0.008, 0.05, 0.9])
-def test_queries_too_short_to_reach_any_prototype_are_left_out(shrink, monkeypatch):
-    """Rows of all lengths; uniform weights are 1/150."""
-    gen = torch.Generator().manual_seed(11)
-    x = torch.randn(300, 9, generator=gen, dtype=torch.float64)
-    x *= torch.logspace(-3, 1, 300, dtype=torch.float64)[:, None]
-    bank = torch.randn(150, 9, generator=gen, dtype=torch.float64)
-    expected = select(x, bank, shrink)
-    _, survive = masked_softmax_read(x, bank, shrink)
-    assert torch.equal(expected.offsets.diff(), survive.sum(1))
-    monkeypatch.setattr("memory.BOUND_FACTOR", math.inf)  # leaves out no row at all
-    for ours, theirs in zip(select(x, bank, shrink), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("variant", [None, "paper", "released"])
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])  # from no survivor to few
@@ -240,32 +112,6 @@ def test_sums_are_those_of_the_maps_gradients_included(variant, dtype, scale):
     torch.testing.assert_close(both, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_changed_map_is_summed_as_it_is():
-    """Whoever changes a read finds the change in its sum."""
-    gen = torch.Generator().manual_seed(15)
-    values = read(torch.randn(2, 6, 3, 4, generator=gen), torch.randn(20, 6, generator=gen), 0.01)
-    before = position_sum(values)
-    torch.testing.assert_close(position_sum(2 * values), 2 * before)
-    values.mul_(3)
-    torch.testing.assert_close(position_sum(values), 3 * before)
-
-
-@pytest.mark.parametrize("shrink", [0.0, 0.03, 0.3])
-def test_a_constant_map_is_read_once_and_counted_in_full(shrink):
-    gen = torch.Generator().manual_seed(13)
-    vector = torch.randn(1, 6, 1, 1, generator=gen, requires_grad=True)
-    bank = torch.randn(20, 6, generator=gen, requires_grad=True)
-    toward = torch.randn(2, 6, 3, 4, generator=gen)
-    results = []
-    for x in (vector.expand(2, 6, 3, 4), vector.repeat(2, 1, 3, 4)):
-        health = MemoryHealth()
-        values = read(x, bank, shrink, level="part", health=health)
-        grads = torch.autograd.grad((toward * values).sum(), (vector, bank))
-        results.append((values, *grads, health.summary()))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert results[0][0].stride()[0] == 0
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gated_mean_equals_the_plain_one_gradients_included(interleaved, monkeypatch):
     monkeypatch.setattr("memory.GROUPS_PER_CHUNK", 3)
@@ -280,40 +126,6 @@ def test_gated_mean_equals_the_plain_one_gradients_included(interleaved, monkeyp
     torch.testing.assert_close(ours, plain)
     grads = [torch.autograd.grad((toward * y).sum(), leaves) for y in (ours, plain)]
     torch.testing.assert_close(*grads)
-
-
-def test_sparse_gradcheck():
-    gen = torch.Generator().manual_seed(7)
-    x = torch.randn(5, 4, generator=gen, dtype=torch.float64, requires_grad=True)
-    bank = torch.randn(12, 4, generator=gen, dtype=torch.float64, requires_grad=True)
-    call = lambda x, bank: sparse_read(x, bank, select(x, bank, 0.08))  # noqa: E731
-    assert torch.autograd.gradcheck(call, (x, bank))
-
-
-@pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
-def test_float32_read_takes_the_sparse_route_and_agrees(scale, monkeypatch):
-    gen = torch.Generator().manual_seed(8)
-    x = scale * torch.randn(2, 16, 4, 3, generator=gen)
-    bank = torch.randn(900, 16, generator=gen)
-    expected = read(x.double(), bank.double(), 0.0025)
-    torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
-    called = []
-    monkeypatch.setattr("memory.DENSE_SHARE", 1.0)
-    monkeypatch.setattr("memory.address", lambda *_: called.append(1))
-    torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
-    assert not called
-
-
-def test_under_autocast_only_the_scores_are_half_precision():
-    gen = torch.Generator().manual_seed(9)
-    x = torch.randn(2, 16, 4, 3, generator=gen)
-    bank = torch.randn(900, 16, generator=gen).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = read(x.bfloat16(), bank, 0.0025)
-    assert out.dtype == torch.float32
-    out.sum().backward()
-    assert bank.grad.dtype == torch.float32
-    torch.testing.assert_close(out, read(x, bank, 0.0025), rtol=0.1, atol=0.1)
 
 
 def test_a_scaled_threshold_is_a_share_of_each_bank():
@@ -345,14 +157,6 @@ def test_a_scale_below_one_never_reads_zero_and_the_fixed_threshold_may():
     assert fixed.summary()["semantic/zero_reads"] == 0.0
     for level in ("part", "instance", "semantic"):
         assert scaled.summary()[f"{level}/zero_reads"] == 0.0
-
-
-def test_whole_map_equals_stripe_by_stripe():
-    gen = torch.Generator().manual_seed(3)
-    memory = SingleGranularityMemory(4, 2, 3, dim=8, shrink=0.03)
-    x = torch.randn(2, 8, 6, 3, generator=gen)
-    stripes = [memory(part).part for part in x.split(2, dim=2)]
-    torch.testing.assert_close(memory(x).part, torch.cat(stripes, dim=2))
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
