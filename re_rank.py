@@ -12,7 +12,8 @@ import numpy as np
 from scipy import linalg, sparse
 
 BLOCK = 2048  # features of which all distances to as many others are held at a time
-ROWS = 256  # rows treated at a time in between, about what a core's cache holds
+ROWS = 64  # rows treated at a time in between, about what a core's cache holds
+REDONE = 256  # rows or pairs treated at a time where features are gathered again
 PAIRS = 1 << 17  # pairs of weights treated at a time, likewise
 # float32 may order squared distances wrongly that differ by less than this share of |a|^2 + |b|^2
 UNDECIDED = 32 * 2.0**-23
@@ -160,17 +161,17 @@ class _Neighbours:
         return across
 
     def _compare(self, rows: slice, columns: slice, products: np.ndarray) -> None:
-        size = self.ids.shape[1]
+        size, half_norms = self.ids.shape[1], self.norms[columns] / 2
         for start in range(0, len(products), ROWS):
             chunk = products[start : start + ROWS]
             part = slice(rows.start + start, rows.start + start + len(chunk))
             scores = np.empty((len(chunk), size + chunk.shape[1]), np.float32)
             scores[:, :size] = self.squared[part]
-            np.subtract(self.norms[columns] / 2, chunk, out=scores[:, size:])
+            np.subtract(half_norms, chunk, out=scores[:, size:])
             np.maximum(self.farthest[part], scores[:, size:].max(axis=1), out=self.farthest[part])
             if rows == columns:
                 np.fill_diagonal(scores[:, size + start :], -np.inf)  # itself first
-            best = np.argpartition(scores, size - 1, axis=1)[:, :size]
+            best = _smallest(scores, size)
             self.squared[part] = np.take_along_axis(scores, best, axis=1)
             earlier = np.take_along_axis(self.ids[part], np.minimum(best, size - 1), axis=1)
             self.ids[part] = np.where(best < size, earlier, best - size + columns.start)
@@ -189,13 +190,23 @@ class _Neighbours:
                 inside, outside = self.squared[:, size - 1], self.squared[:, size]
                 undecided |= outside - inside <= UNDECIDED * (self.norms + outside)
         undecided = np.flatnonzero(undecided)
-        for start in range(0, len(undecided), ROWS):
-            rows = undecided[start : start + ROWS]
+        for start in range(0, len(undecided), REDONE):
+            rows = undecided[start : start + REDONE]
             squared = _exact_squared(self.exact, rows, len(self.points))
             squared[np.arange(len(rows)), rows] = -1
             self.ids[rows] = np.argsort(squared, axis=1, kind="stable")[:, : order.shape[1]]
             self.squared[rows] = np.take_along_axis(squared, self.ids[rows], axis=1)
         self.squared[:, 0] = 0
+
+
+def _smallest(scores: np.ndarray, size: int) -> np.ndarray:
+    """Columns of each row's `size` smallest numbers, in no order: (n, size)."""
+    # Partitioned values and a comparison: twice as fast as partitioned indices.
+    bound = np.partition(scores, size - 1, axis=1)[:, size - 1 : size]
+    places = np.flatnonzero(scores <= bound)
+    if len(places) > len(scores) * size:  # some row has ties at its bound
+        return np.argpartition(scores, size - 1, axis=1)[:, :size]
+    return places.reshape(-1, size) - scores.shape[1] * np.arange(len(scores))[:, None]
 
 
 def _blocks(start: int, stop: int) -> list[slice]:
@@ -249,8 +260,8 @@ def _squared_of(images: _Neighbours, rows: np.ndarray, columns: np.ndarray) -> n
     place = np.minimum(np.searchsorted(known.ravel(), pairs), known.size - 1)
     squared = np.take_along_axis(images.squared, order, axis=1).ravel()[place]
     unknown = np.flatnonzero(known.ravel()[place] != pairs)
-    for start in range(0, len(unknown), ROWS):
-        part = unknown[start : start + ROWS]
+    for start in range(0, len(unknown), REDONE):
+        part = unknown[start : start + REDONE]
         apart = images.points[rows[part]] - images.points[columns[part]]
         squared[part] = np.einsum("pd,pd->p", apart, apart)
     return squared

@@ -164,6 +164,7 @@ def test_blocks_do_not_matter(block, rows, pairs, monkeypatch):
     expected = naive_k_reciprocal(q_feats, g_feats)
     monkeypatch.setattr(re_rank, "BLOCK", block)
     monkeypatch.setattr(re_rank, "ROWS", rows)
+    monkeypatch.setattr(re_rank, "REDONE", rows)
     monkeypatch.setattr(re_rank, "PAIRS", pairs)
     assert_close(k_reciprocal(q_feats, g_feats), expected)
 
@@ -309,3 +310,16 @@ def test_golden(name, golden):
             assert_close(ours, expected, 1e-5)
         checked += 1
     assert checked >= 2
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+@pytest.mark.parametrize("distinct", [2, 5, 10**6])
+def test_smallest_of_rows_with_and_without_ties(size, distinct):
+    rng = np.random.default_rng(8)
+    scores = rng.integers(0, distinct, (20, 9)).astype(np.float32)
+    scores[3, :5], scores[4, 2] = np.inf, -np.inf
+    columns = re_rank._smallest(scores, size)
+    assert columns.shape == (20, size)
+    assert all(len(set(row)) == size for row in columns.tolist())
+    found = np.sort(np.take_along_axis(scores, columns, axis=1), axis=1)
+    assert np.array_equal(found, np.sort(scores, axis=1)[:, :size])
