@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-IDS = 150  # 4500 parts: the reads take the sparse route
+IDS = 150  # 4500 parts: of them few survive
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,10 @@ def relative(ours, truth):
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("ids", [100, 900, 4500])
-def test_read_and_its_gradients(ids, scale):
-    """From no survivor to few, over the dense and the sparse route."""
+@pytest.mark.parametrize("entries", [1 << 27, 0])
+def test_read_and_its_gradients(ids, scale, entries, monkeypatch):
+    """From no survivor to few; whole products, and the sparse route of very large banks."""
+    monkeypatch.setattr("addressing.DENSE_ENTRIES", entries)
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(4, 32, 6, 3, generator=generator)
     bank = torch.randn(ids, 32, generator=generator)
