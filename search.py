@@ -18,8 +18,8 @@ import torch
 
 from data_loader import EvalLoader, load_images
 from data_manager import ImageList, folder_images
-from engine import distances, extract_features
 from model import load_network, trained_size
+from retrieval import distances, extract_features
 from utils import make_writable_dir, resolve_device, write_atomic, write_json
 
 log = logging.getLogger(__name__)

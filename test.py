@@ -25,9 +25,9 @@ import distributed
 import options
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
-from engine import METRICS, extract_shared, score
 from eval_metrics import mean_and_std
 from model import TwoStreamNet, load_network, trained_size
+from retrieval import METRICS, extract_shared, score
 from search import search_folders
 from utils import (
     load_checkpoint,
@@ -122,7 +122,7 @@ def evaluate_checkpoint(
         progress: Whether to show bars.
 
     Returns:
-        A result (`engine.score`) for each feature and ranking (none in processes other than the
+        A result (`retrieval.score`) for each feature and ranking (none in processes other than the
         main one), and the features by role and kind.
     """
     features: dict[str, dict[str, np.ndarray]] = {}

@@ -28,22 +28,12 @@ from data_loader import (
     load_images,
 )
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
-from engine import (
-    LAST,
-    PREVIOUS,
-    Progress,
-    RunFiles,
-    Schedule,
-    extract_shared,
-    fit,
-    format_result,
-    make_optimizer,
-    score,
-    write_reports,
-)
+from engine import Schedule, make_optimizer
+from fit_loop import LAST, PREVIOUS, Progress, RunFiles, fit, write_reports
 from loss import LABEL_SMOOTHING, Criterion
 from memory import SHRINK
 from model import TwoStreamNet
+from retrieval import extract_shared, format_result, score
 from utils import (
     CheckpointError,
     Interrupted,

@@ -34,9 +34,9 @@ import pictures
 from addresses import addressed, collect_addresses, fired, prototype_patches, require_memory
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
-from engine import distances, extract_features
 from eval_metrics import excluded
 from model import TwoStreamNet, load_network, trained_size
+from retrieval import distances, extract_features
 from utils import resolve_device, seed_everything, setup_logging, user_errors
 
 log = logging.getLogger(__name__)

@@ -213,7 +213,7 @@ def test_embedding_refusals(tmp_path, change, message):
 
 
 def log(epochs=6, **more):
-    """A log as `engine.fit` writes it, with the mine term of a user's own."""
+    """A log as `fit_loop.fit` writes it, with the mine term of a user's own."""
     lines = []
     for epoch in range(1, epochs + 1):
         line = {"epoch": epoch, "lr": 0.1 / epoch, "id": 9 / epoch, "triplet": 0.0, "mine": 0.3}

@@ -7,10 +7,11 @@ import torch
 from addressing import read
 from benchmarks.plain import PlainNet, plain_training_step
 from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
-from engine import extract_features, make_optimizer, set_learning_rate, training_step
+from engine import make_optimizer, set_learning_rate, training_step
 from loss import TERM_WEIGHTS, Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet, gem
+from retrieval import extract_features
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,6 +25,7 @@ from short_run import (
 )
 
 import engine
+import fit_loop
 import train_HCT
 import train_MGMRA
 import training
@@ -85,7 +86,7 @@ def interrupted(data, folder, *flags, code):
         (engine, "training_step", STEPS - 1, (1, 0)),  # the last step: its epoch ends
         (engine, "training_step", 2 * STEPS - 1, (1, STEPS)),  # the same, before an evaluation
         (training, "score", 0, (1, STEPS)),  # during an evaluation
-        (engine, "save_checkpoint", 0, (1, 0)),
+        (fit_loop, "save_checkpoint", 0, (1, 0)),
     ],
 )
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
@@ -232,7 +233,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(data, unbroken, tm
     temporary = folder / f".last.pt.{os.getpid()}.tmp"
     with pytest.MonkeyPatch.context() as patched:
         # Every write to this device fails for want of room.
-        patched.setattr(engine, "remove_temporary_files", lambda f: None)
+        patched.setattr(fit_loop, "remove_temporary_files", lambda f: None)
         temporary.symlink_to("/dev/full")
         interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
     error = capsys.readouterr().err.splitlines()[-1]

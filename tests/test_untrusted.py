@@ -19,8 +19,10 @@ from scipy.io import savemat
 from short_run import NarrowResNet, arguments, write_data
 
 import engine
+import fit_loop
 import options
 import resume
+import retrieval
 import stand_in
 import train_MGMRA
 from data_manager import DataError, eval_set, train_set
@@ -296,10 +298,10 @@ def try_resume(place, content, folder):
             steps_per_epoch=5,
             identities=place.identities,
         )
-        engine.write_reports(engine.RunFiles(folder, folder, folder), progress)
+        fit_loop.write_reports(fit_loop.RunFiles(folder, folder, folder), progress)
         engine.summarize_health(progress.underway.health)
         if progress.last is not None:
-            engine.format_result(progress.last)
+            retrieval.format_result(progress.last)
         return True
     return False
 

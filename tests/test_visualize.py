@@ -18,9 +18,9 @@ import search
 import stand_in
 import visualize
 from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
-from engine import distances, extract_features
 from eval_metrics import eval_regdb
 from model import TwoStreamNet
+from retrieval import distances, extract_features
 from utils import save_checkpoint
 
 SIZE = (96, 32)

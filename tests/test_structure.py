@@ -1,0 +1,49 @@
+"""Tests of the whole: which module may import which."""
+
+from pathlib import Path
+
+LAYERS = {  # project modules that each module may import: house map, imports point up only
+    "utils": "",
+    "eval_metrics": "",
+    "re_rank": "",
+    "loss": "",
+    "addressing": "",
+    "memory": "addressing",
+    "data_manager": "",
+    "options": "",
+    "pedestrians": "",
+    "weights": "utils",
+    "data_loader": "data_manager",
+    "model": "addressing memory utils weights",
+    "distributed": "utils",
+    "engine": "distributed loss memory",
+    "retrieval": "distributed eval_metrics re_rank",
+    "fit_loop": "distributed engine loss retrieval utils",
+    "resume": "engine fit_loop model retrieval utils",
+    "figures": "utils",
+    "pictures": "figures",
+    "addresses": "addressing data_loader model pictures",
+    "tables": "eval_metrics",
+    "data_check": "data_manager",
+}
+WITHOUT_TORCH = ("data_manager", "options", "eval_metrics", "re_rank", "pedestrians")
+WITHOUT_TORCH += ("tables", "data_check")
+
+
+def test_imports_point_up_only():
+    import ast
+
+    root = Path(__file__).parents[1]
+    modules = {path.stem for path in root.glob("*.py")}
+    for name, allowed in LAYERS.items():
+        tree = ast.parse((root / f"{name}.py").read_text())
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        assert found & modules <= set(allowed.split()), name
+        if name in WITHOUT_TORCH:
+            assert "torch" not in found, name
+        assert "argparse" not in found or name == "options", name
