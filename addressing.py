@@ -17,7 +17,6 @@ CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its 
 DENSE_ENTRIES = 1 << 27
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
 MIN_QUERIES_PER_CHUNK = 128  # also of a bank so large that they hold more
-QUERIES_PER_BAG = 1024  # whose gradients are computed at a time on the CPU
 BOUND_FACTOR = 2.1  # 2 and what rounding may add, of bf16 too
 SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
 ON_CPU = ("cpu",)  # devices with a cache to stay in, whose answers cost no waiting
@@ -163,9 +162,12 @@ class _SparseRead(torch.autograd.Function):
             return *grads, None, None, None, None
         survivors = Survivors(offsets, columns, weights)
         rows = survivors.rows()
+        # Gathered are rows of the queries' type: under autocast half the traffic, sums in float32.
+        narrow = bank.to(x.dtype)
         grad_weight = torch.zeros_like(weights)
         if grad is not None:
-            grad_weight += _row_products(grad, bank, survivors, rows)
+            grad = grad.to(x.dtype)
+            grad_weight += _row_products(grad, narrow, survivors, rows)
         if grad_sums is not None:
             images = rows // (len(x) // len(grad_sums))
             grad_weight += (grad_sums @ bank.to(grad_sums.dtype).t())[images, columns]
@@ -177,7 +179,7 @@ class _SparseRead(torch.autograd.Function):
             order = columns.argsort(stable=True)
             places = torch.arange(len(bank) + 1, device=x.device)
             starts = torch.searchsorted(columns[order], places)
-            grad_bank = _bag(x.to(bank.dtype), rows[order], starts, grad_logit[order])
+            grad_bank = _bag(x, rows[order], starts, grad_logit[order]).to(bank.dtype)
             if grad is not None:
                 grad_bank += _bag(grad, rows[order], starts, weights[order])
             if grad_sums is not None:
@@ -185,21 +187,8 @@ class _SparseRead(torch.autograd.Function):
                 used.index_add_(0, images * len(bank) + columns, weights)
                 grad_bank += used.view(len(grad_sums), -1).t() @ grad_sums
         if ctx.needs_input_grad[0]:
-            grad_x = _grad_of_queries(x, bank, Survivors(offsets, columns, grad_logit))
+            grad_x = _bag(narrow, columns, offsets, grad_logit)
         return grad_x, grad_bank, None, None, None, None
-
-
-def _grad_of_queries(x: Tensor, bank: Tensor, grad_logits: Survivors) -> Tensor:
-    """Derivative towards the queries (n, C), in their type."""
-    offsets, columns, weights = grad_logits
-    if x.device.type not in ON_CPU:  # where slices of unknown bounds would wait for the device
-        return _bag(bank, columns, offsets, weights).to(x.dtype)
-    result = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for i, out in enumerate(result.split(QUERIES_PER_BAG)):  # no whole map in float32
-        own = offsets[i * QUERIES_PER_BAG :][: len(out) + 1]
-        part = slice(own[0], own[-1])
-        out.copy_(_bag(bank, columns[part], own - own[0], weights[part]))
-    return result
 
 
 def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -220,7 +209,8 @@ def _row_products(a: Tensor, b: Tensor, survivors: Survivors, rows: Tensor) -> T
     """Scalar products ``a[rows] . b[columns]`` of the survivors, (nnz,), nothing gathered."""
     # This is what embedding_bag's own derivative towards its weights computes.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward
-    return products(a.contiguous(), b.to(a.dtype), survivors.columns, survivors.offsets, rows, 0)
+    values = products(a.contiguous(), b, survivors.columns, survivors.offsets, rows, 0)
+    return values.to(survivors.weights.dtype)
 
 
 class _DenseRead(torch.autograd.Function):

@@ -9,6 +9,7 @@ from addressing import (
     Survivors,
     _DenseRead,
     _image_sums,
+    _sparse_read,
     address,
     position_sum,
     read,
@@ -93,7 +94,6 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
     """From no survivor (uniform weights are 1/150) to all of them."""
     monkeypatch.setattr("addressing.MIN_QUERIES_PER_CHUNK", 1)
     monkeypatch.setattr("addressing.CHUNK_ENTRIES", chunk * 150)
-    monkeypatch.setattr("addressing.QUERIES_PER_BAG", min(chunk, 1024))
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
@@ -281,6 +281,23 @@ def test_sparse_form_of_dense_weights():
     assert Survivors.of(survivors) is survivors
     for ours, theirs in zip(survivors, select(x, bank, 0.1), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("result", [0, 1])  # the map, its sums
+def test_gradients_of_half_precision_queries_are_summed_in_float32(result):
+    gen = torch.Generator().manual_seed(21)
+    x = torch.randn(400, 64, generator=gen).bfloat16()
+    bank = torch.randn(900, 64, generator=gen).bfloat16().float().requires_grad_()
+    survivors = select(x, bank.bfloat16(), 0.0025)
+    above = torch.randn((400, 5)[result], 64, generator=gen)
+    results = []
+    for queries in (x, x.float()):
+        queries.requires_grad_()
+        values = _sparse_read(queries, bank, survivors, 5)[result]
+        assert values.dtype == torch.float32
+        results.append(torch.autograd.grad((above * values).sum(), (queries, bank)))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).norm() < 0.01 * exact.norm()
 
 
 def test_under_autocast_only_the_scores_are_half_precision():
