@@ -16,11 +16,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_folders import IMAGE_SUFFIXES
 from data_manager import (
     DATASETS,
-    IMAGE_SUFFIXES,
     STAND_IN_MARKER,
-    TRIALS,
     DataError,
     EvalSet,
     ImageList,
@@ -29,6 +28,7 @@ from data_manager import (
     eval_set,
     train_set,
 )
+from image_lists import TRIALS
 
 REGDB_PER_IDENTITY = 10  # images of an identity in either modality
 MIN_SIDE = 16  # pixels; a smaller picture of a person is no use

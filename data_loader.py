@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data_manager import CACHE_COMMAND, DataError, ImageList
+from image_lists import DataError, ImageList
+from sysu_mm01 import CACHE_COMMAND
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pretraining images, RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)

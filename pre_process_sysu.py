@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import distributed
 from data_loader import load_images
-from data_manager import CACHE_WORDS, DataError, ImageList, train_set
+from data_manager import DataError, ImageList, train_set
+from sysu_mm01 import CACHE_WORDS
 
 logger = logging.getLogger(__name__)
 
