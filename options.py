@@ -149,6 +149,7 @@ FREE_ON_RESUME = (
     *("vis_log_path", "resume", "overwrite", "test_only", "save_epoch", "save_every_steps"),
     *("preset", "weights", "test_batch", "deterministic"),
 )
+PROTOCOL = ("dataset", "data_path", "trial", "direction", "mode", "gallery", "shots", "trials")
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 FIXED_WITHIN_EPOCH = ("seed", "batch_size", "num_pos")
 
@@ -473,6 +474,16 @@ def resolve_protocol(args: argparse.Namespace) -> None:
         args.data_path = Path("data") / DATA_FOLDERS[args.dataset]
     args.shots = args.shots or 1
     args.trials = args.trials or 10
+
+
+def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
+    """The flags that name data and protocol, as `data_manager.eval_set` takes them.
+
+    Args:
+        args: Resolved flags.
+        **given: What is added to them, or takes the place of one.
+    """
+    return {**{name: getattr(args, name) for name in PROTOCOL}, **given}
 
 
 def changes(saved: Mapping[str, Any], present: Mapping[str, Any], *, within_epoch: bool) -> str:

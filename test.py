@@ -291,18 +291,7 @@ def evaluate_all(args: argparse.Namespace, device: torch.device) -> None:
     for _, path in found[1:]:
         load_checkpoint(path)  # a broken one is found before the others' long work
     protocols = [
-        eval_set(
-            args.dataset,
-            args.data_path,
-            trial=trial,
-            direction=args.direction,
-            mode=args.mode,
-            gallery=args.gallery,
-            shots=args.shots,
-            trials=args.trials,
-            subset=args.subset,
-        )
-        for trial, _ in found
+        eval_set(**options.protocol(args, subset=args.subset, trial=trial)) for trial, _ in found
     ]
     output = args.output_dir or default_output(args, args.resume)
     if distributed.is_main():

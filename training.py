@@ -253,17 +253,8 @@ def _data_sets(args: argparse.Namespace) -> tuple[TrainSet, EvalSet]:
     training = train_set(
         args.dataset, args.data_path, trial=args.trial, subset="fit" if on_val else "all"
     )
-    testing = eval_set(
-        args.dataset,
-        args.data_path,
-        trial=args.trial,
-        direction=args.direction,
-        mode=args.mode,
-        gallery=args.gallery,
-        shots=args.shots,
-        trials=args.trials,
-        subset="val" if on_val else "test",
-    )
+    subset = "val" if on_val else "test"
+    testing = eval_set(**options.protocol(args, subset=subset))
     return training, testing
 
 

@@ -128,17 +128,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
     options.resolve_protocol(args)
     device = resolve_device(args.gpu)
     net, info = load_network(args.resume, gem_p=args.gem_p, memory_variant=args.memory_variant)
-    protocol = eval_set(
-        args.dataset,
-        args.data_path,
-        trial=args.trial,
-        direction=args.direction,
-        mode=args.mode,
-        gallery=args.gallery,
-        shots=args.shots,
-        trials=1,
-        subset=args.subset,
-    )
+    protocol = eval_set(**options.protocol(args, subset=args.subset, trials=1))
     net = net.to(device, memory_format=torch.channels_last).eval()
     net.check_image_height(args.img_h or trained_size(info)[0])
     return Subject(net, protocol, args, info)

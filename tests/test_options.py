@@ -1,9 +1,11 @@
 import argparse
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 import options
+from data_manager import EvalOptions
 
 PUBLISHED = [
     "--dataset regdb --lr 0.1 --gpu 0 --batch-size 8 --num_pos 4",
@@ -190,3 +192,15 @@ def test_numbers_that_make_no_schedule(flags, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         options.resolve(options.train_parser("").parse_args(flags))
     assert "inf" in capsys.readouterr().err or "START <= END" in str(error.value)
+
+
+def test_a_protocol_has_every_option_of_an_evaluation_set():
+    fields = {field.name for field in dataclasses.fields(EvalOptions)}
+    assert {*options.PROTOCOL, "subset"} == fields | {"dataset", "data_path"}
+    args = options.test_parser("").parse_args(["--dataset", "sysu", "--shots", "10"])
+    options.resolve_protocol(args)
+    given = options.protocol(args, subset="val", trials=3)
+    assert given["dataset"] == "sysu"
+    assert given["shots"] == 10
+    assert given["trials"] == 3
+    assert given["subset"] == "val"
