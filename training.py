@@ -19,14 +19,8 @@ from torch import nn
 import distributed
 import options
 import resume
-from data_loader import (
-    Augmentation,
-    EvalLoader,
-    IdentitySampler,
-    ImageStore,
-    TrainLoader,
-    load_images,
-)
+from augmentation import Augmentation
+from data_loader import EvalLoader, IdentitySampler, ImageStore, TrainLoader, load_images
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
 from engine import Schedule, make_optimizer
 from fit_loop import LAST, PREVIOUS, Progress, RunFiles, fit, write_reports

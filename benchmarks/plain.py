@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addressing import EPSILON
+from layers import GEM_EPSILON
 from loss import (
     ALIGNMENT_OFFSET,
     DECORRELATION_OFF_DIAGONAL,
@@ -24,7 +25,7 @@ from loss import (
     TERM_WEIGHTS,
 )
 from memory import MultiGranularityMemory, SingleGranularityMemory
-from model import GEM_EPSILON, TwoStreamNet
+from model import TwoStreamNet
 
 # --- Network --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import addressing
+import layers
 import loss
 import memory
 import model
@@ -115,7 +116,7 @@ FUNCTIONS = {  # with what each is called, and which of its results have gradien
         lambda: (bank().view(-1, 6, CHANNELS), rows(6)[:6], rows(6)[0]),
         (0,),
     ),
-    "gem": (model._GeneralizedMean, lambda: (maps(), 10.0, (2, 3)), (0,)),
+    "gem": (layers._GeneralizedMean, lambda: (maps(), 10.0, (2, 3)), (0,)),
     "alignment": (loss._StripeDifferences, lambda: (maps(), 6, [(0, 1), (2, 4)]), (0,)),
 }
 

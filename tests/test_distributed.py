@@ -26,7 +26,8 @@ import distributed
 import pre_process_sysu
 import test
 import train_MGMRA
-from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
+from augmentation import Augmentation
+from data_loader import IdentitySampler, ImageStore, TrainLoader
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from addressing import read
+from augmentation import Augmentation
 from benchmarks.plain import PlainNet, plain_training_step
-from data_loader import Augmentation, IdentitySampler, ImageStore, TrainLoader
+from data_loader import IdentitySampler, ImageStore, TrainLoader
 from engine import make_optimizer, set_learning_rate, training_step
+from layers import gem
 from loss import TERM_WEIGHTS, Criterion
 from memory import MemoryHealth
-from model import TwoStreamNet, gem
+from model import TwoStreamNet
 from retrieval import extract_features
 
 pytestmark = [
