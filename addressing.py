@@ -17,6 +17,7 @@ CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its 
 DENSE_ENTRIES = 1 << 27
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
 MIN_QUERIES_PER_CHUNK = 128  # also of a bank so large that they hold more
+BAGS_PER_CHUNK = 1024  # sums computed at a time on the CPU
 BOUND_FACTOR = 2.1  # 2 and what rounding may add, of bf16 too
 SPARSE_BANK = 2.0  # banks of fewer than this over lambda prototypes are read densely
 ON_CPU = ("cpu",)  # devices with a cache to stay in, whose answers cost no waiting
@@ -175,19 +176,21 @@ class _SparseRead(torch.autograd.Function):
         mean = weights.new_zeros(len(x)).index_add_(0, rows, weights * grad_weight)
         grad_logit = weights * (grad_weight - mean[rows])
         grad_x = grad_bank = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _bag(narrow, columns, offsets, grad_logit)
+        del narrow  # a large bank's has gigabytes
         if ctx.needs_input_grad[1]:
             order = columns.argsort(stable=True)
             places = torch.arange(len(bank) + 1, device=x.device)
             starts = torch.searchsorted(columns[order], places)
-            grad_bank = _bag(x, rows[order], starts, grad_logit[order]).to(bank.dtype)
+            grad_bank = torch.zeros_like(bank)
+            _add_bags(grad_bank, x, rows[order], starts, grad_logit[order])
             if grad is not None:
-                grad_bank += _bag(grad, rows[order], starts, weights[order])
+                _add_bags(grad_bank, grad, rows[order], starts, weights[order])
             if grad_sums is not None:
                 used = weights.new_zeros(len(grad_sums) * len(bank))
                 used.index_add_(0, images * len(bank) + columns, weights)
                 grad_bank += used.view(len(grad_sums), -1).t() @ grad_sums
-        if ctx.needs_input_grad[0]:
-            grad_x = _bag(narrow, columns, offsets, grad_logit)
         return grad_x, grad_bank, None, None, None, None
 
 
@@ -203,6 +206,20 @@ def _bag(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Te
         per_sample_weights=weights.to(table.dtype),
         include_last_offset=True,
     )
+
+
+def _add_bags(
+    result: Tensor, table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor
+) -> None:
+    """Adds `_bag` to a result (bags, C); on the CPU with no whole result in the table's type."""
+    on_cpu = result.device.type in ON_CPU
+    for i, part in enumerate(result.split(BAGS_PER_CHUNK if on_cpu else len(result))):
+        own = offsets[i * BAGS_PER_CHUNK :][: len(part) + 1]
+        if on_cpu:
+            inside = slice(own[0], own[-1])
+            part += _bag(table, indices[inside], own - own[0], weights[inside])
+        else:  # where slices of unknown bounds would wait for the device
+            part += _bag(table, indices, own, weights)
 
 
 def _row_products(a: Tensor, b: Tensor, survivors: Survivors, rows: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
     """From no survivor (uniform weights are 1/150) to all of them."""
     monkeypatch.setattr("addressing.MIN_QUERIES_PER_CHUNK", 1)
     monkeypatch.setattr("addressing.CHUNK_ENTRIES", chunk * 150)
+    monkeypatch.setattr("addressing.BAGS_PER_CHUNK", chunk)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
