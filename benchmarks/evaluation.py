@@ -38,7 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", default="10000x50000", help="queries x gallery, metrics alone")
-    parser.add_argument("--re-rank-images", type=int, nargs="*", default=[10000, 52000])
+    sizes = ["2000x8000", "3803x48197", "10400x41600"]
+    parser.add_argument("--re-rank", nargs="*", default=sizes, help="queries x gallery, ours alone")
     parser.add_argument("--small", action="store_true", help="a tenth of every size")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     return parser
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     share = 10 if args.small else 1
     if args.small:
-        args.large, args.re_rank_images = "1000x5000", [1000]
+        args.large, args.re_rank = "1000x5000", ["200x800"]
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
     sections = {
         "metrics": _metrics,
@@ -189,19 +190,21 @@ def _k_reciprocal(args: argparse.Namespace, share: int) -> dict[str, Any]:
     header += ("float16 / ours", "ours - float32")
     table("k-reciprocal re-ranking", header, rows)
     rows = []
-    for count in args.re_rank_images:
+    for size in args.re_rank:
+        queries, images = (int(number) for number in size.split("x"))
+        count = queries + images
         pids = np.random.default_rng(4).integers(0, max(1, count // 20), count)
-        query, gallery = _features(pids[: count // 5], pids[count // 5 :])
+        query, gallery = _features(pids[:queries], pids[queries:])
         start = time.perf_counter()
         k_reciprocal(query, gallery)
         seconds = time.perf_counter() - start
         _, peak = _peak(functools.partial(k_reciprocal, query, gallery))
         result = len(query) * len(gallery) * 4
-        results[str(count)] = {"seconds": seconds, "peak_bytes": peak, "result_bytes": result}
-        rows.append((count, seconds, peak / 2**30, result / 2**30))
+        results[size] = {"seconds": seconds, "peak_bytes": peak, "result_bytes": result}
+        rows.append((size, seconds, peak / 2**30, result / 2**30))
         del query, gallery
-    header = ("images", "s", "GiB beyond the features", "of which the result")
-    table("k-reciprocal, a fifth of the images being queries", header, rows)
+    header = ("queries x gallery", "s", "GiB beyond the features", "of which the result")
+    table("k-reciprocal re-ranking, larger", header, rows)
     return results
 
 
