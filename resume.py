@@ -153,6 +153,7 @@ def _require(ok: bool, what: str) -> None:
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Any) -> None:
     """Takes over the state alone: rates, decay and momentum are the flags'."""
     ours = optimizer.state_dict()["param_groups"]
+    _require(isinstance(saved, dict), "the optimiser's state is no dictionary")
     groups = saved["param_groups"]
     _require(all(isinstance(group, dict) for group in groups), "the optimiser's groups are broken")
     theirs = [group["params"] for group in groups]

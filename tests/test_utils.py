@@ -75,6 +75,7 @@ def test_numpy_1_names_load_too(tmp_path):
     assert load_checkpoint(path)["mAP"] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickled_payload_is_refused_and_not_run(tmp_path):
     victim = tmp_path / "victim"
     for name, save in (("zip.pt", torch.save), ("raw.pt", None)):
