@@ -369,7 +369,7 @@ def _read_rows(
     if len(bank) * shrink >= SPARSE_BANK and (device in ON_CPU or entries > DENSE_ENTRIES):
         survivors = select(queries.detach().to(dtype), bank.detach().to(dtype), shrink)
     if survivors is not None and len(survivors.columns) <= DENSE_SHARE * entries:
-        return *_sparse_read(queries, bank, survivors, images), survivors
+        return *sparse_read(queries, bank, survivors, images), survivors
     with torch.autocast(device, enabled=False):
         return _DenseRead.apply(queries, bank, shrink, images, dtype)
 
@@ -388,13 +388,19 @@ class _OfAll(torch.autograd.Function):
         return (grad * (grad.numel() / ctx.shape.numel())).expand(ctx.shape)
 
 
-def sparse_read(queries: Tensor, bank: Tensor, survivors: Survivors) -> Tensor:
-    """Weighted sums of the survivors' prototypes, differentiable in both: (n, C)."""
-    return _sparse_read(queries, bank, survivors, 1)[0]
-
-
-def _sparse_read(
-    queries: Tensor, bank: Tensor, survivors: Survivors, images: int
+def sparse_read(
+    queries: Tensor, bank: Tensor, survivors: Survivors, images: int = 1
 ) -> tuple[Tensor, Tensor]:
+    """Weighted sums of the survivors' prototypes, differentiable in both.
+
+    Args:
+        queries: (n, C), as many rows of each image, one image after the other.
+        bank: Prototypes, (m, C).
+        survivors: From `select`.
+        images: Number of images.
+
+    Returns:
+        The sums, (n, C), and their own sums over each image's rows, (images, C).
+    """
     with torch.autocast(queries.device.type, enabled=False):
         return _SparseRead.apply(queries, bank, *survivors, images)

@@ -20,7 +20,6 @@ INSTANCES_PER_ID = 5  # T, released setting
 PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 GROUPS_PER_CHUNK = 32  # groups of prototypes gated at a time on the CPU
 VARIANTS = ("paper", "released")
-LEVELS = ("part", "instance", "semantic")
 
 
 class MemoryRead(NamedTuple):

@@ -517,10 +517,12 @@ def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
     """The resolved options, one a line, with where each came from."""
     values = vars(args)
     width = max(map(len, values))
-    return "\n".join(
+    lines = [
         f"  {name:<{width}}  {value}{f'  ({sources[name]})' if name in sources else ''}"
         for name, value in sorted(values.items())
-    )
+    ]
+    source = PRESET_SOURCES.get(args.preset, "names no source")
+    return "\n".join([*lines, f"  preset {args.preset}: {source}"])
 
 
 def to_json(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from addressing import (
     Survivors,
     _DenseRead,
     _image_sums,
-    _sparse_read,
     address,
     position_sum,
     read,
@@ -103,7 +102,7 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
     expected = torch.autograd.grad((toward * dense).sum(), (x, bank))
     survivors = select(x, bank, shrink)
     assert torch.equal(survivors.offsets.diff(), survive.sum(1))
-    sparse = sparse_read(x, bank, survivors)
+    sparse, _ = sparse_read(x, bank, survivors)
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad((toward * sparse).sum(), (x, bank)), expected, strict=True
@@ -125,7 +124,7 @@ def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypat
     assert survive[0].any() == (shrink < 1 / 150)
     survivors = select(x, bank, shrink)
     assert torch.equal(survivors.offsets.diff(), survive.sum(1))
-    torch.testing.assert_close(sparse_read(x, bank, survivors), dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sparse_read(x, bank, survivors)[0], dense, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shrink", [0.008, 0.05, 0.9])
@@ -294,7 +293,7 @@ def test_gradients_of_half_precision_queries_are_summed_in_float32(result):
     results = []
     for queries in (x, x.float()):
         queries.requires_grad_()
-        values = _sparse_read(queries, bank, survivors, 5)[result]
+        values = sparse_read(queries, bank, survivors, 5)[result]
         assert values.dtype == torch.float32
         results.append(torch.autograd.grad((above * values).sum(), (queries, bank)))
     for ours, exact in zip(*results, strict=True):

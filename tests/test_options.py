@@ -110,6 +110,8 @@ def test_an_explicit_flag_wins_over_any_preset():
 
 def test_presets_name_known_flags_and_their_source():
     assert set(options.PRESETS) == set(options.PRESET_SOURCES)
+    args, sources = resolved("--preset llcm")
+    assert options.describe(args, sources).endswith(f"llcm: {options.PRESET_SOURCES['llcm']}")
     for values in options.PRESETS.values():
         assert set(values) <= set(options.DEFAULTS)
 
