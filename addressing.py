@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, float64 goldens do
 CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its cache
 # Weights held at a time on other devices, where so few are read densely: products of whole matrices
 # are what such devices are fast at, and how many prototypes survive need not be waited for.
-DENSE_ENTRIES = 1 << 27
+DENSE_ENTRIES = 1 << 29
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
 MIN_QUERIES_PER_CHUNK = 128  # also of a bank so large that they hold more
 BAGS_PER_CHUNK = 1024  # sums computed at a time on the CPU
@@ -149,11 +150,12 @@ class _SparseRead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not len(columns):  # one zero vector for all
             values = bank.new_zeros(1, bank.shape[1])
-            return values.expand(len(x), -1), values.repeat(images, 1)
+            return values.expand(len(x), -1), values.repeat(images, 1).to(at_least_float32(values))
         values = _bag(bank, columns, offsets, weights)
-        return values, values.unflatten(0, (images, -1)).sum(dim=1)
+        return values, _image_sums(values, images)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -164,7 +166,8 @@ class _SparseRead(torch.autograd.Function):
         survivors = Survivors(offsets, columns, weights)
         rows = survivors.rows()
         # Gathered are rows of the queries' type: under autocast half the traffic, sums in float32.
-        narrow = bank.to(x.dtype)
+        # Centred: a part common to all prototypes cancels, and would not once the rest is rounded.
+        narrow = (bank - bank.mean(dim=0)).to(x.dtype)
         grad_weight = torch.zeros_like(weights)
         if grad is not None:
             grad = grad.to(x.dtype)
@@ -253,28 +256,32 @@ class _DenseRead(torch.autograd.Function):
         return weights @ bank, sums @ bank.to(sums.dtype), weights
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_sums: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         if grad is None and grad_sums is None:
             return (None,) * 5
         x, bank, weights = ctx.saved_tensors
+        # A part common to all prototypes cancels in the softmax's derivative; left in, it would
+        # do so only as far as rows of rounded weights sum to 1.
+        centred = bank - bank.mean(dim=0)
         if grad_sums is not None:
             grad_sums = grad_sums.to(bank.dtype)
         if grad is None:  # alike for all rows of an image
-            grad_weight = (grad_sums @ bank.t()).repeat_interleave(len(x) // ctx.images, dim=0)
+            grad_weight = (grad_sums @ centred.t()).repeat_interleave(len(x) // ctx.images, dim=0)
         else:
             grad = grad.to(bank.dtype)
             if grad_sums is not None:
                 grad = grad.unflatten(0, (ctx.images, -1)) + grad_sums.unsqueeze(1)
                 grad = grad.flatten(0, 1)
-            grad_weight = grad @ bank.t()
+            grad_weight = grad @ centred.t()
         # The softmax over the survivors: others have no weight, hence no gradient.
         backward = torch.ops.aten._softmax_backward_data
         grad_logit = backward(grad_weight, weights, 1, weights.dtype)
         grad_x = grad_bank = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_logit @ bank).to(ctx.types[0])
+            grad_x = (grad_logit @ centred).to(ctx.types[0])
         if ctx.needs_input_grad[1]:
             grad_bank = (grad_logit.t() @ x).to(ctx.types[1])
             if grad is None:

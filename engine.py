@@ -321,7 +321,7 @@ class _Ledger:
     def __init__(self, underway: EpochProgress, health: MemoryHealth | None, epoch: int) -> None:
         self.underway, self.stopping = underway, False
         self._health, self._epoch = health, epoch
-        self._pending: dict[str, Tensor] = {}
+        self._pending: tuple[list[str], Tensor, torch.cuda.Event | None] | None = None
         self._total = math.nan
         self._started = time.perf_counter() - underway.seconds
         if health is not None and distributed.is_main():  # the counters are all processes' sums
@@ -330,15 +330,23 @@ class _Ledger:
     def note(self, numbers: dict[str, Tensor], *, images: int) -> None:
         """Takes a step's numbers in, and the former step's to account."""
         self._collect()
-        self._pending = numbers
+        # On its way before the next step is queued, behind which a later copy would have to wait.
+        values = torch.stack(list(numbers.values()))
+        arrived = torch.cuda.Event() if values.is_cuda else None
+        values = values.to("cpu", non_blocking=True)
+        if arrived is not None:
+            arrived.record()
+        self._pending = list(numbers), values, arrived
         self.underway.images += images * distributed.size()
 
     def _collect(self) -> None:
-        if not self._pending:
+        if self._pending is None:
             return
         underway = self.underway
-        values = {name: float(value) for name, value in self._pending.items()}
-        self._pending = {}
+        (names, numbers, arrived), self._pending = self._pending, None
+        if arrived is not None:
+            arrived.synchronize()
+        values = dict(zip(names, numbers.tolist(), strict=True))
         self.stopping = self.stopping or values.pop(STOPPING, 0.0) > 0
         check_finite(values, epoch=self._epoch, step=underway.steps)
         for name, value in values.items():

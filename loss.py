@@ -106,7 +106,7 @@ class HeteroCenterTripletLoss(nn.Module):
         index = torch.cat([keys.new_zeros(1), (keys.diff() != 0).cumsum(0)])  # of each key's centre
         room = rows if features.device.type in UNASKED else int(index[-1]) + 1
         membership = features.new_zeros(rows, room)
-        membership[order, index] = 1
+        membership[order, index] = membership.new_ones(())  # for a plain 1, CUDA would wait
         count = membership.sum(dim=0)  # rows of each centre, 0 where there is none
         centers = torch.einsum("nc,nsd->scd", membership / count.clamp_min(1), features)
         identity = keys.new_full((room,), -1).scatter_(0, index, keys // 2)
@@ -261,7 +261,7 @@ def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
 
     Source: the released code, which computes it and leaves it out of the total.
     """
-    stripes = F.adaptive_avg_pool2d(part_read, (num_strips, 1)).squeeze(3)  # (N, C, S)
+    stripes = part_read.unflatten(2, (num_strips, -1)).mean(dim=(3, 4))  # (N, C, S)
     gram = torch.einsum("ncs,nct->nst", stripes, stripes) / len(stripes)
     diagonal = gram.diagonal(dim1=1, dim2=2)
     on = (diagonal - 1).square().sum()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from addressing import Observer, Survivors, read
+from addressing import EPSILON, Observer, Survivors, at_least_float32, read
 
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped (released setting)
 INSTANCES_PER_ID = 5  # T, released setting
@@ -65,11 +65,16 @@ class MemoryHealth:
             used[columns] = True
         else:
             counts, used = (weights > 0).sum(dim=1), weights.amax(dim=0) > 0
+            weights = weights.to(
+                at_least_float32(weights)
+            )  # half precision's rows do not quite sum to 1
+            weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(EPSILON)
+        entropy = -torch.special.xlogy(weights, weights).sum(dim=-1).sum(dtype=torch.float64)
         new = {
             "rows": torch.full((), repeats * len(counts), device=counts.device),
             "zero_rows": repeats * (counts == 0).sum(),
             "survivors": repeats * counts.sum(),
-            "entropy": -repeats * torch.special.xlogy(weights, weights).sum(dtype=torch.float64),
+            "entropy": repeats * entropy,
             "used": used,
         }
         old = self._levels.get(level)

@@ -14,7 +14,7 @@ from scipy import linalg, sparse
 BLOCK = 2048  # features of which all distances to as many others are held at a time
 ROWS = 64  # rows treated at a time in between, about what a core's cache holds
 REDONE = 256  # rows or pairs treated at a time where features are gathered again
-PAIRS = 1 << 17  # pairs of weights treated at a time, likewise
+PAIRS = 1 << 17  # pairs of weights treated at a time, about what a core's cache holds
 # float32 may order squared distances wrongly that differ by less than this share of |a|^2 + |b|^2
 UNDECIDED = 32 * 2.0**-23
 TIE_DECIMALS = 12  # float64 distances equal to so many decimals tie, whatever the order of sums

@@ -347,6 +347,7 @@ def _batches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What a batch costs to make, and how long the training loop waits for one."""
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     shape = (STORED_IMAGES, args.height, args.width, 3)
     images = rng.integers(0, 256, shape, dtype=np.uint8)

@@ -274,6 +274,40 @@ def test_other_devices_read_in_half_precision_under_autocast(elsewhere):
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+@pytest.mark.parametrize("common", [0.0, 20.0])
+def test_a_part_common_to_all_prototypes_cancels_in_half_precision(common):
+    """What is read shifts by it, and no derivative but by what the scores lose."""
+    gen = torch.Generator().manual_seed(22)
+    x = (0.02 * torch.randn(64, 512, generator=gen)).bfloat16()
+    bank = (torch.randn(200, 512, generator=gen) + common).bfloat16().float()
+    above = torch.randn(64, 512, generator=gen).bfloat16().float()
+    survivors = select(x.double(), bank.double(), 0.0)
+    results = []
+    for queries in (x, x.double()):
+        queries.requires_grad_()
+        weights = survivors._replace(weights=survivors.weights.float())
+        prototypes = bank
+        if queries.dtype == torch.float64:
+            weights, prototypes = survivors, bank.double()
+        values = sparse_read(queries, prototypes, weights)[0]
+        results.append(torch.autograd.grad((above * values).sum(), queries)[0])
+    assert (results[0] - results[1]).norm() < 0.01 * results[1].norm()
+    dense = _DenseRead.apply(x, bank, 0.0, 1, torch.bfloat16)[0]
+    (ours,) = torch.autograd.grad((above * dense).sum(), x)
+    assert (ours - results[1]).norm() < (0.02, 0.6)[common > 0] * results[1].norm()
+
+
+@pytest.mark.parametrize("entries", [1 << 29, 0])
+def test_second_derivatives_are_refused(entries, elsewhere, monkeypatch):
+    monkeypatch.setattr("addressing.DENSE_ENTRIES", entries)
+    gen = torch.Generator().manual_seed(23)
+    x = torch.randn(1, 16, 4, 3, generator=gen, requires_grad=True)
+    out = read(x, torch.randn(900, 16, generator=gen), 0.0025)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_sparse_form_of_dense_weights():
     gen = torch.Generator().manual_seed(20)
     x, bank = torch.randn(30, 4, generator=gen), torch.randn(12, 4, generator=gen)

@@ -243,6 +243,21 @@ def test_health_counts_what_a_loop_counts():
     assert numbers["part/entropy"] == pytest.approx(sum(reading) / len(reading), rel=1e-5)
 
 
+def test_health_of_dense_weights_in_half_precision():
+    health = MemoryHealth()
+    weights = torch.full((5, 206), 1 / 206).bfloat16()
+    weights[4] = 0
+    health.update("semantic", weights, 206)
+    assert health.summary() == pytest.approx(
+        {
+            "semantic/zero_reads": 0.2,
+            "semantic/survivors": 0.8 * 206,
+            "semantic/used": 1.0,
+            "semantic/entropy": math.log(206),
+        }
+    )
+
+
 def test_forward_changes_no_state():
     memory = MultiGranularityMemory(3, 2, 2, dim=8)
     before = set(vars(memory))
