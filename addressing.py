@@ -15,7 +15,7 @@ EPSILON = 1e-12  # of the releases' divisions; float32 does not resolve it, floa
 CHUNK_ENTRIES = 1 << 21  # weights held at a time on the CPU: 8 MiB, within its cache
 # Weights held at a time on other devices, where so few are read densely: products of whole matrices
 # are what such devices are fast at, and how many prototypes survive need not be waited for.
-DENSE_ENTRIES = 1 << 29
+DENSE_ENTRIES = 1 << 29  # 2 GiB in float32; SYSU-MM01's step has a third of it
 DENSE_SHARE = 0.05  # above this share of survivors, dense products are cheaper
 MIN_QUERIES_PER_CHUNK = 128  # also of a bank so large that they hold more
 BAGS_PER_CHUNK = 1024  # sums computed at a time on the CPU
@@ -316,6 +316,9 @@ def read(
 
     Returns:
         Map of x's shape, zero where no prototype's weight is above `shrink`.
+
+    Raises:
+        RuntimeError: When second derivatives are asked for; float64 has them.
     """
     values, total = _read(x, bank, shrink, level, health)
     values.position_sum = (_version(values), total)

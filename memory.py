@@ -65,9 +65,8 @@ class MemoryHealth:
             used[columns] = True
         else:
             counts, used = (weights > 0).sum(dim=1), weights.amax(dim=0) > 0
-            weights = weights.to(
-                at_least_float32(weights)
-            )  # half precision's rows do not quite sum to 1
+            # Rows in half precision do not quite sum to 1.
+            weights = weights.to(at_least_float32(weights))
             weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(EPSILON)
         entropy = -torch.special.xlogy(weights, weights).sum(dim=-1).sum(dtype=torch.float64)
         new = {

@@ -1,7 +1,8 @@
 """A training step on tensors that only claim to be on a GPU: shapes, types and devices, no numbers.
 
-What mixes devices or would wait for the GPU's answer (a size or a condition that depends on data)
-raises. `test_gpu.py` compares the numbers where there is a GPU.
+What mixes devices raises, as does a size or a condition that depends on data, for which the GPU
+would be waited for; a wait of another kind, such as for a copy, does not show. `test_gpu.py`
+compares the numbers where there is a GPU.
 """
 
 import pytest
