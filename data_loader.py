@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from augmentation import Augmentation, augment, normalize
-from image_lists import DataError, ImageList
-from sysu_mm01 import CACHE_COMMAND
+from datasets.base import DataError, ImageList
+from datasets.sysu_mm01 import CACHE_COMMAND
+from datasets.transforms import Augmentation, augment, normalize
 
 FORMATS = ("BMP", "JPEG", "PNG")  # the only decoders a stranger's file may reach
 MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million

@@ -13,20 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_folders import (
-    SYSU_FOLDER,
-    check_not_empty,
-    data_root,
-    drawn_gallery,
-    find_images,
-    folder_images,
-    image_list,
-    paired_lists,
-    read_ids,
-    read_list,
-    seeded_draw,
-)
-from image_lists import (
+from datasets.base import (
     DATASETS,
     TRIALS,
     DataError,
@@ -40,7 +27,20 @@ from image_lists import (
     narrow,
     one_against_other,
 )
-from sysu_mm01 import Sysu
+from datasets.folders import (
+    SYSU_FOLDER,
+    check_not_empty,
+    data_root,
+    drawn_gallery,
+    find_images,
+    folder_images,
+    image_list,
+    paired_lists,
+    read_ids,
+    read_list,
+    seeded_draw,
+)
+from datasets.sysu_mm01 import Sysu
 
 __all__ = [
     "DATASETS",

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 BLOCK_ENTRIES = 1 << 18  # distances treated at a time, about what a core's cache holds
 MAX_THREADS = 4  # beyond, the interpreter's share of the work limits
 REPORTED_RANKS = (1, 5, 10, 20)
+METRICS = (*(f"rank{k}" for k in REPORTED_RANKS), "mAP", "mINP")  # of every result
 
 Metrics = tuple[np.ndarray, float, float]
 # Of a slice of queries: (queries, G), True where an image does not count; None where all do.

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from addressing import EPSILON, Observer, Survivors, at_least_float32, read
+from networks.sparse_read import EPSILON, Observer, Survivors, at_least_float32, read
 
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped (released setting)
 INSTANCES_PER_ID = 5  # T, released setting
 PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
 GROUPS_PER_CHUNK = 32  # groups of prototypes gated at a time on the CPU
 VARIANTS = ("paper", "released")
+LEVELS = ("part", "instance", "semantic")
+HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
 
 
 class MemoryRead(NamedTuple):

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from addressing import at_least_float32, position_sum
-from layers import CLASSIFIER_STD, Stage, StripeLinear, gem, linear_classifier, neck_norm
 from memory import (
     INSTANCES_PER_ID,
     PARTS_PER_INSTANCE,
@@ -27,8 +25,8 @@ from memory import (
     MultiGranularityMemory,
     SingleGranularityMemory,
 )
-from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
-from weights import (
+from networks.layers import CLASSIFIER_STD, Stage, StripeLinear, gem, linear_classifier, neck_norm
+from networks.released import (
     convert_released_state_dict,
     is_backbone,
     load_backbone,
@@ -36,6 +34,8 @@ from weights import (
     read_weights,
     released_config,
 )
+from networks.sparse_read import at_least_float32, position_sum
+from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 
 __all__ = ["TwoStreamNet", "convert_released_state_dict", "gem", "load_network"]
 

@@ -116,7 +116,9 @@ def _probability(text: str) -> float:
     return value
 
 
-def _positive(kind: type) -> Any:
+def positive(kind: type) -> Any:
+    """Returns a parser of numbers above 0, for argparse."""
+
     def parse(text: str) -> Any:
         value = kind(text)
         if not 0 < value < math.inf:
@@ -127,7 +129,9 @@ def _positive(kind: type) -> Any:
     return parse
 
 
-def _non_negative(kind: type) -> Any:
+def non_negative(kind: type) -> Any:
+    """Returns a parser of numbers from 0 on, for argparse."""
+
     def parse(text: str) -> Any:
         value = kind(text)
         if not 0 <= value < math.inf:
@@ -142,25 +146,27 @@ def _shrink(text: str) -> float | str:
     return text if text == "auto" else _probability(text)
 
 
-# On --resume: what is no part of the result, what belongs to the run for good, and what places the
-# steps within an epoch. Everything else may change, and is reported.
-FREE_ON_RESUME = (
-    *("workers", "quiet", "gpu", "data_path", "output_dir", "model_path", "log_path"),
-    *("vis_log_path", "resume", "overwrite", "test_only", "save_epoch", "save_every_steps"),
-    *("preset", "weights", "test_batch", "deterministic"),
+# Flags without influence on a number.
+INCIDENTAL = (
+    *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
+    *("overwrite", "test_only", "save_epoch", "save_every_steps", "test_batch", "figures"),
 )
+# On --resume: what may differ, what belongs to the run for good, and what places the steps within
+# an epoch. Everything else may change, and is reported.
+FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
 PROTOCOL = ("dataset", "data_path", "trial", "direction", "mode", "gallery", "shots", "trials")
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 FIXED_WITHIN_EPOCH = ("seed", "batch_size", "num_pos")
 
 
-class _Flags:
+class Flags:
     """Adds flags to a group in both spellings; absent ones stay None until resolved."""
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
         self._group = parser.add_argument_group(title)
 
     def __call__(self, name: str, help_text: str, *short: str, **settings: Any) -> None:
+        """Adds one flag; `settings` go to argparse."""
         names = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}", *short]))
         key = name.replace("-", "_")
         names = list(dict.fromkeys([*names, f"--{key}"]))
@@ -168,29 +174,29 @@ class _Flags:
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "data")
+    add = Flags(parser, "data")
     add("dataset", "which data set's layout and protocol", choices=DATASETS, default="regdb")
     add("data-path", "data folder (default: data/RegDB, data/SYSU-MM01, data/LLCM)", type=Path)
     add("trial", "RegDB split, 1..10", type=int, default=1)
-    add("workers", "threads that decode images", type=_positive(int), default=4)
-    add("img_h", "image height in pixels", type=_positive(int))
-    add("img_w", "image width in pixels", type=_positive(int))
-    add("batch-size", "identities in a batch, P", type=_positive(int))
-    add("num_pos", "images per identity and modality, K", type=_positive(int))
-    add("test-batch", "images in an evaluation batch", type=_positive(int), default=64)
-    add("pad", "black pixels around an image before the crop", type=_non_negative(int))
+    add("workers", "threads that decode images", type=positive(int), default=4)
+    add("img_h", "image height in pixels", type=positive(int))
+    add("img_w", "image width in pixels", type=positive(int))
+    add("batch-size", "identities in a batch, P", type=positive(int))
+    add("num_pos", "images per identity and modality, K", type=positive(int))
+    add("test-batch", "images in an evaluation batch", type=positive(int), default=64)
+    add("pad", "black pixels around an image before the crop", type=non_negative(int))
     add("flip", "probability of a horizontal flip", type=_probability)
     add("grey", "probability that a visible image is made grey", type=_probability)
-    add("tone", "strength of a random change of tone, 0 is none", type=_non_negative(float))
+    add("tone", "strength of a random change of tone, 0 is none", type=non_negative(float))
     add("erase", "probability that a rectangle is erased", type=_probability)
 
 
 def _protocol_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "protocol")
+    add = Flags(parser, "protocol")
     add("mode", "SYSU-MM01 gallery cameras", choices=("all", "indoor"), default="all")
     add("gallery", "SYSU-MM01 gallery draw", choices=("seeded", "official"), default="seeded")
     add("shots", "SYSU-MM01 gallery images per identity and camera", type=int, choices=(1, 10))
-    add("trials", "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1..N", type=_positive(int))
+    add("trials", "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1..N", type=positive(int))
     add("direction", "RegDB, LLCM: query to gallery", choices=("v2i", "i2v"))
     add("tvsearch", "the same as --direction i2v", action="store_true")
     add(
@@ -207,14 +213,14 @@ def _protocol_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "model")
+    add = Flags(parser, "model")
     add("arch", "backbone", choices=("resnet18", "resnet34", "resnet50", "resnet101"))
     add("method", "base is HCT, agw is AGW", choices=("base", "agw"), default="base")
     add("pcb", "stripes; on for base, off for agw", choices=("on", "off"))
     add("share_net", "first shared stage, 0 shares all", type=int, choices=range(6), default=2)
-    add("num_strips", "horizontal stripes, S", type=_positive(int), default=6)
-    add("local_feat_dim", "channels of a stripe's feature", type=_positive(int), default=256)
-    add("gem-p", "exponent of the generalised-mean pooling", type=_positive(float))
+    add("num_strips", "horizontal stripes, S", type=positive(int), default=6)
+    add("local_feat_dim", "channels of a stripe's feature", type=positive(int), default=256)
+    add("gem-p", "exponent of the generalised-mean pooling", type=positive(float))
     add("weights", "imagenet, none, or a file: backbone or any checkpoint")
     add(
         "memory-variant",
@@ -228,20 +234,20 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
         type=_shrink,
         default=0.0025,
     )
-    add("shrink-scale", "of --shrink auto (default: 1)", type=_positive(float))
+    add("shrink-scale", "of --shrink auto (default: 1)", type=positive(float))
     add(
         "memory-levels",
         "which read is added to the map (default: the method's coarsest); none: the memory branch "
         "without a memory",
         choices=("none", "part", "instance", "semantic"),
     )
-    add("instances-per-id", "instance prototypes per identity, T", type=_positive(int), default=5)
-    add("parts-per-instance", "part prototypes per instance, R", type=_positive(int), default=6)
+    add("instances-per-id", "instance prototypes per identity, T", type=positive(int), default=5)
+    add("parts-per-instance", "part prototypes per instance, R", type=positive(int), default=6)
 
 
 def _loss_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "losses")
-    add("margin", "margin of the triplets", type=_non_negative(float))
+    add = Flags(parser, "losses")
+    add("margin", "margin of the triplets", type=non_negative(float))
     add("label_smooth", "label smoothing of 0.1", choices=("on", "off"))
     for term, text in {
         "id": "identity",
@@ -252,47 +258,47 @@ def _loss_flags(parser: argparse.ArgumentParser) -> None:
         "alignment": "part alignment",
         "decorrelation": "part decorrelation",
     }.items():
-        add(f"w_{term}", f"weight: {text}", type=_non_negative(float))
+        add(f"w_{term}", f"weight: {text}", type=non_negative(float))
 
 
 def _optimiser_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "optimisation")
+    add = Flags(parser, "optimisation")
     add("preset", "values for flags not given (default: the data set's)", choices=tuple(PRESETS))
-    add("lr", "base learning rate", type=_positive(float))
+    add("lr", "base learning rate", type=positive(float))
     add("optim", "optimiser", choices=("sgd", "adam"))
-    add("backbone-lr-scale", "share of the rate for all but the head", type=_positive(float))
-    add("weight-decay", "weight decay", type=_non_negative(float))
+    add("backbone-lr-scale", "share of the rate for all but the head", type=positive(float))
+    add("weight-decay", "weight decay", type=non_negative(float))
     add("momentum", "momentum of SGD", type=_probability)
-    add("epochs", "epochs", type=_positive(int))
+    add("epochs", "epochs", type=positive(int))
     add("schedule", "rate after the warm-up", choices=("step", "cosine"))
-    add("warmup-epochs", "epochs of linear warm-up", type=_non_negative(int))
+    add("warmup-epochs", "epochs of linear warm-up", type=non_negative(int))
     add("milestones", "epochs from which the rate is a tenth", type=int, nargs="*")
     add("triplet-ramp", "epochs between which triplet terms come in", type=int, nargs=2)
     add("amp", "bf16 autocast in the network", action="store_true")
-    add("seed", "seed of everything random", type=_non_negative(int), default=0)
+    add("seed", "seed of everything random", type=non_negative(int), default=0)
     add("gpu", "CUDA index, or cpu; under torchrun each process takes its own", default="0")
     add("sync-bn", "torchrun: batch statistics over all processes", action="store_true")
     add("deterministic", "the same bits in each run on CUDA too; slower", action="store_true")
 
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "run")
+    add = Flags(parser, "run")
     add("output-dir", "everything a run writes (default: runs/METHOD_DATASET...)", type=Path)
     add("model_path", "checkpoints (default: the output folder)", type=Path)
     add("log_path", "log files (default: the output folder)", type=Path)
     add("vis_log_path", "TensorBoard (default: OUTPUT/tensorboard)", type=Path)
     add("overwrite", "start afresh in a folder that holds a run", action="store_true")
-    add("save_epoch", "keep a checkpoint every so many epochs", type=_non_negative(int), default=0)
+    add("save_epoch", "keep a checkpoint every so many epochs", type=non_negative(int), default=0)
     add(
         "save-every-steps",
         "save last.pt every so many steps, beside after each epoch",
-        type=_non_negative(int),
+        type=non_negative(int),
         default=0,
     )
     add("resume", "continue from this checkpoint; alone: from the output folder", "-r", nargs="?")
     add("test-only", "evaluate --resume, train nothing", action="store_true")
-    add("eval-start", "epochs before the first evaluation", type=_non_negative(int))
-    add("eval-every", "epochs between evaluations", type=_positive(int))
+    add("eval-start", "epochs before the first evaluation", type=non_negative(int))
+    add("eval-every", "epochs between evaluations", type=positive(int))
     add(
         "select-on",
         "what picks best.pt: test, or identities held out of training",
@@ -325,12 +331,12 @@ def test_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _evaluation_flags(parser)
-    add = _Flags(parser, "output")
+    evaluation_flags(parser)
+    add = Flags(parser, "output")
     add("output-dir", "where results.json goes (default: beside the checkpoint)", type=Path)
     add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
     add("save-features", "write all features, identities and paths to this .npz", type=Path)
-    add = _Flags(parser, "one's own images, in place of a data set")
+    add = Flags(parser, "one's own images, in place of a data set")
     for role in ("query", "gallery"):
         add(f"{role}-dir", f"folder of {role} images, searched below it too", type=Path)
         add(
@@ -341,79 +347,29 @@ def test_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    add = _Flags(parser, "what to evaluate")
+def evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
+    add = Flags(parser, "what to evaluate")
     add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1..N", "-r")
     add("dataset", "which data set's layout and protocol", choices=DATASETS, default="regdb")
     add("data-path", "data folder (default: data/RegDB, data/SYSU-MM01, data/LLCM)", type=Path)
     add("trial", "RegDB split, 1..10", type=int, default=1)
     add("subset", "test identities, or those held out", choices=("test", "val"), default="test")
     _protocol_flags(parser)
-    add = _Flags(parser, "how")
-    add("img_h", "image height in pixels (default: as trained)", type=_positive(int))
-    add("img_w", "image width in pixels (default: as trained)", type=_positive(int))
-    add("gem-p", "pooling exponent (default: as trained; releases: 3)", type=_positive(float))
+    add = Flags(parser, "how")
+    add("img_h", "image height in pixels (default: as trained)", type=positive(int))
+    add("img_w", "image width in pixels (default: as trained)", type=positive(int))
+    add("gem-p", "pooling exponent (default: as trained; releases: 3)", type=positive(float))
     add(
         "memory-variant",
         "MG-MRA variant (default: as trained; releases: released)",
         choices=("paper", "released"),
     )
-    add("test-batch", "images in a batch", type=_positive(int), default=64)
-    add("workers", "threads that decode images", type=_positive(int), default=4)
+    add("test-batch", "images in a batch", type=positive(int), default=64)
+    add("workers", "threads that decode images", type=positive(int), default=4)
     add("amp", "bf16 autocast", action="store_true")
     add("gpu", "CUDA index, or cpu", default="0")
     add("quiet", "no progress bars", action="store_true")
-
-
-def figure_parser(description: str) -> argparse.ArgumentParser:
-    """Parser of ``visualize.py``: one command a figure."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=description, **form)
-    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-
-    def command(name: str, text: str) -> tuple[argparse.ArgumentParser, _Flags]:
-        figure = commands.add_parser(name, help=text, description=f"Draws {text}.", **form)
-        add = _Flags(figure, "figure")
-        add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
-        return figure, add
-
-    some = {"type": _positive(int)}
-    parsers = {}
-    for name, text in {
-        "ranked": "queries with their nearest gallery images",
-        "distances": "distances within and between identities, before and after training",
-        "embedding": "test features in the plane",
-        "addressing": "where on an image each granularity's strongest prototypes fire",
-        "prototypes": "the image patches that address a prototype most",
-    }.items():
-        figure, parsers[name] = command(name, text)
-        _evaluation_flags(figure)
-        _Flags(figure, "choice")("seed", "of random choices", type=_non_negative(int), default=0)
-    parsers["ranked"]("num-queries", "queries", **some, default=8)
-    parsers["ranked"]("top", "gallery images a query", **some, default=10)
-    parsers["distances"]("before", "weights before training: imagenet, none or a file")
-    parsers["embedding"]("ids", "identities, 1..7", type=int, choices=range(1, 8), default=7)
-    parsers["embedding"]("method", "projection", choices=("pca", "tsne"), default="pca")
-    parsers["addressing"]("ids", "identities, two images each", **some, default=3)
-    parsers["addressing"]("top", "prototypes an image and level", **some, default=3)
-    add = parsers["prototypes"]
-    levels = ("part", "instance", "semantic")
-    add("level", "granularity", choices=levels, default="part")
-    add("numbers", "prototypes (default: the most addressed)", type=_non_negative(int), nargs="+")
-    add("count", "prototypes, where no numbers are given", **some, default=8)
-    add("top", "patches a prototype and modality", **some, default=6)
-    add("images", "images a modality to look through", **some, default=200)
-
-    figure, add = command("cmc", "cumulative matching curves of several evaluations")
-    figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
-    add("names", "of the curves (default: the folders')", nargs="+")
-    for name, text in {
-        "curves": "loss terms, rate and evaluations over the epochs",
-        "health": "how the memory's levels are addressed over the epochs",
-    }.items():
-        figure, _ = command(name, text)
-        figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
-    return parser
 
 
 def resolve(args: argparse.Namespace) -> dict[str, str]:

@@ -33,10 +33,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import distributed
 from data_loader import load_images
 from data_manager import DataError, ImageList, train_set
-from sysu_mm01 import CACHE_WORDS
+from datasets.sysu_mm01 import CACHE_WORDS
+from engine import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import options
-from data_check import check
 from data_manager import DATASETS, eval_set, train_set
-from tables import Row, arrange, comma_separated, data_in, latex, markdown
+from reproduction.check_data import check
+from reproduction.tables import Row, arrange, comma_separated, data_in, latex, markdown
 from utils import make_writable_dir, user_errors, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -36,10 +36,6 @@ TABLES = ("regdb", "sysu", "ablation", "memory")
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "tvsearch", "re_rank", "test_feat")
 FIXED += ("method", "resume", "test_only", "overwrite", "output_dir", "model_path", "log_path")
 FIXED += ("vis_log_path",)
-# Flags that may differ between calls without changing what a number means.
-INCIDENTAL = ("resume", "overwrite", "quiet", "workers", "gpu", "test_batch", "save_epoch")
-INCIDENTAL += ("save_every_steps",)
-INCIDENTAL += ("output_dir", "model_path", "log_path", "vis_log_path", "figures")
 
 
 @dataclass(frozen=True)
@@ -197,7 +193,7 @@ class Step:
         return [
             (name, value)
             for name, value in self.resolved.items()
-            if name in saved and name not in INCIDENTAL and saved[name] != value
+            if name in saved and name not in options.INCIDENTAL and saved[name] != value
         ]
 
     def _still_valid(self, results: Path, saved: dict[str, Any]) -> bool:
@@ -259,7 +255,7 @@ def _for_test(extra: Sequence[str]) -> list[str]:
 
 def _telling(extra: Sequence[str]) -> str:
     """Those of the flags that a number depends on, as typed."""
-    silent = ("data_path", *INCIDENTAL)
+    silent = ("data_path", *options.INCIDENTAL)
     kept = [
         f for f in _each(extra) if f[0].lstrip("-").split("=")[0].replace("-", "_") not in silent
     ]

@@ -18,8 +18,8 @@ import torch
 
 from data_loader import EvalLoader, load_images
 from data_manager import ImageList, folder_images
+from engine.evaluate import distances, extract_features
 from model import load_network, trained_size
-from retrieval import distances, extract_features
 from utils import make_writable_dir, resolve_device, write_atomic, write_json
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def search_folders(args: argparse.Namespace) -> Path:
         ValueError: A folder or the checkpoint is not named, missing or of no use, or an image can't
             be decoded.
     """
-    from pictures import ranked_lists  # drawing takes its time to import
+    from figures.image_grids import ranked_lists  # drawing takes its time to import
 
     if not (args.query_dir and args.gallery_dir and args.resume):
         raise ValueError(

@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.io import savemat
 from tqdm import tqdm
 
-from pedestrians import LLCM_INFRARED, camera_look, make_person, render
+from datasets.pedestrians import LLCM_INFRARED, camera_look, make_person, render
 
 logger = logging.getLogger(__name__)
 

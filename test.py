@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import distributed
 import options
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
-from eval_metrics import mean_and_std
+from engine import distributed
+from engine.evaluate import extract_shared, score
+from eval_metrics import METRICS, mean_and_std
 from model import TwoStreamNet, load_network, trained_size
-from retrieval import METRICS, extract_shared, score
 from search import search_folders
 from utils import (
     load_checkpoint,

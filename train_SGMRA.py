@@ -9,9 +9,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from engine.setup import criterion_from_flags, network_from_flags, run
 from loss import Criterion
 from model import TwoStreamNet
-from training import criterion_from_flags, network_from_flags, run
 
 
 def build_model(args: argparse.Namespace, num_ids: int) -> TwoStreamNet:

@@ -28,15 +28,21 @@ from typing import Any
 import numpy as np
 import torch
 
-import figures
 import options
-import pictures
-from addresses import addressed, collect_addresses, fired, prototype_patches, require_memory
 from data_loader import EvalLoader, load_images
 from data_manager import EvalSet, ImageList, data_name, eval_set
+from engine.evaluate import distances, extract_features
 from eval_metrics import excluded
+from figures import charts as figures
+from figures import image_grids as pictures
+from figures.prototypes import (
+    addressed,
+    collect_addresses,
+    fired,
+    prototype_patches,
+    require_memory,
+)
 from model import TwoStreamNet, load_network, trained_size
-from retrieval import distances, extract_features
 from utils import resolve_device, seed_everything, setup_logging, user_errors
 
 log = logging.getLogger(__name__)
@@ -512,6 +518,64 @@ def health(args: argparse.Namespace, path: Path) -> None:
     figures.memory_health(path, read_log(args.run), title=run_name(args.run))
 
 
+def figure_parser(description: str) -> argparse.ArgumentParser:
+    """Parser of ``visualize.py``: one command a figure."""
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=description, **form)
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+
+    def command(name: str, text: str) -> tuple[argparse.ArgumentParser, options.Flags]:
+        figure = commands.add_parser(name, help=text, description=f"Draws {text}.", **form)
+        add = options.Flags(figure, "figure")
+        add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
+        return figure, add
+
+    some = {"type": options.positive(int)}
+    parsers = {}
+    for name, text in {
+        "ranked": "queries with their nearest gallery images",
+        "distances": "distances within and between identities, before and after training",
+        "embedding": "test features in the plane",
+        "addressing": "where on an image each granularity's strongest prototypes fire",
+        "prototypes": "the image patches that address a prototype most",
+    }.items():
+        figure, parsers[name] = command(name, text)
+        options.evaluation_flags(figure)
+        options.Flags(figure, "choice")(
+            "seed", "of random choices", type=options.non_negative(int), default=0
+        )
+    parsers["ranked"]("num-queries", "queries", **some, default=8)
+    parsers["ranked"]("top", "gallery images a query", **some, default=10)
+    parsers["distances"]("before", "weights before training: imagenet, none or a file")
+    parsers["embedding"]("ids", "identities, 1..7", type=int, choices=range(1, 8), default=7)
+    parsers["embedding"]("method", "projection", choices=("pca", "tsne"), default="pca")
+    parsers["addressing"]("ids", "identities, two images each", **some, default=3)
+    parsers["addressing"]("top", "prototypes an image and level", **some, default=3)
+    add = parsers["prototypes"]
+    levels = ("part", "instance", "semantic")
+    add("level", "granularity", choices=levels, default="part")
+    add(
+        "numbers",
+        "prototypes (default: the most addressed)",
+        type=options.non_negative(int),
+        nargs="+",
+    )
+    add("count", "prototypes, where no numbers are given", **some, default=8)
+    add("top", "patches a prototype and modality", **some, default=6)
+    add("images", "images a modality to look through", **some, default=200)
+
+    figure, add = command("cmc", "cumulative matching curves of several evaluations")
+    figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
+    add("names", "of the curves (default: the folders')", nargs="+")
+    for name, text in {
+        "curves": "loss terms, rate and evaluations over the epochs",
+        "health": "how the memory's levels are addressed over the epochs",
+    }.items():
+        figure, _ = command(name, text)
+        figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
+    return parser
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace, Path], None]] = {
     "ranked": ranked,
     "cmc": cmc,
@@ -536,7 +600,7 @@ def default_path(args: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with user_errors():
-        args = options.figure_parser(__doc__).parse_args(argv)
+        args = figure_parser(__doc__).parse_args(argv)
         setup_logging()
         path = args.out or default_path(args)
         named = path.suffix.lower() in figures.FORMATS

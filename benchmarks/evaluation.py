@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.common import finish, interleaved, table, unit_features
 from benchmarks.plain import plain_evaluate, plain_k_reciprocal
+from engine.evaluate import score
 from eval_metrics import eval_regdb, eval_sysu
 from re_rank import k_reciprocal
-from retrieval import score
 
 SECTIONS = ("metrics", "large", "k_reciprocal", "sysu")
 WIDTH = 1536  # of the retrieval feature: 6 stripes of 256

@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addressing import EPSILON
-from layers import GEM_EPSILON
 from loss import (
     ALIGNMENT_OFFSET,
     DECORRELATION_OFF_DIAGONAL,
@@ -26,6 +24,8 @@ from loss import (
 )
 from memory import MultiGranularityMemory, SingleGranularityMemory
 from model import TwoStreamNet
+from networks.layers import GEM_EPSILON
+from networks.sparse_read import EPSILON
 
 # --- Network --------------------------------------------------------------------------------------
 

@@ -28,11 +28,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from augmentation import Augmentation
 from benchmarks.common import finish, interleaved, table
 from benchmarks.plain import PlainNet, plain_training_step
 from data_loader import IdentitySampler, ImageStore, TrainLoader
-from engine import make_optimizer, set_learning_rate, training_step
+from datasets.transforms import Augmentation
+from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import LABEL_SMOOTHING, TERM_WEIGHTS, Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
 from PIL import Image
 
-from figures import STYLE
-from pedestrians import camera_look, make_person, render
+from datasets.pedestrians import camera_look, make_person, render
+from figures.charts import STYLE
 
 OUTPUT = Path(__file__).with_name("overview.png")
 WIDTH, SCALE = 900, 2

@@ -11,11 +11,11 @@ import short_run  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import distributed  # noqa: E402
 import options  # noqa: E402
-import training  # noqa: E402
 from data_manager import eval_set  # noqa: E402
-from engine import make_optimizer, set_learning_rate, training_step  # noqa: E402
+from engine import distributed  # noqa: E402
+from engine import setup as training  # noqa: E402
+from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
 from loss import TERM_WEIGHTS, Criterion  # noqa: E402
 from memory import MemoryHealth  # noqa: E402
 from model import TwoStreamNet  # noqa: E402

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import addresses
-from addressing import Survivors, address
+from figures import prototypes as addresses
 from model import TwoStreamNet
+from networks.sparse_read import Survivors, address
 
 SIZE = (96, 32)
 

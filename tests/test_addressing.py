@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from addressing import (
+from memory import MemoryHealth, MultiGranularityMemory, SingleGranularityMemory
+from networks.sparse_read import (
     Survivors,
     _DenseRead,
     _image_sums,
@@ -15,7 +16,6 @@ from addressing import (
     select,
     sparse_read,
 )
-from memory import MemoryHealth, MultiGranularityMemory, SingleGranularityMemory
 
 
 def naive_read(x, bank, shrink):
@@ -91,9 +91,9 @@ def masked_softmax_read(x, bank, shrink):
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chunk, monkeypatch):
     """From no survivor (uniform weights are 1/150) to all of them."""
-    monkeypatch.setattr("addressing.MIN_QUERIES_PER_CHUNK", 1)
-    monkeypatch.setattr("addressing.CHUNK_ENTRIES", chunk * 150)
-    monkeypatch.setattr("addressing.BAGS_PER_CHUNK", chunk)
+    monkeypatch.setattr("networks.sparse_read.MIN_QUERIES_PER_CHUNK", 1)
+    monkeypatch.setattr("networks.sparse_read.CHUNK_ENTRIES", chunk * 150)
+    monkeypatch.setattr("networks.sparse_read.BAGS_PER_CHUNK", chunk)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen, dtype=torch.float64)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen, dtype=torch.float64).requires_grad_()
@@ -113,8 +113,8 @@ def test_sparse_read_equals_the_dense_one_gradients_included(scale, shrink, chun
 @pytest.mark.parametrize("shrink", [0.005, 0.05])
 def test_zero_queries_are_skipped_only_where_they_read_nothing(shrink, monkeypatch):
     """Uniform weights are 1/150."""
-    monkeypatch.setattr("addressing.MIN_QUERIES_PER_CHUNK", 1)
-    monkeypatch.setattr("addressing.CHUNK_ENTRIES", 7 * 150)
+    monkeypatch.setattr("networks.sparse_read.MIN_QUERIES_PER_CHUNK", 1)
+    monkeypatch.setattr("networks.sparse_read.CHUNK_ENTRIES", 7 * 150)
     gen = torch.Generator().manual_seed(10)
     x = torch.randn(40, 9, generator=gen, dtype=torch.float64)
     x[::3] = 0
@@ -137,7 +137,7 @@ def test_queries_too_short_to_reach_any_prototype_are_left_out(shrink, monkeypat
     expected = select(x, bank, shrink)
     _, survive = masked_softmax_read(x, bank, shrink)
     assert torch.equal(expected.offsets.diff(), survive.sum(1))
-    monkeypatch.setattr("addressing.BOUND_FACTOR", math.inf)  # leaves out no row at all
+    monkeypatch.setattr("networks.sparse_read.BOUND_FACTOR", math.inf)  # leaves out no row at all
     for ours, theirs in zip(select(x, bank, shrink), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -184,8 +184,8 @@ def test_float32_read_takes_the_sparse_route_and_agrees(scale, monkeypatch):
     expected = read(x.double(), bank.double(), 0.0025)
     torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
     called = []
-    monkeypatch.setattr("addressing.DENSE_SHARE", 1.0)
-    monkeypatch.setattr("addressing.address", lambda *_: called.append(1))
+    monkeypatch.setattr("networks.sparse_read.DENSE_SHARE", 1.0)
+    monkeypatch.setattr("networks.sparse_read.address", lambda *_: called.append(1))
     torch.testing.assert_close(read(x, bank, 0.0025).double(), expected, rtol=1e-3, atol=1e-4)
     assert not called
 
@@ -225,7 +225,7 @@ def test_whole_products_give_the_gradients_asked_for(needed):
 @pytest.fixture()
 def elsewhere(monkeypatch):
     """What runs on devices other than the CPU, run on it."""
-    monkeypatch.setattr("addressing.ON_CPU", ())
+    monkeypatch.setattr("networks.sparse_read.ON_CPU", ())
 
 
 @pytest.mark.parametrize("variant", [None, "paper", "released"])
@@ -233,8 +233,8 @@ def elsewhere(monkeypatch):
 @pytest.mark.parametrize("entries", [1 << 27, 1 << 12])
 def test_every_device_reads_the_same(variant, scale, entries, elsewhere, monkeypatch):
     """Maps, gradients and health numbers, from no survivor to few, in one chunk and in several."""
-    monkeypatch.setattr("addressing.MIN_QUERIES_PER_CHUNK", 1)
-    monkeypatch.setattr("addressing.DENSE_ENTRIES", entries)
+    monkeypatch.setattr("networks.sparse_read.MIN_QUERIES_PER_CHUNK", 1)
+    monkeypatch.setattr("networks.sparse_read.DENSE_ENTRIES", entries)
     torch.manual_seed(18)
     sizes = {"num_ids": 90, "instances_per_id": 5, "parts_per_instance": 4, "dim": 16}
     memory = SingleGranularityMemory(**sizes)
@@ -246,7 +246,7 @@ def test_every_device_reads_the_same(variant, scale, entries, elsewhere, monkeyp
     toward = torch.randn(3, 16, 4, 2)
     results = []
     for on_cpu in ((), ("cpu",)):
-        monkeypatch.setattr("addressing.ON_CPU", on_cpu)
+        monkeypatch.setattr("networks.sparse_read.ON_CPU", on_cpu)
         health = MemoryHealth()
         maps = [m for m in memory(x, health) if m is not None]
         loss = sum((toward * m).sum() + position_sum(m).square().sum() for m in maps)
@@ -299,7 +299,7 @@ def test_a_part_common_to_all_prototypes_cancels_in_half_precision(common):
 
 @pytest.mark.parametrize("entries", [1 << 29, 0])
 def test_second_derivatives_are_refused(entries, elsewhere, monkeypatch):
-    monkeypatch.setattr("addressing.DENSE_ENTRIES", entries)
+    monkeypatch.setattr("networks.sparse_read.DENSE_ENTRIES", entries)
     gen = torch.Generator().manual_seed(23)
     x = torch.randn(1, 16, 4, 3, generator=gen, requires_grad=True)
     out = read(x, torch.randn(900, 16, generator=gen), 0.0025)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from augmentation import Augmentation, augment, normalize
+from datasets.transforms import Augmentation, augment, normalize
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_structure import ROOMS
 
 import stand_in
 
@@ -45,8 +46,10 @@ def data(tmp_path_factory):
 
 def follow(recipe: str, data: Path, folder: Path) -> None:
     """Writes a recipe's files into a copy of the repository and runs its commands, made tiny."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.mplstyle")):
+    for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, folder / room)
     commands = []
     for language, text in BLOCK.findall(SECTIONS[recipe]):
         if language != "python":

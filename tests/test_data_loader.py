@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 import data_loader
-from augmentation import Augmentation, augment, normalize
 from data_loader import EvalLoader, IdentitySampler, ImageStore, TrainLoader, load_images
 from data_manager import DataError, ImageList, train_set
+from datasets.transforms import Augmentation, augment, normalize
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import addressing
-import layers
 import loss
 import memory
 import model
-from engine import _float32, feature_spread, make_optimizer
+from engine.train import _float32, feature_spread, make_optimizer
+from networks import layers
+from networks import sparse_read as addressing
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
 WAITS = (fake.DynamicOutputShapeException, fake.DataDependentOutputException)
@@ -65,7 +65,7 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant):
 
 
 def test_waiting_would_be_noticed(monkeypatch):
-    monkeypatch.setattr("addressing.ON_CPU", ("cpu", "cuda"))
+    monkeypatch.setattr("networks.sparse_read.ON_CPU", ("cpu", "cuda"))
     net = model.TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
     with fake.FakeTensorMode(), pytest.raises(WAITS):
         forward(net)

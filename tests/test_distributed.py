@@ -22,12 +22,12 @@ from short_run import (
     write_data,
 )
 
-import distributed
 import pre_process_sysu
 import test
 import train_MGMRA
-from augmentation import Augmentation
 from data_loader import IdentitySampler, ImageStore, TrainLoader
+from datasets.transforms import Augmentation
+from engine import distributed
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 

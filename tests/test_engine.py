@@ -4,8 +4,8 @@ import pytest
 import torch
 from small_training import Loader, small
 
-import engine
-from engine import (
+from engine import train as engine
+from engine.train import (
     NonFiniteLossError,
     Schedule,
     check_finite,

@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
-import figures
-from figures import STYLE, cmc_curves, distance_histograms, embedding, memory_health
+from figures import charts as figures
+from figures.charts import STYLE, cmc_curves, distance_histograms, embedding, memory_health
 
-from figures import misordered, training_curves  # isort: skip
+from figures.charts import misordered, training_curves  # isort: skip
 
 
 @pytest.fixture

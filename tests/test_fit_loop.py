@@ -6,14 +6,14 @@ import logging
 import torch
 from small_training import Loader, small
 
-import fit_loop
-import retrieval
-from engine import (
+from engine import evaluate as retrieval
+from engine import fit as fit_loop
+from engine.fit import RunFiles, fit
+from engine.train import (
     Schedule,
     feature_spread,
     make_optimizer,
 )
-from fit_loop import RunFiles, fit
 from loss import Criterion
 
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from addressing import read
-from augmentation import Augmentation
 from benchmarks.plain import PlainNet, plain_training_step
 from data_loader import IdentitySampler, ImageStore, TrainLoader
-from engine import make_optimizer, set_learning_rate, training_step
-from layers import gem
+from datasets.transforms import Augmentation
+from engine.evaluate import extract_features
+from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import TERM_WEIGHTS, Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet
-from retrieval import extract_features
+from networks.layers import gem
+from networks.sparse_read import read
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,7 +42,7 @@ def relative(ours, truth):
 @pytest.mark.parametrize("entries", [1 << 27, 0])
 def test_read_and_its_gradients(ids, scale, entries, monkeypatch):
     """From no survivor to few; whole products, and the sparse route of very large banks."""
-    monkeypatch.setattr("addressing.DENSE_ENTRIES", entries)
+    monkeypatch.setattr("networks.sparse_read.DENSE_ENTRIES", entries)
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(4, 32, 6, 3, generator=generator)
     bank = torch.randn(ids, 32, generator=generator)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layers import NonLocal, gem
+from networks.layers import NonLocal, gem
 
 
 def plain_gem(x, p, dims):

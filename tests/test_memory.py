@@ -5,7 +5,6 @@ import pytest
 import torch
 from recipe import GOLDEN
 
-from addressing import address, position_sum, read, select
 from memory import (
     SHRINK,
     MemoryHealth,
@@ -14,6 +13,7 @@ from memory import (
     SingleGranularityMemory,
     _gated_mean,
 )
+from networks.sparse_read import address, position_sum, read, select
 
 GOLDEN_NAMES = {
     "sg": None,

@@ -6,7 +6,7 @@ from recipe import GOLDEN, METHODS, images, released_state_dict
 from loss import part_alignment_loss
 from memory import MemoryHealth, MemoryRead, MultiGranularityMemory
 from model import TwoStreamNet, convert_released_state_dict, load_network
-from weights import released_config
+from networks.released import released_config
 
 
 def small(**settings):

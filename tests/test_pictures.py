@@ -10,10 +10,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
 from PIL import Image
 
-import figures
-import pictures
-from figures import STYLE
-from pictures import RIGHT, WRONG, ranked_lists
+from figures import charts as figures
+from figures import image_grids as pictures
+from figures.charts import STYLE
+from figures.image_grids import RIGHT, WRONG, ranked_lists
 
 Q, G, SIZE = 6, 9, (24, 12)
 Q_PIDS = np.array([3, 3, 7, 7, 9, 9])

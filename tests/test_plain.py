@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.plain import PlainNet, plain_evaluate, plain_k_reciprocal, plain_training_step
-from engine import make_optimizer, set_learning_rate, training_step
+from engine.train import make_optimizer, set_learning_rate, training_step
 from eval_metrics import eval_regdb, eval_sysu
 from loss import TERM_WEIGHTS, Criterion
 from memory import MemoryHealth

@@ -24,12 +24,12 @@ from short_run import (
     write_data,
 )
 
-import engine
-import fit_loop
 import train_HCT
 import train_MGMRA
-import training
 import utils
+from engine import fit as fit_loop
+from engine import setup as training
+from engine import train as engine
 
 GET_MODEL = torchvision.models.get_model
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_training import small
 
-from retrieval import METRICS, distances, extract_features, format_result, score
+from engine.evaluate import distances, extract_features, format_result, score
+from eval_metrics import METRICS
 
 
 def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0))):

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from scipy.io import loadmat
 
-import pedestrians
 import stand_in
-from pedestrians import make_person, render
+from datasets import pedestrians
+from datasets.pedestrians import make_person, render
 from stand_in import Settings, generate
 
 ROOT = Path(stand_in.__file__).parent

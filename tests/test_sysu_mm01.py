@@ -13,8 +13,8 @@ from conftest import SYSU_COUNTS
 from damage import both, link_out, remove, write
 from scipy.io import loadmat, savemat
 
-import sysu_mm01
 from data_manager import DataError, EvalOptions, eval_set, train_set
+from datasets import sysu_mm01
 
 OFFICIAL = Path(__file__).parents[2] / "shared/golden/official_sysu/split_test.npz"
 LAYOUT = Path(__file__).parents[2] / "shared/data/sysu_layout.json"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tables import (
+from reproduction.tables import (
     METRICS,
     README_MAP,
     README_RANK1,

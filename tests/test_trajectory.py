@@ -5,10 +5,10 @@ import pytest
 import torch
 from recipe import GOLDEN, METHODS, images, numbered, released_state_dict
 
-from engine import make_optimizer, set_learning_rate, training_step
+from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import TERM_WEIGHTS, Criterion
 from model import TwoStreamNet, convert_released_state_dict
-from weights import released_config
+from networks.released import released_config
 
 
 @pytest.mark.parametrize("name", METHODS)

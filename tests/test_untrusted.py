@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from scipy.io import savemat
 from short_run import NarrowResNet, arguments, write_data
 
-import engine
-import fit_loop
 import options
-import resume
-import retrieval
 import stand_in
 import train_MGMRA
 from data_manager import DataError, eval_set, train_set
-from engine import Schedule, make_optimizer
+from engine import evaluate as retrieval
+from engine import fit as fit_loop
+from engine import resume
+from engine import train as engine
+from engine.train import Schedule, make_optimizer
 from model import TwoStreamNet, load_network
 from test import describe_checkpoint, image_size
 from utils import CheckpointError, load_checkpoint

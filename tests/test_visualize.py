@@ -12,15 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import figures
-import pictures
 import search
 import stand_in
 import visualize
 from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
+from engine.evaluate import distances, extract_features
 from eval_metrics import eval_regdb
+from figures import charts as figures
+from figures import image_grids as pictures
 from model import TwoStreamNet
-from retrieval import distances, extract_features
 from utils import save_checkpoint
 
 SIZE = (96, 32)
@@ -28,7 +28,7 @@ SIZE = (96, 32)
 
 def script(name):
     """A script as a module; `test` is also the name of one of Python's own."""
-    path = visualize.figures.STYLE.with_name(f"{name}.py")
+    path = Path(visualize.__file__).with_name(f"{name}.py")
     spec = importlib.util.spec_from_file_location(f"{name}_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,10 +6,10 @@ import torch
 import torchvision
 from recipe import METHODS, numbered
 
-import weights
 from model import TwoStreamNet, load_network
+from networks import released as weights
+from networks.released import convert_released_state_dict, is_released, released_config
 from utils import CheckpointError, save_checkpoint
-from weights import convert_released_state_dict, is_released, released_config
 
 
 def small(**settings):

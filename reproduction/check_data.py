@@ -16,7 +16,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_folders import IMAGE_SUFFIXES
 from data_manager import (
     DATASETS,
     STAND_IN_MARKER,
@@ -28,7 +27,8 @@ from data_manager import (
     eval_set,
     train_set,
 )
-from image_lists import TRIALS
+from datasets.base import TRIALS
+from datasets.folders import IMAGE_SUFFIXES
 
 REGDB_PER_IDENTITY = 10  # images of an identity in either modality
 MIN_SIDE = 16  # pixels; a smaller picture of a person is no use

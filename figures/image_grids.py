@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from figures import (
+from figures.charts import (
     BLUE,
     COLUMN_WIDTH,
     DENSITY,

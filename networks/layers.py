@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from addressing import at_least_float32
+from networks.sparse_read import at_least_float32
 
 GEM_EPSILON = 1e-12
 GEM_CHUNK = 4  # images pooled at a time on the CPU: 5 MB of a ResNet-50's last map

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data_folders import (
+from datasets.base import (
+    DataError,
+    EvalOptions,
+    EvalSet,
+    ImageList,
+    TrainSet,
+)
+from datasets.folders import (
     Index,
     Item,
     check_not_empty,
@@ -23,13 +30,6 @@ from data_folders import (
     path_inside,
     read_ids,
     seeded_draw,
-)
-from image_lists import (
-    DataError,
-    EvalOptions,
-    EvalSet,
-    ImageList,
-    TrainSet,
 )
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import distributed
 import re_rank
-from eval_metrics import eval_llcm, eval_regdb, eval_sysu, mean_and_std, summarize
+from engine import distributed
+from eval_metrics import METRICS, eval_llcm, eval_regdb, eval_sysu, mean_and_std, summarize
 
-METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 RE_RANKINGS = ("no", "k_reciprocal", "random_walk")
 
 

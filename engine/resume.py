@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import EpochProgress
-from fit_loop import LAST, PREVIOUS, Progress
+from engine.fit import LAST, PREVIOUS, Progress
+from engine.train import EpochProgress
+from eval_metrics import METRICS
 from model import TwoStreamNet
-from retrieval import METRICS
 from utils import CheckpointError, load_checkpoint
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-import distributed
-from engine import Checkpoints, EpochProgress, NonFiniteLossError, Schedule, train_epoch
+from engine import distributed
+from engine.evaluate import format_result
+from engine.train import Checkpoints, EpochProgress, NonFiniteLossError, Schedule, train_epoch
+from eval_metrics import METRICS
 from loss import Criterion
-from retrieval import METRICS, format_result
 from utils import (
     Interrupted,
     StopSignals,

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval_metrics import mean_and_std
+from eval_metrics import METRICS, mean_and_std
+from memory import HEALTH, LEVELS
 
-METRICS = ("rank1", "rank5", "rank10", "rank20", "mAP", "mINP")
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
-HEALTH = ("zero_reads", "survivors", "used", "entropy")
-LEVELS = ("part", "instance", "semantic")
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
 
 PAPER = "arXiv 2109.08843, Table 1"

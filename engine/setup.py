@@ -16,18 +16,17 @@ import numpy as np
 import torch
 from torch import nn
 
-import distributed
 import options
-import resume
-from augmentation import Augmentation
 from data_loader import EvalLoader, IdentitySampler, ImageStore, TrainLoader, load_images
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
-from engine import Schedule, make_optimizer
-from fit_loop import LAST, PREVIOUS, Progress, RunFiles, fit, write_reports
+from datasets.transforms import Augmentation
+from engine import distributed, resume
+from engine.evaluate import extract_shared, format_result, score
+from engine.fit import LAST, PREVIOUS, Progress, RunFiles, fit, write_reports
+from engine.train import Schedule, make_optimizer
 from loss import LABEL_SMOOTHING, Criterion
 from memory import SHRINK
 from model import TwoStreamNet
-from retrieval import extract_shared, format_result, score
 from utils import (
     CheckpointError,
     Interrupted,

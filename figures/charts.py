@@ -23,6 +23,7 @@ from matplotlib.textpath import text_to_path
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from memory import LEVELS
 from utils import write_atomic
 
 STYLE = Path(__file__).with_name("mgmra.mplstyle")
@@ -43,7 +44,6 @@ BLUE, ORANGE = "#0072B2", "#E69F00"  # dark and light in grey
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # beside the style file's colours and dashes
 MOST_CURVES = len(MARKERS)  # that can be told apart
 HISTOGRAM_BINS = 50
-LEVELS = ("part", "instance", "semantic")
 TERMS = {  # loss terms of the log, as a figure names them
     "total": "total",
     "id": "identity",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import distributed
+from engine import distributed
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from memory import MemoryHealth, MemoryRead
 

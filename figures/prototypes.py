@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import pictures
-from addressing import Survivors
 from data_loader import EvalLoader
+from figures import image_grids as pictures
 from model import OUTPUT_STRIDE, TwoStreamNet
+from networks.sparse_read import Survivors
 
 PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
 BEYOND = 200  # grey level of a patch beyond the image's edge

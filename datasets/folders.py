@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from image_lists import DATASETS, DataError, ImageList, Source, TrainSet
+from datasets.base import DATASETS, DataError, ImageList, Source, TrainSet
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 STAND_IN = (
