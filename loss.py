@@ -12,28 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MARGIN = 0.3  # HCT and batch-hard triplet
-LABEL_SMOOTHING = 0.1
+from networks.settings import MARGIN
+
 MIN_SQUARED_DISTANCE = 1e-12
-# Devices that are not asked how many centres a batch has, since the answer would keep them waiting:
-# there is room for one centre a row then.
-UNASKED = ("cuda",)
 WEIGHT_EPSILON = 1e-6  # weighted regularised triplet: keeps the weights' denominator above zero
 DECORRELATION_OFF_DIAGONAL = 0.051  # released setting, a Barlow-Twins-like balance
 DECORRELATION_SCALE = 200.0  # released setting
 ALIGNMENT_OFFSET = 0.1  # released: subtracted from the alignment in the total; has no gradient
 
-# Weights of the terms in each method's total; every one is a flag. `center_triplet` is the sum of
-# the stripes' own hetero-centre triplets.
-TERM_WEIGHTS = {
-    "id": 1.0,
-    "triplet": 1.0,
-    "center_triplet": 2.0,
-    "memory_id": 0.1,
-    "memory_triplet": 1.0,
-    "alignment": 0.1,
-    "decorrelation": 0.0,  # released: computed, left out; its note suggests 0.01
-}
 TRIPLET_TERMS = ("triplet", "center_triplet", "memory_triplet")
 
 
@@ -55,6 +41,10 @@ def _check(features: Tensor, labels: Tensor) -> None:
         )
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _hardest(distance: Tensor, same_identity: Tensor) -> tuple[Tensor, Tensor]:
     """Hardest positive and negative of each row: two (..., N); infinite where there is none."""
     positive = distance.masked_fill(~same_identity, -torch.inf).amax(dim=-1)
@@ -73,10 +63,16 @@ class HeteroCenterTripletLoss(nn.Module):
     Deviation: centres come from labels and modality, not from a row's position in the batch.
     """
 
-    def __init__(self, margin: float = MARGIN) -> None:
-        """Sets the hinge's margin."""
+    def __init__(self, margin: float = MARGIN, num_centers: int | None = None) -> None:
+        """Sets margin and number of centres.
+
+        Args:
+            margin: Of the hinge.
+            num_centers: Centres in every batch, 2P where each of P identities has both modalities;
+                None counts them in each batch (a device sync on CUDA).
+        """
         super().__init__()
-        self.margin = margin
+        self.margin, self.num_centers = margin, num_centers
 
     def forward(self, features: Tensor, labels: Tensor, modality: Tensor | None = None) -> Tensor:
         """Computes the loss.
@@ -101,22 +97,18 @@ class HeteroCenterTripletLoss(nn.Module):
             modality = torch.arange(rows, device=labels.device) >= rows // 2
         _check(features, modality)
         if features.ndim == 2:
-            features = features.unsqueeze(1)
-        keys, order = (labels * 2 + modality.to(labels.dtype)).sort()
-        index = torch.cat([keys.new_zeros(1), (keys.diff() != 0).cumsum(0)])  # of each key's centre
-        room = rows if features.device.type in UNASKED else int(index[-1]) + 1
-        membership = features.new_zeros(rows, room)
-        membership[order, index] = membership.new_ones(())  # for a plain 1, CUDA would wait
-        count = membership.sum(dim=0)  # rows of each centre, 0 where there is none
-        centers = torch.einsum("nc,nsd->scd", membership / count.clamp_min(1), features)
-        identity = keys.new_full((room,), -1).scatter_(0, index, keys // 2)
-        there = count > 0
-        same = identity[:, None] == identity
-        distance = pairwise_distance(centers).masked_fill(~there & ~same, torch.inf)
-        positive, negative = _hardest(distance, same)  # (S, centres)
+            features = features.unsqueeze(1)  # (N, 1, D)
+        keys, order = (2 * labels + modality.to(labels.dtype)).sort()  # one key per centre
+        center = F.pad((keys.diff() != 0).cumsum(0), (1, 0))  # (N,) centre 0, 1, ... of each row
+        count = int(center[-1]) + 1 if self.num_centers is None else self.num_centers
+        member = center[:, None] == torch.arange(count, device=labels.device)  # (N, centres)
+        mean = member.to(features.dtype) / member.sum(dim=0)
+        centers = torch.einsum("nc,nsd->scd", mean, features[order])  # (S, centres, D)
+        identity = keys.new_zeros(count).scatter(0, center, keys // 2)  # (centres,)
+        same = identity[:, None] == identity  # (centres, centres)
+        positive, negative = _hardest(pairwise_distance(centers), same)  # (S, centres) each
         # With a single identity there is no negative: inf, hence a hinge of zero.
-        hinge = F.relu(self.margin + positive - negative)
-        return (hinge * there).sum() / there.sum()
+        return F.relu(self.margin + positive - negative).mean(dim=1).sum()
 
 
 class BatchHardTripletLoss(nn.Module):
@@ -126,7 +118,6 @@ class BatchHardTripletLoss(nn.Module):
     """
 
     def __init__(self, margin: float = MARGIN) -> None:
-        """Sets the hinge's margin."""
         super().__init__()
         self.margin = margin
 
@@ -210,40 +201,13 @@ def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
     Source: the figure's "instance loss"; for the released total's constant see `weighted_total`.
     """
     stripes = len(order)
-    batch, channels, height, width = part_read.shape
+    height = part_read.shape[2]
     if stripes < 2 or height % stripes:
         raise ValueError(f"a map of height {height} does not divide into {stripes} >= 2 stripes")
+    stripe = part_read.unflatten(2, (stripes, -1)).unbind(dim=2)  # S of (N, C, H/S, W)
     half = stripes // 2
-    pairs = list(zip(order[:half], order[half:], strict=False))  # an odd stripe is left over
-    compared = half * batch * channels * (height // stripes) * width
-    return _StripeDifferences.apply(part_read, stripes, pairs) / compared
-
-
-class _StripeDifferences(torch.autograd.Function):
-    """Sum of squared differences between pairs of stripes of a map (N, C, H, W).
-
-    Its derivative writes one map, in the layout of the read, and nothing else.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stripes: int, pairs: list[tuple[int, int]]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.stripes, ctx.pairs = stripes, pairs
-        striped = x.permute(0, 2, 3, 1).unflatten(1, (stripes, -1))  # (N, S, H/S, W, C)
-        return sum((striped[:, i] - striped[:, j]).square_().sum() for i, j in pairs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        maps = ctx.saved_tensors[0].permute(0, 2, 3, 1)
-        striped = maps.unflatten(1, (ctx.stripes, -1))
-        result = torch.empty_like(maps, memory_format=torch.contiguous_format)
-        parts = result.unflatten(1, (ctx.stripes, -1)).unbind(dim=1)
-        for i, j in ctx.pairs:
-            torch.sub(striped[:, i], striped[:, j], out=parts[i]).mul_(2 * grad)
-            torch.neg(parts[i], out=parts[j])
-        for left_over in set(range(ctx.stripes)).difference(*ctx.pairs):
-            parts[left_over].zero_()
-        return result.permute(0, 3, 1, 2), None, None
+    pairs = zip(order[:half], order[half:], strict=False)  # an odd stripe is left over
+    return sum(F.mse_loss(stripe[i], stripe[j]) for i, j in pairs) / half
 
 
 def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
@@ -270,69 +234,98 @@ def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
 
 
 class Criterion(nn.Module):
-    """Every loss term that a network's training output allows, by name and unweighted.
+    """The loss terms of a method, by name and unweighted, and their weights.
 
-    A new term is one line in `forward` and one entry in `TERM_WEIGHTS`.
+    A term is a method ``(out, labels, order) -> scalar`` named like its weight; a new term is one
+    more method and one more weight. Terms of weight 0 are not computed. Arguments of a term:
+
+    - ``out``: what `model.TwoStreamNet` returns in training mode, float32 or wider, but for the
+      maps of ``memory_read``, which come in the network's precision;
+    - ``labels``: (N,), visible rows first, then infrared;
+    - ``order``: this step's random order of the S stripes.
 
     Attributes:
-        weights: The weight of each term in the total; terms of weight 0 are not computed.
+        weights: The weight of each term in the total.
+        whole_batch_reads: Terms on ``memory_read`` that are no mean over rows: with several
+            processes they need the reads of all of them.
     """
+
+    whole_batch_reads: tuple[str, ...] = ("decorrelation",)
 
     def __init__(
         self,
+        weights: Mapping[str, float],
         *,
         margin: float = MARGIN,
         label_smoothing: float = 0.0,
-        num_strips: int = 6,
-        weights: Mapping[str, float] = TERM_WEIGHTS,
+        num_centers: int | None = None,
+        head: str = "pcb",
     ) -> None:
         """Sets what the terms need.
 
         Args:
+            weights: Weight of each term of the method.
             margin: Margin of the hetero-centre triplets.
             label_smoothing: e of both identity terms.
-            num_strips: Stripes S.
-            weights: Weight of each term, as `TERM_WEIGHTS`.
+            num_centers: See `HeteroCenterTripletLoss`.
+            head: "agw": ``triplet`` is AGW's weighted regularised triplet.
+
+        Raises:
+            ValueError: When a weight's name is no term.
         """
         super().__init__()
-        self.label_smoothing = label_smoothing
-        self.num_strips = num_strips
+        unknown = [name for name in weights if not hasattr(self, name)]
+        if unknown:
+            raise ValueError(
+                f"there is no loss term {unknown[0]!r}: expected a method of this name"
+            )
         self.weights = dict(weights)
-        self.hetero_center = HeteroCenterTripletLoss(margin)
-        self.weighted_triplet = WeightedRegularizedTripletLoss()
+        self.label_smoothing = label_smoothing
+        self.hetero_center = HeteroCenterTripletLoss(margin, num_centers)
+        self.feature_triplet = self.hetero_center
+        if head == "agw":
+            self.feature_triplet = WeightedRegularizedTripletLoss()
 
     def forward(
-        self, out: Mapping[str, Tensor], labels: Tensor, order: Sequence[int]
+        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Computes the terms.
+        """Computes the terms: scalars by name."""
+        used = [name for name, weight in self.weights.items() if weight]
+        return {name: getattr(self, name)(out, labels, order) for name in used}
 
-        Args:
-            out: What `model.TwoStreamNet` returns in training mode, float32 or wider.
-            labels: (N,), visible rows first, then infrared.
-            order: This step's random order of the stripes.
+    def id(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+        """Identity: of each stripe, summed (AGW: of the feature after the neck)."""
+        logits = out["part_logits"] if "part_logits" in out else out["logits"]
+        return identity_loss(logits, labels, self.label_smoothing)
 
-        Returns:
-            Scalars named as in `TERM_WEIGHTS`.
-        """
-        terms = {}
-        if "part_logits" in out:  # HCT head
-            terms["id"] = identity_loss(out["part_logits"], labels, self.label_smoothing)
-            terms["triplet"] = self.hetero_center(out["feat"], labels)
-            if self.weights["center_triplet"]:
-                terms["center_triplet"] = self.hetero_center(out["part_feats"], labels)
-        else:  # AGW head
-            terms["id"] = identity_loss(out["logits"], labels, self.label_smoothing)
-            terms["triplet"] = self.weighted_triplet(out["feat"], labels)
-        if "memory_logits" in out:
-            terms["memory_id"] = identity_loss(out["memory_logits"], labels, self.label_smoothing)
-            terms["memory_triplet"] = self.hetero_center(out["memory_feat"], labels)
-        read = out.get("memory_read")
-        if read is not None and read.semantic is not None:  # MG-MRA
-            if self.weights["alignment"]:
-                terms["alignment"] = part_alignment_loss(read.part, order)
-            if self.weights["decorrelation"]:
-                terms["decorrelation"] = part_decorrelation_loss(read.part, self.num_strips)
-        return terms
+    def triplet(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+        """Hetero-centre triplet of the concatenated feature (AGW: its own triplet)."""
+        return self.feature_triplet(out["feat"], labels)
+
+    def center_triplet(
+        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
+    ) -> Tensor:
+        """Hetero-centre triplets of the stripes, summed."""
+        return self.hetero_center(out["part_feats"], labels)
+
+    def memory_id(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+        """Identity of the memory feature ("ID loss" of the figure's memory branch)."""
+        return identity_loss(out["memory_logits"], labels, self.label_smoothing)
+
+    def memory_triplet(
+        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
+    ) -> Tensor:
+        """Hetero-centre triplet of the memory feature ("semantic loss" of the figure)."""
+        return self.hetero_center(out["memory_feat"], labels)
+
+    def alignment(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+        """Part alignment ("instance loss" of the figure)."""
+        return part_alignment_loss(_at_least_float32(out["memory_read"].part), order)
+
+    def decorrelation(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+        """Part decorrelation ("prototype loss" of the figure)."""
+        part = _at_least_float32(out["memory_read"].part)
+        return part_decorrelation_loss(part, len(order))
 
 
 def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -1,27 +1,74 @@
-"""The two memories of prototype banks, and the numbers that tell their health.
+"""The read of a bank, the memories of SG-MRA and MG-MRA, and the usage statistics of a memory.
 
 Letters in shapes: ``L`` training identities, ``T`` instance prototypes per identity, ``R`` part
-prototypes per instance, ``M = L*T*R`` part prototypes, ``C`` backbone channels.
+prototypes per instance, ``M = L*T*R`` part prototypes, ``C`` backbone channels, ``m`` prototypes of
+any bank, ``n = B*H*W`` positions.
 
 Source: "Memory Regulation and Alignment toward Generalizer RGB-Infrared Person Re-identification"
 (arXiv 2109.08843), its figure; the read descends from MemAE (Gong et al., ICCV 2019).
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.sparse_read import EPSILON, Observer, Survivors, at_least_float32, read
+from networks import sparse_read
+from networks.settings import HEALTH, INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
-SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped (released setting)
-INSTANCES_PER_ID = 5  # T, released setting
-PARTS_PER_INSTANCE = 6  # R, released setting; not tied to the number of stripes
-GROUPS_PER_CHUNK = 32  # groups of prototypes gated at a time on the CPU
-VARIANTS = ("paper", "released")
-LEVELS = ("part", "instance", "semantic")
-HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
+EPSILON = 1e-12  # of the releases' divisions
+
+
+def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+    """Reads a bank at every position of a map.
+
+    ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
+    renormalised; ``value = weights @ bank``. Positions are independent: the whole map at once
+    equals stripe by stripe. Under autocast the products run in half precision; the part that all
+    prototypes have in common (which cancels in the softmax) is then kept out of them.
+
+    Args:
+        x: Queries, (B, C, H, W).
+        bank: Prototypes, (m, C).
+        shrink: Threshold on the weights, in [0, 1).
+
+    Returns:
+        The values, a map of x's shape, zero where no weight is above `shrink`; and the addressing
+        weights (n, m), float32 or wider, whose rows sum to 1 or are zero (sparse CSR for large
+        banks on the CPU).
+
+    Source: MemAE (Gong et al., ICCV 2019).
+    """
+    b, c, h, w = x.shape
+    queries = x.permute(0, 2, 3, 1).reshape(-1, c)  # (n, C)
+    if sparse_read.pays_off(queries, bank, shrink):
+        values, weights = sparse_read.sparse_read(queries, bank, shrink)
+    else:
+        common = bank.mean(dim=0)  # (C,)
+        prototypes = bank - common
+        scores = queries @ prototypes.t()  # (n, m)
+        weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        weights = hard_shrink(weights, shrink)
+        total = weights.sum(dim=1, keepdim=True)
+        weights = weights / total.clamp_min(EPSILON)
+        values = weights @ prototypes + (total > 0) * common
+    return values.view(b, h, w, c).permute(0, 3, 1, 2), weights
+
+
+def hard_shrink(weights: Tensor, shrink: float) -> Tensor:
+    """Sets weights at or below the threshold to zero.
+
+    Deviation: MemAE and the releases multiply by ``excess / (excess + 1e-12)``, where ``excess = w
+    - lambda``. Its derivative explodes within 1e-8 of the threshold, which float32 hardly resolves;
+    float64 keeps it, since the releases' first five steps depend on it.
+    """
+    if weights.dtype != torch.float64:
+        return F.threshold(weights, shrink, 0.0)
+    excess = (weights - shrink).relu()
+    return weights * (excess / (excess + EPSILON))
 
 
 class MemoryRead(NamedTuple):
@@ -31,129 +78,17 @@ class MemoryRead(NamedTuple):
         part: Read from the part bank, (B, C, H, W).
         instance: Read from the instance bank (MG-MRA, variant ``paper``), (B, C, H, W).
         semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
+        weights: Addressing weights (n, m) by level, dense or sparse CSR; for statistics.
     """
 
     part: Tensor
     instance: Tensor | None = None
     semantic: Tensor | None = None
+    weights: Mapping[str, Tensor] | None = None
 
-
-class MemoryHealth:
-    """Accumulates, without any gradient, how a memory's levels are addressed.
-
-    Hand one instance to the forward passes of an epoch, then call `summary`. Counters stay on the
-    device, so that updating never waits for it.
-    """
-
-    def __init__(self) -> None:
-        """Starts at zero."""
-        self._levels: dict[str, dict[str, Tensor]] = {}
-
-    @torch.no_grad()
-    def update(
-        self, level: str, weights: Survivors | Tensor, num_prototypes: int, repeats: int = 1
-    ) -> None:
-        """Adds one read.
-
-        Args:
-            level: "part", "instance" or "semantic".
-            weights: Who was addressed, and how strongly: sparse, or dense (n, num_prototypes).
-            num_prototypes: Size m of the bank.
-            repeats: How often its rows, in order, are repeated.
-        """
-        if isinstance(weights, Survivors):
-            counts, columns, weights = weights.offsets.diff(), weights.columns, weights.weights
-            used = torch.zeros(num_prototypes, dtype=torch.bool, device=counts.device)
-            used[columns] = True
-        else:
-            counts, used = (weights > 0).sum(dim=1), weights.amax(dim=0) > 0
-            # Rows in half precision do not quite sum to 1.
-            weights = weights.to(at_least_float32(weights))
-            weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(EPSILON)
-        entropy = -torch.special.xlogy(weights, weights).sum(dim=-1).sum(dtype=torch.float64)
-        new = {
-            "rows": torch.full((), repeats * len(counts), device=counts.device),
-            "zero_rows": repeats * (counts == 0).sum(),
-            "survivors": repeats * counts.sum(),
-            "entropy": repeats * entropy,
-            "used": used,
-        }
-        old = self._levels.get(level)
-        if old is not None:
-            old = {k: v.to(counts.device) for k, v in old.items()}
-            new = {k: (old[k] | v) if k == "used" else old[k] + v for k, v in new.items()}
-        self._levels[level] = new
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """The counters by level and name, on the CPU: what `load_state_dict` goes on from."""
-        return {
-            level: {name: counter.cpu() for name, counter in counters.items()}
-            for level, counters in self._levels.items()
-        }
-
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Takes over the counters of `state_dict`; the next update moves them to its device."""
-        self._levels = {level: dict(counters) for level, counters in state.items()}
-
-    def summary(self) -> dict[str, float]:
-        """Returns ``{level/number: value}`` over all updates.
-
-        ``zero_reads``: share of positions whose read is all zero. ``survivors``: mean number of
-        prototypes above the threshold per position. ``used``: share of the bank's prototypes that
-        any position addressed. ``entropy``: mean entropy in nats of the positions that read
-        something (0 when none did).
-        """
-        result = {}
-        for level, counters in self._levels.items():
-            rows, zero_rows = int(counters["rows"]), int(counters["zero_rows"])
-            result[f"{level}/zero_reads"] = zero_rows / rows
-            result[f"{level}/survivors"] = int(counters["survivors"]) / rows
-            result[f"{level}/used"] = float(counters["used"].double().mean())
-            result[f"{level}/entropy"] = abs(float(counters["entropy"])) / max(rows - zero_rows, 1)
-        return result
-
-
-def _gated_mean(gate: nn.Conv1d, groups: Tensor) -> Tensor:
-    """Mean over the members of each group (n, members, C), gated by ``sigmoid(gate(groups))``."""
-    with torch.autocast(groups.device.type, enabled=False):
-        return _GatedMean.apply(groups, gate.weight[:, :, 0], gate.bias)
-
-
-class _GatedMean(torch.autograd.Function):
-    """Gated mean that keeps nothing for its backward but its inputs.
-
-    A convolution of kernel 1 is a batched product: three times faster on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, groups: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(groups, weight, bias)
-        chunks = _chunks(groups)
-        return torch.cat([_gate(x, weight, bias).mul_(x).mean(dim=1) for x in chunks])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        groups, weight, bias = ctx.saved_tensors
-        grad = grad.unsqueeze(1) / groups.shape[1]
-        grad_groups = torch.empty_like(groups)
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for x, above, result in zip(*map(_chunks, (groups, grad, grad_groups)), strict=True):
-            gate = _gate(x, weight, bias)
-            inner = torch.addcmul(gate, gate, gate, value=-1).mul_(x).mul_(above)
-            grad_weight += torch.bmm(inner, x.mT).sum(dim=0)
-            grad_bias += inner.sum(dim=(0, 2))
-            result.copy_(gate.mul_(above).baddbmm_(weight.t().expand(len(x), -1, -1), inner))
-        return grad_groups, grad_weight, grad_bias
-
-
-def _gate(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``sigmoid(weight @ x + bias)`` of each group of x (n, members, C)."""
-    return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x).sigmoid_()
-
-
-def _chunks(groups: Tensor) -> tuple[Tensor, ...]:
-    """Groups a few at a time on the CPU, whose cache then holds what is computed from them."""
-    return groups.split(GROUPS_PER_CHUNK if groups.device.type == "cpu" else len(groups))
+    def coarsest(self) -> Tensor:
+        """The read of the coarsest granularity there is: the method's own result."""
+        return next(r for r in (self.semantic, self.instance, self.part) if r is not None)
 
 
 class SingleGranularityMemory(nn.Module):
@@ -161,7 +96,10 @@ class SingleGranularityMemory(nn.Module):
 
     Attributes:
         part_bank: The M = L*T*R part prototypes, (M, C), uniform in +-1/sqrt(C) at the start.
+        levels: Granularities that `forward` returns.
     """
+
+    levels: tuple[str, ...] = ("part",)
 
     def __init__(
         self,
@@ -200,37 +138,36 @@ class SingleGranularityMemory(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink must be in [0, 1), got {shrink}")
-        self.num_ids = num_ids
-        self.instances_per_id = instances_per_id
-        self.parts_per_instance = parts_per_instance
-        self.dim = dim
         if shrink_scale is not None and not shrink_scale > 0:
             raise ValueError(f"shrink_scale must be above 0, got {shrink_scale}")
-        self.shrink = shrink
-        self.shrink_scale = shrink_scale
+        self.num_ids, self.dim = num_ids, dim
+        self.instances_per_id, self.parts_per_instance = instances_per_id, parts_per_instance
+        self.shrink, self.shrink_scale = shrink, shrink_scale
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
 
-    def threshold(self, bank: Tensor) -> float:
-        """Threshold on the addressing weights of a bank (m, C)."""
+    def threshold(self, level: str, num_prototypes: int) -> float:
+        """Threshold on the addressing weights of a level's bank; the same rule for all levels."""
         if self.shrink_scale is None:
             return self.shrink
-        return min(self.shrink_scale / len(bank), 1.0)
+        return min(self.shrink_scale / num_prototypes, 1.0)
 
-    def forward(self, x: Tensor, health: Observer | None = None) -> MemoryRead:
-        """Reads all granularities at every position of x (B, C, H, W); `health` counts them."""
-        return MemoryRead(self._read("part", x, self.part_bank, health))
+    def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
+        return read(x, bank, self.threshold(level, len(bank)))
 
-    def _read(self, level: str, x: Tensor, bank: Tensor, health: Observer | None) -> Tensor:
-        return read(x, bank, self.threshold(bank), level=level, health=health)
+    def forward(self, x: Tensor) -> MemoryRead:
+        """Reads the part bank at every position of x (B, C, H, W)."""
+        part, weights = self.read("part", x, self.part_bank)
+        return MemoryRead(part, weights={"part": weights})
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""
+        shrink = f"{self.shrink_scale}/m" if self.shrink_scale else self.shrink
         return (
             f"L={self.num_ids}, T={self.instances_per_id}, R={self.parts_per_instance}, "
-            f"C={self.dim}, "
-            + (f"shrink={self.shrink_scale}/m" if self.shrink_scale else f"shrink={self.shrink}")
+            f"C={self.dim}, shrink={shrink}"
         )
 
 
@@ -273,31 +210,88 @@ class MultiGranularityMemory(SingleGranularityMemory):
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant
+        self.levels = LEVELS if variant == "paper" else ("part", "semantic")
         self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
         self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""
-        size = (self.parts_per_instance, self.dim)
         if self.variant == "paper":
-            parts = self.part_bank.view(-1, *size)  # (L*T, R, C)
+            parts = self.part_bank.view(-1, self.parts_per_instance, self.dim)  # (L*T, R, C)
         else:  # the flat memory of an instance seen as (C, R)
-            parts = self.part_bank.view(-1, *reversed(size)).transpose(1, 2)  # (L*T, R, C)
-        instance = _gated_mean(self.part_gate, parts)  # (L*T, C)
-        grouped = instance.view(self.num_ids, self.instances_per_id, self.dim)  # (L, T, C)
-        return instance, _gated_mean(self.instance_gate, grouped)  # (L, C)
+            parts = self.part_bank.view(-1, self.dim, self.parts_per_instance).transpose(1, 2)
+        instance = gated_mean(parts, self.part_gate)  # (L*T, C)
+        instances = instance.view(self.num_ids, self.instances_per_id, self.dim)  # (L, T, C)
+        return instance, gated_mean(instances, self.instance_gate)  # (L*T, C), (L, C)
 
-    def forward(self, x: Tensor, health: Observer | None = None) -> MemoryRead:
-        """Reads all granularities; see `SingleGranularityMemory.forward`."""
+    def forward(self, x: Tensor) -> MemoryRead:
+        """Reads all granularities at every position of x (B, C, H, W)."""
         instance_bank, semantic_bank = self.banks()
-        part = self._read("part", x, self.part_bank, health)
+        part, weights_part = self.read("part", x, self.part_bank)
         if self.variant == "released":
-            semantic = self._read("semantic", x, semantic_bank, health)
-            return MemoryRead(part, semantic=semantic)
-        instance = self._read("instance", part, instance_bank, health)
-        semantic = self._read("semantic", instance, semantic_bank, health)
-        return MemoryRead(part, instance, semantic)
+            semantic, weights_semantic = self.read("semantic", x, semantic_bank)
+            weights = {"part": weights_part, "semantic": weights_semantic}
+            return MemoryRead(part, semantic=semantic, weights=weights)
+        instance, weights_instance = self.read("instance", part, instance_bank)
+        semantic, weights_semantic = self.read("semantic", instance, semantic_bank)
+        weights = dict(zip(LEVELS, (weights_part, weights_instance, weights_semantic), strict=True))
+        return MemoryRead(part, instance, semantic, weights)
 
     def extra_repr(self) -> str:
         """One line of sizes for ``print(model)``."""
         return f"{super().extra_repr()}, variant={self.variant}"
+
+
+def gated_mean(groups: Tensor, gate: nn.Conv1d) -> Tensor:
+    """Mean over the members of each group, gated: (groups, members, C) -> (groups, C)."""
+    with torch.autocast(groups.device.type, enabled=False):  # prototypes stay in full precision
+        return (gate(groups).sigmoid() * groups).mean(dim=1)
+
+
+class MemoryHealth:
+    """Usage statistics of a memory, accumulated over an epoch's reads without any gradient.
+
+    Counters stay on the device: updating never waits for it.
+
+    Attributes:
+        counters: By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
+        used: By level (m,) float32: how many reads each prototype survived in.
+    """
+
+    def __init__(self) -> None:
+        self.counters: dict[str, Tensor] = {}
+        self.used: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Adds the reads of one batch, `MemoryRead.weights`."""
+        for level, own in weights.items():
+            own = own.detach()
+            positive = own.values() if own.layout == torch.sparse_csr else own  # (k,) or (n, m)
+            entropy = -torch.special.xlogy(positive, positive).sum(dtype=torch.float64)
+            if own.layout == torch.sparse_csr:
+                per_row = own.crow_indices().diff()  # (n,) survivors of each query
+                used = torch.bincount(own.col_indices(), minlength=own.shape[1])
+            else:
+                per_row, used = (own > 0).sum(dim=1), (own > 0).sum(dim=0)
+            rows = torch.full_like(entropy, len(per_row))
+            new = torch.stack([rows, (per_row == 0).sum(), per_row.sum(), entropy])
+            self.counters[level] = self.counters.get(level, 0) + new
+            self.used[level] = self.used.get(level, 0) + used.float()
+
+    def summary(self) -> dict[str, float]:
+        """Returns ``{level/number: value}`` over all updates.
+
+        ``zero_reads``: share of positions whose read is all zero. ``survivors``: mean number of
+        prototypes above the threshold per position. ``used``: share of the bank's prototypes that
+        any position addressed. ``entropy``: mean entropy in nats of the positions that read
+        something (0 when none did).
+        """
+        result = {}
+        for level, counters in self.counters.items():
+            rows, zero_rows, survivors, entropy = counters.tolist()
+            used = float((self.used[level] > 0).double().mean())
+            entropy = abs(entropy) / max(rows - zero_rows, 1)
+            numbers = (zero_rows / rows, survivors / rows, used, entropy)
+            result |= {f"{level}/{k}": v for k, v in zip(HEALTH, numbers, strict=True)}
+        return result

@@ -5,6 +5,7 @@ channels, ``L`` training identities. The last map of an image of H x W pixels is
 """
 
 import copy
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,46 +13,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-from memory import (
-    INSTANCES_PER_ID,
-    PARTS_PER_INSTANCE,
-    SHRINK,
-    VARIANTS,
-    MemoryHealth,
-    MemoryRead,
-    MultiGranularityMemory,
-    SingleGranularityMemory,
-)
-from networks.layers import CLASSIFIER_STD, Stage, StripeLinear, gem, linear_classifier, neck_norm
-from networks.released import (
-    convert_released_state_dict,
+from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
+from networks.backbone import (
+    BACKBONES,
+    OUTPUT_STRIDE,
+    build_backbone,
     is_backbone,
-    load_backbone,
-    load_matching,
     read_weights,
-    released_config,
 )
-from networks.sparse_read import at_least_float32, position_sum
+from networks.layers import CLASSIFIER_STD, StripeLinear, gem, linear_classifier, neck_norm
+from networks.released import convert_released_state_dict, load_matching, released_config
+from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES, VARIANTS
 from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 
 __all__ = ["TwoStreamNet", "convert_released_state_dict", "gem", "load_network"]
 
-ARCHS = ("resnet18", "resnet34", "resnet50", "resnet101")
-STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+log = logging.getLogger(__name__)
+
 HEADS = ("pcb", "agw")
-NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
-OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
+MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
 RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
-MEMORY_LEVELS = {  # of a memory and its variant: which reads can be added, the method's own last
-    (None, None): ("none",),
-    ("sg", None): ("none", "part"),
-    ("mg", "paper"): ("none", "part", "instance", "semantic"),
-    ("mg", "released"): ("none", "part", "semantic"),
-}
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
+MEMORY_SETTINGS = {  # of a memory named by a string, and their defaults
+    "instances_per_id": INSTANCES_PER_ID,
+    "parts_per_instance": PARTS_PER_INSTANCE,
+    "shrink": SHRINK,
+    "shrink_scale": None,
+}
 
 
 class TwoStreamNet(nn.Module):
@@ -68,7 +58,7 @@ class TwoStreamNet(nn.Module):
         self,
         num_ids: int,
         head: str = "pcb",
-        memory: str | None = None,
+        memory: str | nn.Module | None = None,
         memory_variant: str = "paper",
         share_net: int = 2,
         num_strips: int = 6,
@@ -77,69 +67,51 @@ class TwoStreamNet(nn.Module):
         arch: str = "resnet50",
         weights: str | Path | None = None,
         *,
-        instances_per_id: int = INSTANCES_PER_ID,
-        parts_per_instance: int = PARTS_PER_INSTANCE,
-        shrink: float = SHRINK,
-        shrink_scale: float | None = None,
         memory_levels: str | None = None,
+        **memory_settings: Any,
     ) -> None:
         """Builds the network.
 
         Args:
             num_ids: Training identities L.
             head: "pcb" (HCT) or "agw".
-            memory: None, "sg" or "mg".
-            memory_variant: "paper" or "released"; see `memory.MultiGranularityMemory`.
+            memory: None, "sg", "mg", or a module from a map (N, C, H, W) to a `MemoryRead`.
+            memory_variant: Of the memory "mg"; see `memory.MultiGranularityMemory`.
             share_net: First shared stage: 0 shares all, 1 all but the stem, ..., 5 nothing.
             num_strips: Stripes S.
             local_feat_dim: Channels of a stripe's feature.
             gem_p: Exponent of the generalised-mean pooling.
-            arch: One of `ARCHS`.
+            arch: A name in `networks.backbone.BACKBONES`.
             weights: "imagenet"; a file with a torchvision backbone or any checkpoint; None (also
                 "none") for random weights.
-            instances_per_id: T of the memory.
-            parts_per_instance: R of the memory.
-            shrink: The memory's threshold.
-            shrink_scale: A threshold of shrink_scale / m on banks of m prototypes in its place.
             memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
                 "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
-                classifier and losses of the memory branch and drops the memory: a control. Losses
-                on the part reads are computed wherever there is a memory.
+                classifier and losses of the memory branch and drops the memory: a control.
+            **memory_settings: Of a memory named by a string, as in `MEMORY_SETTINGS`.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
-            FileNotFoundError: When weights are not there and cannot be fetched.
+            FileNotFoundError: When weights are neither there nor downloadable.
         """
         super().__init__()
-        _require(head in HEADS, "head", head, HEADS)
-        _require(memory in (None, "sg", "mg"), "memory", memory, (None, "sg", "mg"))
-        _require(memory_variant in VARIANTS, "memory_variant", memory_variant, VARIANTS)
-        _require(share_net in range(len(STAGES) + 1), "share_net", share_net, range(6))
-        _require(gem_p > 0, "gem_p", gem_p, ("a positive number",))
-        _require(num_ids > 0 and num_strips > 0, "num_ids, num_strips", (num_ids, num_strips), ())
-        self.config = {
-            "num_ids": num_ids,
-            "head": head,
-            "memory": memory,
-            "memory_variant": memory_variant,
-            "share_net": share_net,
-            "num_strips": num_strips,
-            "local_feat_dim": local_feat_dim,
-            "gem_p": gem_p,
-            "arch": arch,
-            "instances_per_id": instances_per_id,
-            "parts_per_instance": parts_per_instance,
-            "shrink": shrink,
-            "shrink_scale": shrink_scale,
-            "memory_levels": memory_levels,
-        }
+        _check_choice("head", head, HEADS)
+        _check_choice("memory_variant", memory_variant, VARIANTS)
+        _check_choice("share_net", share_net, range(len(STAGES) + 1))
+        _check_choice("memory_levels", memory_levels, (None, "none", *LEVELS))
+        if not isinstance(memory, nn.Module):
+            _check_choice("memory", memory, (None, *MEMORIES))
+        if not (gem_p > 0 and num_ids > 0 and num_strips > 0):
+            numbers = f"{gem_p}, {num_ids}, {num_strips}"
+            raise ValueError(f"gem_p, num_ids, num_strips must be positive; got {numbers}")
         self.head = head
         self.num_strips = num_strips
         self.gem_p = gem_p
+        self.memory_levels = memory_levels
 
         state = None if weights in (None, "none") else read_weights(arch, weights)
         backbone_state = state if state is not None and is_backbone(state) else None
-        stages, self.dim = _backbone(arch, backbone_state, str(weights), non_local=head == "agw")
+        stages = build_backbone(arch, backbone_state, str(weights), non_local=head == "agw")
+        self.dim = BACKBONES[arch].channels
         self.visible = nn.Sequential(OrderedDict(list(stages.items())[:share_net]))
         self.infrared = copy.deepcopy(self.visible)
         self.shared = nn.Sequential(OrderedDict(list(stages.items())[share_net:]))
@@ -156,25 +128,33 @@ class TwoStreamNet(nn.Module):
             self.neck = neck_norm(self.dim)
             self.classifier = linear_classifier(self.dim, num_ids)
 
-        legal = MEMORY_LEVELS[memory, memory_variant if memory == "mg" else None]
-        self.memory_level = memory_levels or legal[-1]
-        _require(self.memory_level in legal, "memory_levels of this network", memory_levels, legal)
-        self.memory = self.memory_neck = None
-        if self.memory_level != "none":
-            sizes = (num_ids, instances_per_id, parts_per_instance, self.dim, shrink)
-            self.memory = (
-                SingleGranularityMemory(*sizes, shrink_scale=shrink_scale)
-                if memory == "sg"
-                else MultiGranularityMemory(
-                    *sizes, variant=memory_variant, shrink_scale=shrink_scale
-                )
-            )
-            if memory == "mg" and self.memory_level in ("part", "instance"):
-                self.memory.instance_gate.requires_grad_(False)  # no loss reaches it
-                self.memory.part_gate.requires_grad_(self.memory_level == "instance")
+        memory_settings = MEMORY_SETTINGS | memory_settings
+        if isinstance(memory, str):
+            variant = {"variant": memory_variant} if memory == "mg" else {}
+            memory = MEMORIES[memory](num_ids, dim=self.dim, **memory_settings, **variant)
+        self.config = {
+            "num_ids": num_ids,
+            "head": head,
+            "memory": _memory_name(memory),
+            "memory_variant": getattr(memory, "variant", memory_variant),
+            "share_net": share_net,
+            "num_strips": num_strips,
+            "local_feat_dim": local_feat_dim,
+            "gem_p": gem_p,
+            "arch": arch,
+            **{k: getattr(memory, k, v) for k, v in memory_settings.items()},
+            "memory_levels": memory_levels,
+        }
+        self.memory = None if memory_levels == "none" else memory
+        self.memory_neck = None
         if memory is not None:
             self.memory_neck = neck_norm(self.dim, train_bias=True)
             self.memory_classifier = linear_classifier(self.dim, num_ids)
+        if isinstance(self.memory, SingleGranularityMemory) and memory_levels is not None:
+            _check_choice("memory_levels of this memory", memory_levels, self.memory.levels)
+        if isinstance(self.memory, MultiGranularityMemory):  # gates that no loss would reach
+            self.memory.part_gate.requires_grad_(memory_levels != "part")
+            self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))
         if state is not None and backbone_state is None:
             load_matching(self, state, str(weights))
 
@@ -220,17 +200,13 @@ class TwoStreamNet(nn.Module):
         return F.relu(self.part_norm(reduced.flatten(1))).view_as(reduced)
 
     def forward(
-        self,
-        visible: Tensor | None,
-        infrared: Tensor | None,
-        health: MemoryHealth | None = None,
-    ) -> dict[str, Tensor] | Tensor:
+        self, visible: Tensor | None, infrared: Tensor | None
+    ) -> dict[str, Tensor | MemoryRead] | Tensor:
         """Training: everything the losses need; evaluation: the retrieval feature.
 
         Args:
             visible: Visible images (n, 3, H, W), or None.
             infrared: Infrared images (n, 3, H, W), or None.
-            health: Where the memory counts how it is addressed (training only).
 
         Returns:
             In training mode a dict with N = all rows, visible first: ``feat`` (N, S*d; AGW: N, C),
@@ -254,26 +230,22 @@ class TwoStreamNet(nn.Module):
             feat = gem(x, self.gem_p, dims=(2, 3))
             out = {"feat": feat, "logits": self.classifier(self.neck(feat))}
         if self.memory_neck is not None:
-            feat, read = self._memory_feature(x, health)
+            feat, read = self._memory_feature(x)
             if read is not None:
                 out["memory_read"] = read
             out["memory_feat"] = feat
             out["memory_logits"] = self.memory_classifier(self.memory_neck(feat))
         return out
 
-    def _memory_feature(
-        self, x: Tensor, health: MemoryHealth | None = None
-    ) -> tuple[Tensor, MemoryRead | None]:
-        """Mean over positions of the map plus its read: (N, C), float32 or wider; all reads."""
-        dtype = at_least_float32(x)
-        total = x.sum(dim=(2, 3), dtype=dtype)
-        read = None
-        if self.memory is not None:
-            read = self.memory(x, health)
-            # The mean of a sum is the sum of the means: no map x + read is built.
-            total = total + position_sum(getattr(read, self.memory_level))
-        # Dividing after the sums, not in mean(), spares the backward two maps.
-        return total / x[0, 0].numel(), read
+    def _memory_feature(self, x: Tensor) -> tuple[Tensor, MemoryRead | None]:
+        """Mean over positions of the map x plus its read: (N, C), float32 or wider; all reads."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        feat = x.mean(dim=(2, 3), dtype=dtype)
+        if self.memory is None:
+            return feat, None
+        read = self.memory(x)
+        added = getattr(read, self.memory_levels) if self.memory_levels else read.coarsest()
+        return feat + added.mean(dim=(2, 3), dtype=dtype), read
 
     def test_feats(self) -> tuple[str, ...]:
         """Names that `embed` accepts, the headline first."""
@@ -307,7 +279,7 @@ class TwoStreamNet(nn.Module):
     ) -> dict[str, Tensor]:
         """Several kinds of retrieval features from one pass through the backbone; see `embed`."""
         for name in test_feats:
-            _require(name in self.test_feats(), "test feature", name, self.test_feats())
+            _check_choice("test feature", name, self.test_feats())
         x = self.feature_map(visible, infrared)
         return {name: self._embed_map(x, name) for name in test_feats}
 
@@ -321,20 +293,29 @@ class TwoStreamNet(nn.Module):
             features.append(pooled if test_feat == "pool" else self.neck(pooled))
         if test_feat in ("memory", "both"):
             features.append(self.memory_neck(self._memory_feature(x)[0]))
-        features = [F.normalize(f.to(at_least_float32(f))) for f in features]
+        features = [
+            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32))) for f in features
+        ]
         return F.normalize(torch.cat(features, dim=1)) if len(features) > 1 else features[0]
 
 
 def load_network(
-    path: str | Path, *, gem_p: float | None = None, memory_variant: str | None = None
+    path: str | Path,
+    *,
+    gem_p: float | None = None,
+    memory_variant: str | None = None,
+    memory: type[nn.Module] | None = None,
 ) -> tuple[TwoStreamNet, dict[str, Any]]:
-    """Builds the network that a checkpoint holds, whoever wrote it, on the CPU.
+    """Builds the network of a checkpoint, this project's or an earlier release's, on the CPU.
 
     Args:
         path: This project's checkpoint, or an earlier release's (dictionary with ``net``).
         gem_p: Pooling exponent in place of the stored one; an earlier release's file stores none,
             and takes 3.0 without it.
         memory_variant: Likewise; an earlier release's file takes "released" without it.
+        memory: The class of a memory of the user's own, built with the arguments of
+            `memory.MultiGranularityMemory`. Without it such a checkpoint is loaded without its
+            memory, which the method's own retrieval feature does not need.
 
     Returns:
         The network, and the checkpoint's other entries.
@@ -353,16 +334,35 @@ def load_network(
         else:
             config = {**RELEASED_DEFAULTS, **released_config(state), **given}
             state = convert_released_state_dict(state)
-        with torch.device("meta"):  # sizes first: a stranger's may ask for any amount of memory
-            shapes = {k: v.shape for k, v in TwoStreamNet(**config).state_dict().items()}
+        if memory is None and config.get("memory") not in (None, *MEMORIES):
+            log.warning(
+                "%s has a memory of the class %s: loaded without it (--memory MODULE.CLASS)",
+                *(path, config["memory"]),
+            )
+            state = {k: v for k, v in state.items() if not k.startswith("memory.")}
+            config |= {"memory": "mg", "memory_levels": "none"}
+        with torch.device("meta"):  # shapes first: a file may ask for any amount of memory
+            shapes = {k: v.shape for k, v in _network(config, memory).state_dict().items()}
         if shapes != {k: v.shape for k, v in state.items()}:
             raise ValueError("its configuration does not belong to its weights")
-        net = TwoStreamNet(**config)
+        net = _network(config, memory)
         net.load_state_dict(state)
-    except Exception as error:  # a stranger's dictionary makes torch raise nearly anything
+    except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
     return net, rest
+
+
+def _network(config: dict[str, Any], memory: type[nn.Module] | None) -> TwoStreamNet:
+    """The network of a configuration; `memory` is the class of a user's own memory."""
+    if memory is None:
+        return TwoStreamNet(**config)
+    if config["memory"] != memory.__name__:
+        raise ValueError(f"its memory is {config['memory']!r}, not {memory.__name__!r}")
+    settings = {k: config[k] for k in MEMORY_SETTINGS}
+    dim = BACKBONES[config["arch"]].channels
+    own = memory(config["num_ids"], dim=dim, variant=config["memory_variant"], **settings)
+    return TwoStreamNet(**{k: v for k, v in config.items() if k not in settings} | {"memory": own})
 
 
 def trained_size(info: dict[str, Any]) -> tuple[int, int]:
@@ -382,30 +382,15 @@ def trained_size(info: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def _require(ok: bool, name: str, value: object, legal: object) -> None:
+def _check_choice(name: str, value: object, legal: Sequence[object]) -> None:
     """Raises ValueError naming the value met and the legal ones."""
-    if not ok:
-        choices = ", ".join(map(str, legal)) or "positive numbers"
-        raise ValueError(f"{name} must be one of: {choices}; got {value!r}")
+    if value not in legal:
+        raise ValueError(f"{name} must be one of: {', '.join(map(str, legal))}; got {value!r}")
 
 
-def _backbone(
-    arch: str, state: dict[str, Tensor] | None, origin: str, *, non_local: bool
-) -> tuple[dict[str, nn.Module], int]:
-    """Stages of a torchvision ResNet whose last stride is 1, and its number of channels."""
-    _require(arch in ARCHS, "arch", arch, ARCHS)
-    resnet = torchvision.models.get_model(arch, weights=None)
-    if state is not None:
-        load_backbone(resnet, state, origin)
-    for module in resnet.layer4[0].modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-    stem = OrderedDict(
-        (name, getattr(resnet, name)) for name in ("conv1", "bn1", "relu", "maxpool")
-    )
-    stages: dict[str, nn.Module] = {"stem": nn.Sequential(stem)}
-    expansion = resnet.fc.in_features // 512
-    for i, name in enumerate(STAGES[1:]):
-        count = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
-        stages[name] = Stage(getattr(resnet, name), 64 * 2**i * expansion, count)
-    return stages, resnet.fc.in_features
+def _memory_name(memory: nn.Module | None) -> str | None:
+    """How a network's configuration names its memory: "sg", "mg", or a user's class."""
+    if memory is None:
+        return None
+    own = {kind: name for name, kind in MEMORIES.items()}
+    return own.get(type(memory), type(memory).__name__)

@@ -6,16 +6,15 @@ Both are transductive: a distance depends on the whole gallery, and for k-recipr
 queries too. Neither knows a camera rule. Results that used one must name it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from scipy import linalg, sparse
 
-BLOCK = 2048  # features of which all distances to as many others are held at a time
-ROWS = 64  # rows treated at a time in between, about what a core's cache holds
-REDONE = 256  # rows or pairs treated at a time where features are gathered again
-PAIRS = 1 << 17  # pairs of weights treated at a time, about what a core's cache holds
-# float32 may order squared distances wrongly that differ by less than this share of |a|^2 + |b|^2
+TILE = 1024  # rows and columns of a tile of the distance matrix
+EXACT_ROWS = 256  # rows or pairs of features treated at a time where distances are computed again
+PAIRS = 1 << 17  # pairs of weights treated at a time, about what fits a core's cache
+# float32 may order squared distances wrongly that differ by less than this times |a|^2 + |b|^2
 UNDECIDED = 32 * 2.0**-23
 TIE_DECIMALS = 12  # float64 distances equal to so many decimals tie, whatever the order of sums
 
@@ -27,19 +26,19 @@ def k_reciprocal(
     k2: int = 6,
     lambda_value: float = 0.3,
 ) -> np.ndarray:
-    """Distances after k-reciprocal encoding, (Q, G) float32.
+    """Returns distances after k-reciprocal encoding, (Q, G) float32.
 
     Args:
         q_feats: (Q, D) query features, float32 or float64, normalised or not.
         g_feats: (G, D) gallery features.
-        k1: neighbours that are asked whether they are neighbours in return.
-        k2: neighbours, the image itself among them, whose encodings are averaged; 1 for none.
-        lambda_value: weight, 0..1, of the squared Euclidean distance (as a share of the query's
+        k1: Neighbours among which reciprocal ones are looked for.
+        k2: Neighbours, the image itself among them, whose encodings are averaged; 1 for none.
+        lambda_value: Weight, 0..1, of the squared Euclidean distance (divided by the query's
             largest one) against the Jaccard distance.
 
     Raises:
-        ValueError: features that are empty, not finite, or not matrices of one width; k1 or k2
-            below 1; a weight outside 0..1.
+        ValueError: Features are empty, not finite, or not matrices of one width; k1 or k2 is below
+            1; the weight is outside 0..1.
 
     Source: Zhong et al., CVPR 2017.
     Deviation: earlier releases compute in float16. Here float32, and float64 where that leaves a
@@ -49,15 +48,15 @@ def k_reciprocal(
 
 
 def random_walk(q_feats: np.ndarray, g_feats: np.ndarray, alpha: float = 0.95) -> np.ndarray:
-    """Negative similarities after a random walk over the gallery, (Q, G) float64.
+    """Returns negative similarities after a random walk over the gallery, (Q, G) float64.
 
     Args:
         q_feats: (Q, D) query features.
         g_feats: (G, D) gallery features; takes 16 G^2 bytes of memory.
-        alpha: probability of each further step, 0 <= alpha < 1.
+        alpha: Probability of each further step, 0 <= alpha < 1.
 
     Raises:
-        ValueError: features as for `k_reciprocal`, or alpha out of range.
+        ValueError: Features are wrong as for `k_reciprocal`, or alpha is out of range.
 
     Source: the earlier releases' random walk.
     """
@@ -83,7 +82,6 @@ class KReciprocal:
     def __init__(
         self, q_feats: np.ndarray, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
     ) -> None:
-        """Find the neighbours of the queries among the queries."""
         if not all(isinstance(k, int | np.integer) and k >= 1 for k in (k1, k2)):
             raise ValueError(f"k1 is {k1} and k2 is {k2}, expected whole numbers from 1 on")
         if not 0 <= lambda_value <= 1:
@@ -92,206 +90,223 @@ class KReciprocal:
         self._k1, self._k2, self._lambda = k1, k2, lambda_value
         # Moving and scaling the features leaves the result as it is. Centred and of order one,
         # their float32 errors are small beside a row's maximum, and nothing overflows.
-        low, high = self._q_feats.min(axis=0), self._q_feats.max(axis=0)
+        low, high = self._q_feats.min(axis=0), self._q_feats.max(axis=0)  # (D,) each
         self._centre = np.clip(self._q_feats.mean(axis=0, dtype=np.float64), low, high)
         spread = max((high - self._centre).max(), (self._centre - low).max())
         self._scale = 2.0 ** -np.frexp(spread)[1]
-        images = self._images(self._q_feats[:0])
-        images.scan(0)
-        self._among_queries = images.ids, images.squared, images.farthest
+        among = self._neighbours(self._q_feats)
+        among.compare_from(0)
+        self._among_queries = among.ids, among.squared, among.farthest
 
     def distances(self, g_feats: np.ndarray) -> np.ndarray:
-        """Distances between the queries and a gallery (G, D): (Q, G) float32."""
+        """Returns the distances between the queries and a gallery (G, D): (Q, G) float32."""
         _, g_feats = _checked(q_feats=self._q_feats, g_feats=g_feats)
         count = len(self._q_feats)
-        images = self._images(g_feats)
+        images = self._neighbours(np.concatenate([self._q_feats, g_feats]))
         if not np.isfinite(images.norms).all():
             raise ValueError("g_feats lie too far from q_feats for float32, expected one scale")
         images.ids[:count], images.squared[:count], images.farthest[:count] = self._among_queries
-        result = images.scan(count)  # squared Euclidean until the end
-        images.settle((self._k1 + 1, round(self._k1 / 2) + 1, self._k2))
-        codes = _encode(images, self._k1, self._k2)
+        result = images.compare_from(count)  # (Q, G) squared Euclidean, re-ranked in place below
+        images.sort((self._k1 + 1, round(self._k1 / 2) + 1, self._k2))
+        codes = _encode(images, self._k1, self._k2)  # (n, n)
         for rows, shared in _shared_weight(codes[:count], codes[count:].tocsc()):
             result[rows] *= self._lambda / images.farthest[:count][rows, None]
             result[rows] += (1 - self._lambda) * (1 - shared / (2 - shared))
         return result
 
-    def _images(self, g_feats: np.ndarray) -> "_Neighbours":
-        count = len(self._q_feats)
-
-        def exact(ids: np.ndarray) -> np.ndarray:  # ascending ids
-            feats = [self._q_feats[ids[ids < count]], g_feats[ids[ids >= count] - count]]
-            return (np.concatenate(feats) - self._centre) * self._scale
-
-        return _Neighbours(exact, count + len(g_feats), max(self._k1 + 1, self._k2) + 1)
+    def _neighbours(self, feats: np.ndarray) -> "_Neighbours":
+        size = max(self._k1 + 1, self._k2) + 1
+        return _Neighbours(feats, self._centre, self._scale, size)
 
 
 class _Neighbours:
-    """The nearest points of each point, itself first, found from products a tile at a time.
+    """The nearest of n points for each of them, itself first, from products a tile at a time.
 
-    For point a, point b scores |b|^2 / 2 - ab: half the squared distance, but for |a|^2 / 2.
+    For point a, point b scores |b|^2 / 2 - ab: half the squared distance less |a|^2 / 2, which is
+    the same for all b.
+
+    Attributes:
+        points: (n, D) float32, centred and scaled.
+        norms: (n,) float32, their squared lengths.
+        ids: (n, size) int64, each point's nearest so far; in order once sorted.
+        squared: (n, size) float32, scores of `ids`; squared distances once sorted.
+        farthest: (n,) float32, likewise of the farthest point.
     """
 
-    def __init__(self, exact: Callable[[np.ndarray], np.ndarray], count: int, size: int) -> None:
-        self.exact = exact  # float64 points of ascending numbers
-        self.points = np.empty((count, exact(np.arange(1)).shape[1]), np.float32)
-        for rows in _blocks(0, count):
-            self.points[rows] = exact(np.arange(rows.start, rows.stop))
+    def __init__(self, feats: np.ndarray, centre: np.ndarray, scale: float, size: int) -> None:
+        self._feats, self._centre, self._scale = feats, centre, scale
+        count = len(feats)
+        self.points = np.empty(feats.shape, np.float32)
+        for rows in _tiles(0, count):
+            self.points[rows] = self.exact(rows)
         norms = np.einsum("nd,nd->n", self.points, self.points, dtype=np.float64)
         self.norms = norms.astype(np.float32)
         self.ids = np.zeros((count, size), np.int64)
-        self.squared = np.full((count, size), np.inf, np.float32)  # scores until settled
-        self.farthest = np.full(count, -np.inf, np.float32)  # likewise, of the last point
+        self.squared = np.full((count, size), np.inf, np.float32)
+        self.farthest = np.full(count, -np.inf, np.float32)
 
-    def scan(self, first: int) -> np.ndarray:
-        """Compare the points from `first` on with all; squared distances (first, n - first)."""
-        across = np.empty((first, len(self.points) - first), np.float32)
-        old, new = _blocks(0, first), _blocks(first, len(self.points))
+    def exact(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Returns some of the points in float64, (rows, D)."""
+        return (self._feats[rows] - self._centre) * self._scale
+
+    def compare_from(self, first: int) -> np.ndarray:
+        """Compares the points from `first` on with all points.
+
+        Returns:
+            (first, n - first) float32, squared distances of the earlier points to them.
+        """
+        squared = np.empty((first, len(self.points) - first), np.float32)
+        old, new = _tiles(0, first), _tiles(first, len(self.points))
         for i, columns in enumerate(new):
-            for rows in old + new[: i + 1]:
-                products = self.points[rows] @ self.points[columns].T
-                self._compare(rows, columns, products)
+            for rows in old + new[: i + 1]:  # each pair of tiles once
+                products = self.points[rows] @ self.points[columns].T  # (rows, columns)
+                self._update(rows, columns, products)
                 if rows != columns:
-                    self._compare(columns, rows, products.T)
+                    self._update(columns, rows, products.T)
                 if rows.stop <= first:
-                    part = across[rows, columns.start - first : columns.stop - first]
-                    np.add.outer(self.norms[rows], self.norms[columns], out=part)
-                    part -= np.multiply(products, 2, out=products)
-                    np.maximum(part, 0, out=part)
-        return across
+                    tile = squared[rows, columns.start - first : columns.stop - first]
+                    np.add.outer(self.norms[rows], self.norms[columns], out=tile)
+                    tile -= np.multiply(products, 2, out=products)
+                    np.maximum(tile, 0, out=tile)
+        return squared
 
-    def _compare(self, rows: slice, columns: slice, products: np.ndarray) -> None:
-        size, half_norms = self.ids.shape[1], self.norms[columns] / 2
-        for start in range(0, len(products), ROWS):
-            chunk = products[start : start + ROWS]
-            part = slice(rows.start + start, rows.start + start + len(chunk))
-            scores = np.empty((len(chunk), size + chunk.shape[1]), np.float32)
-            scores[:, :size] = self.squared[part]
-            np.subtract(half_norms, chunk, out=scores[:, size:])
-            np.maximum(self.farthest[part], scores[:, size:].max(axis=1), out=self.farthest[part])
-            if rows == columns:
-                np.fill_diagonal(scores[:, size + start :], -np.inf)  # itself first
-            best = _smallest(scores, size)
-            self.squared[part] = np.take_along_axis(scores, best, axis=1)
-            earlier = np.take_along_axis(self.ids[part], np.minimum(best, size - 1), axis=1)
-            self.ids[part] = np.where(best < size, earlier, best - size + columns.start)
+    def _update(self, rows: slice, columns: slice, products: np.ndarray) -> None:
+        """Merges a tile of products (rows, columns) into the nearest and farthest of `rows`."""
+        size = self.ids.shape[1]
+        scores = np.empty((len(products), size + products.shape[1]), np.float32)
+        scores[:, :size] = self.squared[rows]  # the nearest so far, then the tile
+        np.subtract(self.norms[columns] / 2, products, out=scores[:, size:])
+        self.farthest[rows] = np.maximum(self.farthest[rows], scores[:, size:].max(axis=1))
+        if rows == columns:
+            np.fill_diagonal(scores[:, size:], -np.inf)  # itself first
+        best = _smallest(scores, size)  # (rows, size)
+        self.squared[rows] = np.take_along_axis(scores, best, axis=1)
+        earlier = np.take_along_axis(self.ids[rows], np.minimum(best, size - 1), axis=1)
+        self.ids[rows] = np.where(best < size, earlier, best - size + columns.start)
 
-    def settle(self, sizes: tuple[int, ...]) -> None:
-        """Sort the neighbours; where any first `sizes` are undecided, from the exact points."""
-        order = np.argsort(self.squared, axis=1)[:, : len(self.points)]
+    def sort(self, sizes: tuple[int, ...]) -> None:
+        """Sorts the neighbours and turns scores into squared distances.
+
+        Where float32 does not decide which are the first k, for a k in `sizes`, all of the point's
+        distances are computed in float64.
+        """
+        count = len(self.points)
+        order = np.argsort(self.squared, axis=1)[:, :count]  # (n, kept), kept <= size
+        kept = order.shape[1]
         self.ids = np.take_along_axis(self.ids, order, axis=1)
         self.squared = np.take_along_axis(self.squared, order, axis=1)
         self.squared = np.maximum(2 * self.squared + self.norms[:, None], 0)
         self.farthest = np.maximum(2 * self.farthest + self.norms, 0)
         self.farthest[self.farthest == 0] = 1  # all points are one
-        undecided = np.zeros(len(self.points), bool)
+        undecided = np.zeros(count, bool)
         for size in sizes:
-            if 1 < size < order.shape[1]:
-                inside, outside = self.squared[:, size - 1], self.squared[:, size]
+            if 1 < size < kept:
+                inside, outside = self.squared[:, size - 1], self.squared[:, size]  # (n,) each
                 undecided |= outside - inside <= UNDECIDED * (self.norms + outside)
         undecided = np.flatnonzero(undecided)
-        for start in range(0, len(undecided), REDONE):
-            rows = undecided[start : start + REDONE]
-            squared = _exact_squared(self.exact, rows, len(self.points))
-            squared[np.arange(len(rows)), rows] = -1
-            self.ids[rows] = np.argsort(squared, axis=1, kind="stable")[:, : order.shape[1]]
+        for start in range(0, len(undecided), EXACT_ROWS):
+            rows = undecided[start : start + EXACT_ROWS]
+            points = self.exact(rows)  # (rows, D)
+            squared = np.empty((len(rows), count))
+            for columns in _tiles(0, count):
+                others = self.exact(columns)
+                squared[:, columns] = _lengths(others) - 2 * (points @ others.T)
+            squared = np.round(squared + _lengths(points)[:, None], TIE_DECIMALS)
+            squared[np.arange(len(rows)), rows] = -1  # itself first
+            self.ids[rows] = np.argsort(squared, axis=1, kind="stable")[:, :kept]
             self.squared[rows] = np.take_along_axis(squared, self.ids[rows], axis=1)
         self.squared[:, 0] = 0
 
 
 def _smallest(scores: np.ndarray, size: int) -> np.ndarray:
-    """Columns of each row's `size` smallest numbers, in no order: (n, size)."""
-    # Partitioned values and a comparison: twice as fast as partitioned indices.
-    bound = np.partition(scores, size - 1, axis=1)[:, size - 1 : size]
+    """Returns the columns of each row's `size` smallest numbers, in no order: (rows, size)."""
+    # np.partition and a comparison: twice as fast as np.argpartition.
+    bound = np.partition(scores, size - 1, axis=1)[:, size - 1 : size]  # (rows, 1)
     places = np.flatnonzero(scores <= bound)
     if len(places) > len(scores) * size:  # some row has ties at its bound
         return np.argpartition(scores, size - 1, axis=1)[:, :size]
     return places.reshape(-1, size) - scores.shape[1] * np.arange(len(scores))[:, None]
 
 
-def _blocks(start: int, stop: int) -> list[slice]:
-    edges = np.linspace(start, stop, -(-(stop - start) // BLOCK) + 1).astype(int).tolist()
-    return [slice(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
+def _tiles(start: int, stop: int) -> list[slice]:
+    return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
 
 
-def _exact_squared(
-    exact: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, count: int
-) -> np.ndarray:
-    """Squared distances (rows, count) in float64."""
-    points = exact(rows)
-    squared = np.empty((len(rows), count))
-    for columns in _blocks(0, count):
-        others = exact(np.arange(columns.start, columns.stop))
-        squared[:, columns] = np.einsum("nd,nd->n", others, others) - 2 * (points @ others.T)
-    squared += np.einsum("nd,nd->n", points, points)[:, None]
-    return np.round(squared, TIE_DECIMALS, out=squared)
+def _lengths(points: np.ndarray) -> np.ndarray:
+    """Returns the squared lengths (n,) of points (n, D)."""
+    return np.einsum("nd,nd->n", points, points)
+
+
+def _reciprocal(ids: np.ndarray) -> sparse.csr_array:
+    """Returns R(i, k), (n, n): 1 where two points are among each other's neighbours (n, k + 1)."""
+    within = _members(ids)
+    return within.multiply(within.T).tocsr()
 
 
 def _members(ids: np.ndarray) -> sparse.csr_array:
-    """(n, n) matrix with ones where a row's `ids` (n, k) say."""
+    """Returns (n, n): row i holds 1 in the columns `ids[i]`, of (n, k)."""
     starts = np.arange(0, ids.size + 1, ids.shape[1])
     ones = np.ones(ids.size, np.float32)
     return sparse.csr_array((ones, ids.ravel(), starts), (len(ids), len(ids)))
 
 
 def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
-    """V of Zhong et al., the encodings: (n, n), rows sum to 1."""
-    within = _members(images.ids[:, : k1 + 1])
-    mutual = within.multiply(within.T).tocsr()
-    within = _members(images.ids[:, : round(k1 / 2) + 1])
-    closer = within.multiply(within.T).tocsr()
-    overlap = (mutual @ closer.T).multiply(mutual).tocsr()
-    overlap.data = (3 * overlap.data > 2 * np.diff(closer.indptr)[overlap.indices]).astype("f4")
-    overlap.eliminate_zeros()
-    expanded = mutual + overlap @ closer
-    rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))
+    """Returns V of Zhong et al., the encodings: (n, n), rows sum to 1."""
+    near = _reciprocal(images.ids[:, : k1 + 1])  # R(i, k1)
+    half = _reciprocal(images.ids[:, : round(k1 / 2) + 1])  # R(j, k1 / 2)
+    # For j in R(i, k1): |R(i, k1) and R(j, k1 / 2)|, then whether R(j, k1 / 2) joins.
+    joins = (near @ half.T).multiply(near).tocsr()
+    joins.data = (3 * joins.data > 2 * np.diff(half.indptr)[joins.indices]).astype(np.float32)
+    joins.eliminate_zeros()
+    expanded = near + joins @ half  # R*(i): where it is not zero
+    rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))  # (entries,)
     weights = np.exp(-_squared_of(images, rows, expanded.indices) / images.farthest[rows])
     expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
-    nearest = images.ids[:, :k2]
+    nearest = images.ids[:, :k2]  # (n, k2)
     return _members(nearest) @ expanded / np.float32(nearest.shape[1])
 
 
 def _squared_of(images: _Neighbours, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Squared distances of pairs of images, looked up among the nearest or else computed."""
+    """Looks up the squared distances of pairs (p,) among the nearest, computes the others: (p,)."""
     count = len(images.ids)
-    order = np.argsort(images.ids, axis=1)
-    pairs = rows * count + columns
-    known = np.take_along_axis(images.ids, order, axis=1) + count * np.arange(count)[:, None]
-    place = np.minimum(np.searchsorted(known.ravel(), pairs), known.size - 1)
-    squared = np.take_along_axis(images.squared, order, axis=1).ravel()[place]
-    unknown = np.flatnonzero(known.ravel()[place] != pairs)
-    for start in range(0, len(unknown), REDONE):
-        part = unknown[start : start + REDONE]
-        apart = images.points[rows[part]] - images.points[columns[part]]
-        squared[part] = np.einsum("pd,pd->p", apart, apart)
+    keys = (images.ids + count * np.arange(count)[:, None]).ravel()  # one number for each pair
+    order = np.argsort(keys)
+    keys, pairs = keys[order], rows * count + columns
+    place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
+    squared = images.squared.ravel()[order][place]
+    unknown = np.flatnonzero(keys[place] != pairs)
+    for start in range(0, len(unknown), EXACT_ROWS):
+        some = unknown[start : start + EXACT_ROWS]
+        squared[some] = _lengths(images.points[rows[some]] - images.points[columns[some]])
     return squared
 
 
 def _shared_weight(
     queries: sparse.csr_array, gallery: sparse.csc_array
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Sums of elementwise minima of (Q, n) and (G, n) codes, as blocks (rows, (rows, G))."""
-    width, per_column = gallery.shape[0], np.diff(gallery.indptr)
-    pairs = np.concatenate([[0], np.cumsum(per_column[queries.indices])])[queries.indptr]
-    work = pairs + width * np.arange(len(pairs))
-    start, count = 0, queries.shape[0]
-    while start < count:
-        stop = max(start + 1, int(np.searchsorted(work, work[start] + PAIRS, side="right")) - 1)
-        block = queries[start:stop]
-        partners = per_column[block.indices]  # gallery images that share each weight's column
+    """Yields sums of elementwise minima of codes (Q, n) and (G, n), as blocks (rows, (rows, G)).
+
+    Each weight of a query meets the weights that gallery images have in its column: its partners.
+    """
+    count, width = queries.shape[0], gallery.shape[0]
+    per_column = np.diff(gallery.indptr)  # (n,) gallery images with a weight in a column
+    work = per_column[queries.indices].sum() + count * width
+    step = max(1, PAIRS * count // int(work))
+    for start in range(0, count, step):
+        block = queries[start : start + step]  # (rows, n)
+        rows = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))  # (weights,)
+        partners = per_column[block.indices]  # (weights,)
         ends = np.cumsum(partners)
         shift = gallery.indptr[block.indices] - (ends - partners)
-        others = np.arange(pairs[stop] - pairs[start]) + np.repeat(shift, partners)
+        others = np.arange(ends[-1]) + np.repeat(shift, partners)  # (pairs,) into gallery.data
         smaller = np.minimum(np.repeat(block.data, partners), gallery.data[others])
-        row = np.repeat(np.arange(stop - start) * width, np.diff(block.indptr))
-        place = np.repeat(row, partners) + gallery.indices[others]
-        sums = np.bincount(place, smaller, minlength=width * (stop - start))
-        yield slice(start, stop), sums.reshape(-1, width)
-        start = stop
+        place = np.repeat(rows * width, partners) + gallery.indices[others]
+        sums = np.bincount(place, smaller, minlength=width * block.shape[0])
+        yield slice(start, start + block.shape[0]), sums.reshape(-1, width)
 
 
 def _checked(**features: np.ndarray) -> list[np.ndarray]:
-    """The features as matrices of float32 or float64, of one width."""
+    """Returns the features as matrices of float32 or float64, of one width."""
     checked = {name: np.asarray(feats) for name, feats in features.items()}
     for name, feats in checked.items():
         if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":

@@ -6,12 +6,14 @@
     python test.py --query-dir people --gallery-dir night --resume CHECKPOINT    # own images
 
 Prints a table and writes ``results.json``. Every row names the data (real or stand-in), the
-protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen. One's own folders of
-images need no identities: ``ranks.csv``, ``ranks.json`` and a picture say who resembles whom.
+protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen. Your own folders of
+images need no identities: ``ranks.csv``, ``ranks.json`` and a picture show the nearest images.
 """
 
 import argparse
-import functools
+import csv
+import importlib
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -22,14 +24,14 @@ import numpy as np
 import torch
 
 import options
-from data_loader import EvalLoader, load_images
-from data_manager import EvalSet, ImageList, data_name, eval_set
+from data_loader import ImageCache
+from data_manager import EvalSet, ImageList, data_name, eval_set, folder_images
 from engine import distributed
-from engine.evaluate import extract_shared, score
+from engine.evaluate import Features, distances, evaluate
 from eval_metrics import METRICS, mean_and_std
 from model import TwoStreamNet, load_network, trained_size
-from search import search_folders
 from utils import (
+    keep_freed_memory,
     load_checkpoint,
     make_writable_dir,
     plain_entry,
@@ -42,9 +44,121 @@ from utils import (
 
 log = logging.getLogger(__name__)
 
+TOP = 20  # gallery images a query in the files of an own folder's ranking
+DRAWN = 10  # and in its picture
+MODALITIES = {"v2i": ("visible", "infrared"), "i2v": ("infrared", "visible")}
 
-def checkpoints(args: argparse.Namespace) -> list[tuple[int, str]]:
-    """The checkpoints to evaluate, each with its RegDB trial.
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    with user_errors():
+        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
+        setup_logging()
+        with distributed.processes(args.gpu) as device:
+            if device.type == "cpu":
+                keep_freed_memory()
+            if args.query_dir or args.gallery_dir:
+                rank_folders(args, device)
+            else:
+                evaluate_checkpoints(args, device)
+    return 0
+
+
+def open_checkpoint(
+    args: argparse.Namespace, path: str, device: torch.device
+) -> tuple[TwoStreamNet, dict[str, Any], tuple[int, int]]:
+    """Loads a network onto its device.
+
+    Returns:
+        The network, the checkpoint's other entries, and height and width of its images.
+
+    Raises:
+        ValueError: When the checkpoint or --memory cannot be used.
+    """
+    net, info = load_network(
+        path,
+        gem_p=args.gem_p,
+        memory_variant=args.memory_variant,
+        memory=memory_class(args.memory) if args.memory else None,
+    )
+    height, width = trained_size(info)
+    height, width = args.img_h or height, args.img_w or width
+    net.check_image_height(height)
+    return net.to(device, memory_format=torch.channels_last), info, (height, width)
+
+
+def image_cache(args: argparse.Namespace, size: tuple[int, int]) -> ImageCache:
+    """Images decoded at a size (H, W), each list once."""
+    return ImageCache(*size, workers=args.workers, progress=shows_bars(args))
+
+
+def shows_bars(args: argparse.Namespace) -> bool:
+    """Whether this process shows progress bars."""
+    return distributed.is_main() and not args.quiet
+
+
+def memory_class(name: str) -> type[torch.nn.Module]:
+    """Imports a memory of the user's own.
+
+    Args:
+        name: MODULE.CLASS.
+
+    Raises:
+        ValueError: When there is no such class.
+    """
+    module, _, kind = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--memory {name}: expected MODULE.CLASS ({error})") from error
+
+
+# --- A data set -----------------------------------------------------------------------------------
+
+
+def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None:
+    """Evaluates every checkpoint asked for; rank 0 prints and writes the results."""
+    paths = checkpoint_paths(args)
+    feature_files = [feature_file(args, trial) for trial, _ in paths]
+    for _, path in paths[1:]:
+        load_checkpoint(path)  # a broken one is found before the others' long work
+    protocols = [
+        eval_set(**options.protocol(args, subset=args.subset, trial=trial)) for trial, _ in paths
+    ]
+    output = args.output_dir or default_output(args, args.resume)
+    if distributed.is_main():
+        make_writable_dir(output)
+    data = data_name(args.dataset, args.data_path)
+    results: list[list[dict[str, Any]]] = []
+    caches: dict[tuple[int, int], ImageCache] = {}
+    for (_, path), protocol, target in zip(paths, protocols, feature_files, strict=True):
+        net, info, size = open_checkpoint(args, path, device)
+        images = caches.setdefault(size, image_cache(args, size))
+        features, rows = evaluate(
+            net,
+            protocol,
+            images,
+            test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
+            rankings=tuple(dict.fromkeys(("no", args.re_rank))),
+            batch_size=args.test_batch,
+            amp=args.amp,
+            progress=shows_bars(args),
+        )
+        if not distributed.is_main():
+            continue
+        about = {"dataset": data, **describe_checkpoint(path, info)}
+        results.append([{**row, **about} for row in rows])
+        if target:
+            save_features(target, protocol, features, results[-1][-1])
+            log.info("wrote %s", target)
+        if args.figures and len(results) == 1:
+            draw_figures(output, protocol, images, features, results[0])
+    if distributed.is_main():
+        write_results(output, args, over_checkpoints(results), [path for _, path in paths])
+
+
+def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """Returns the checkpoints to evaluate, each with its RegDB trial.
 
     A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
 
@@ -67,91 +181,15 @@ def checkpoints(args: argparse.Namespace) -> list[tuple[int, str]]:
     return found
 
 
-def image_size(args: argparse.Namespace, info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width to evaluate at: the flags', else those the checkpoint was trained at."""
-    height, width = trained_size(info)
-    return args.img_h or height, args.img_w or width
-
-
-class ImageCache:
-    """Decoded images by list: galleries and queries that several checkpoints share load once."""
-
-    def __init__(self, *, workers: int, progress: bool) -> None:
-        """Keeps how images are loaded."""
-        self._workers, self._progress = workers, progress
-        self._held: dict[tuple, np.ndarray] = {}
-
-    def __call__(self, images: ImageList, size: tuple[int, int]) -> np.ndarray:
-        """Images (n, H, W, 3) uint8 of a list at a size (H, W)."""
-        key = (images.paths, size)
-        if key not in self._held:
-            self._held = dict(list(self._held.items())[-1:])  # this list's partner, no older ones
-            self._held[key] = load_images(
-                images,
-                height=size[0],
-                width=size[1],
-                workers=self._workers,
-                progress=self._progress,
-            )
-        return self._held[key]
-
-
-def evaluate_checkpoint(
-    net: TwoStreamNet,
-    protocol: EvalSet,
-    load: Callable[[ImageList], np.ndarray],
-    *,
-    test_feats: Sequence[str],
-    rankings: Sequence[str],
-    batch_size: int,
-    device: torch.device,
-    amp: bool,
-    progress: bool = False,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Scores one network under one protocol, embedding each image once.
-
-    Args:
-        net: On `device`.
-        protocol: Queries and galleries.
-        load: From an image list to its images.
-        test_feats: Kinds of retrieval feature.
-        rankings: Kinds of re-ranking, "no" among them.
-        batch_size: Images a batch.
-        device: Where the network is.
-        amp: bf16 autocast.
-        progress: Whether to show bars.
-
-    Returns:
-        A result (`retrieval.score`) for each feature and ranking (none in processes other than the
-        main one), and the features by role and kind.
-    """
-    features: dict[str, dict[str, np.ndarray]] = {}
-    for role in ("query", "gallery"):
-        images = getattr(protocol, role)
-
-        def batches(first: int, last: int, images: ImageList = images) -> EvalLoader:
-            whole = last - first == len(images)
-            shown = load(images if whole else images.take(range(first, last)))
-            return EvalLoader(shown, batch_size=batch_size, device=device)
-
-        features[role] = extract_shared(
-            net,
-            len(images),
-            batches,
-            batch_size=batch_size,
-            modality=images.modality,
-            test_feats=test_feats,
-            amp=amp,
-            progress=progress,
-        )
-    rows = []
-    if not distributed.is_main():
-        return rows, features
-    for feat in test_feats:
-        for ranking in rankings:
-            result = score(protocol, features["query"][feat], features["gallery"][feat], ranking)
-            rows.append({**result, "test_feat": feat})
-    return rows, features
+def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a result says of its checkpoint: file, chosen epoch, training data."""
+    unknown = "unknown (checkpoint of an earlier release)"
+    return {
+        "checkpoint": str(path),
+        "selection": plain_entry(info, "selection", unknown, path),
+        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
+        "trained_on": plain_entry(info, "data", "unknown", path),
+    }
 
 
 def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -160,14 +198,32 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
         return per_checkpoint[0]
     rows = []
     for same in zip(*per_checkpoint, strict=True):
-        mean, std = mean_and_std([{m: row[m] for m in METRICS} for row in same])
         trials = [{m: row[m] for m in METRICS} for row in same]
+        mean, std = mean_and_std(trials)
         cmc = np.mean([row["cmc"] for row in same], axis=0).tolist()
-        protocol = f"{same[0]['protocol']} and on to {len(same)} trials, one model each"
+        protocol = f"{same[0]['protocol']} to {len(same)}, one model each"
         rows.append(
             {**same[0], **mean, "std": std, "per_trial": trials, "cmc": cmc, "protocol": protocol}
         )
     return rows
+
+
+def write_results(
+    output: Path, args: argparse.Namespace, rows: Sequence[dict[str, Any]], paths: Sequence[str]
+) -> None:
+    """Prints the table and writes results.json."""
+    sys.stdout.write(table(rows) + "\n")
+    # The headline is what was asked for: re-ranked only where --re_rank says so.
+    headline = next(row for row in rows if row["re_rank"] == args.re_rank)
+    content = {
+        **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
+        "rows": rows,
+        "checkpoints": paths,
+        "options": options.to_json(args),
+        "versions": versions(),
+    }
+    write_json(output / "results.json", content)
+    log.info("wrote %s", output / "results.json")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -189,6 +245,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
+    """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
+    if args.dataset == "regdb":
+        words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
+    elif args.dataset == "sysu":
+        words = [args.mode, args.gallery, f"{args.shots}shot"]
+    else:
+        words = [args.direction]
+    words += [word for word in (args.test_feat, args.subset) if word not in (None, "test")]
+    words += [args.re_rank] if args.re_rank != "no" else []
+    parent = Path(checkpoint.replace("{trial}", "1")).parent
+    return parent / "_".join(["test", args.dataset, *words, Path(checkpoint).stem])
+
+
 def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
     """Where the features of one checkpoint go: one file each where there are several.
 
@@ -204,9 +274,7 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
 
 
-def save_features(
-    path: Path, protocol: EvalSet, features: dict[str, dict[str, np.ndarray]], row: dict[str, Any]
-) -> None:
+def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[str, Any]) -> None:
     """Writes everything that an evaluation ranks, in the order of the protocol's lists.
 
     The arrays are, for ``query`` and ``gallery`` each, ``<role>_<feature>`` (n, D) float32 with
@@ -232,114 +300,115 @@ def save_features(
 def draw_figures(
     folder: Path,
     protocol: EvalSet,
-    load: Callable[[ImageList], np.ndarray],
-    features: dict[str, dict[str, np.ndarray]],
+    images: Callable[[ImageList], np.ndarray],
+    features: Features,
     rows: Sequence[dict[str, Any]],
 ) -> None:
     """Draws ranked lists, CMC, distances and an embedding of the last row's feature."""
-    from visualize import evaluation_figures  # drawing takes its time to import
+    from figures.evaluation import evaluation_figures  # matplotlib takes a second to import
 
     feat = rows[-1]["test_feat"]
     of_feat = {role: kinds[feat] for role, kinds in features.items()}
-    log.info("wrote %s", ", ".join(evaluation_figures(folder, protocol, load, of_feat, rows)))
+    log.info("wrote %s", ", ".join(evaluation_figures(folder, protocol, images, of_feat, rows)))
 
 
-def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
-    """What a result says of its checkpoint: file, how its epoch was chosen, training data."""
-    unknown = "unknown (checkpoint of an earlier release)"
-    return {
-        "checkpoint": str(path),
-        "selection": plain_entry(info, "selection", unknown, path),
-        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
-        "trained_on": plain_entry(info, "data", "unknown", path),
-    }
+# --- Your own images ------------------------------------------------------------------------------
 
 
-def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
-    """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
-    if args.dataset == "regdb":
-        words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
-    elif args.dataset == "sysu":
-        words = [args.mode, args.gallery, f"{args.shots}shot"]
-    else:
-        words = [args.direction]
-    words += [word for word in (args.test_feat, args.subset) if word not in (None, "test")]
-    words += [args.re_rank] if args.re_rank != "no" else []
-    parent = Path(checkpoint.replace("{trial}", "1")).parent
-    return parent / "_".join(["test", args.dataset, *words, Path(checkpoint).stem])
+def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
+    """Ranks one folder's images by likeness to another's: no identities, no lists, no protocol.
 
+    Writes ``ranks.csv``, ``ranks.json`` and ``ranked_lists.png``.
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code."""
-    with user_errors():
-        args = options.test_parser(__doc__).parse_args(argv)
-        options.resolve_protocol(args)
-        setup_logging()
-        if args.query_dir or args.gallery_dir:
-            search_folders(args)
-            return 0
-        with distributed.processes(args.gpu) as device:
-            evaluate_all(args, device)
-    return 0
+    Raises:
+        ValueError: A folder or the checkpoint is not named, missing or of no use, or an image
+            cannot be decoded.
+    """
+    from figures.image_grids import ranked_lists  # matplotlib takes a second to import
 
-
-def evaluate_all(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluates every checkpoint asked for; the main process prints and writes the results."""
-    found = checkpoints(args)
-    targets = [feature_file(args, trial) for trial, _ in found]
-    given = {"gem_p": args.gem_p, "memory_variant": args.memory_variant}
-    for _, path in found[1:]:
-        load_checkpoint(path)  # a broken one is found before the others' long work
-    protocols = [
-        eval_set(**options.protocol(args, subset=args.subset, trial=trial)) for trial, _ in found
-    ]
-    output = args.output_dir or default_output(args, args.resume)
-    if distributed.is_main():
-        make_writable_dir(output)
-    shows_bars = distributed.is_main() and not args.quiet
-    cache = ImageCache(workers=args.workers, progress=shows_bars)
-    data = data_name(args.dataset, args.data_path)
-    results = []
-    for (_, path), protocol, target in zip(found, protocols, targets, strict=True):
-        net, info = load_network(path, **given)
-        size = image_size(args, info)
-        net.check_image_height(size[0])
-        load = functools.partial(cache, size=size)
-        rows, features = evaluate_checkpoint(
-            net.to(device, memory_format=torch.channels_last),
-            protocol,
-            load,
-            test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-            rankings=tuple(dict.fromkeys(("no", args.re_rank))),
-            batch_size=args.test_batch,
-            device=device,
-            amp=args.amp,
-            progress=shows_bars,
+    if not (args.query_dir and args.gallery_dir and args.resume):
+        raise ValueError(
+            "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
+            "--resume CHECKPOINT"
         )
-        if not distributed.is_main():
-            continue
-        about = {"dataset": data, **describe_checkpoint(path, info)}
-        results.append([{**row, **about} for row in rows])
-        if target:
-            save_features(target, protocol, features, results[-1][-1])
-            log.info("wrote %s", target)
-        if args.figures and len(results) == 1:
-            draw_figures(output, protocol, load, features, results[0])
-    if not distributed.is_main():
-        return
-    rows = over_checkpoints(results)
-    sys.stdout.write(table(rows) + "\n")
-    # The headline is what was asked for: re-ranked only where --re_rank says so.
-    headline = next(row for row in rows if row["re_rank"] == args.re_rank)
-    content = {
-        **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
-        "rows": rows,
-        "checkpoints": [path for _, path in found],
-        "options": options.to_json(args),
-        "versions": versions(),
+    if args.save_features or "{trial}" in args.resume:
+        raise ValueError("--query-dir goes with neither --save-features nor several checkpoints")
+    modalities = MODALITIES[args.direction]
+    query = folder_images(args.query_dir, args.query_modality or modalities[0])
+    gallery = folder_images(args.gallery_dir, args.gallery_modality or modalities[1])
+    net, _, size = open_checkpoint(args, args.resume, device)
+    images = image_cache(args, size)
+    name = f"search_{args.query_dir.resolve().name}_{args.gallery_dir.resolve().name}"
+    output = make_writable_dir(args.output_dir or Path(args.resume).parent / name)
+    feat = args.test_feat or net.test_feats()[0]
+    title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
+    all_rows = (np.arange(len(gallery)),)
+    features, _ = evaluate(
+        net,
+        EvalSet("own folders", query, gallery, all_rows, "none", title),
+        images,
+        test_feats=(feat,),
+        rankings=(),
+        batch_size=args.test_batch,
+        amp=args.amp,
+        progress=shows_bars(args),
+    )
+    distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)
+    about = {
+        "checkpoint": str(args.resume),
+        "query": str(args.query_dir),
+        "gallery": str(args.gallery_dir),
+        "query_modality": query.modality,
+        "gallery_modality": gallery.modality,
+        "test_feat": feat,
+        "re_rank": args.re_rank,
     }
-    write_json(output / "results.json", content)
-    log.info("wrote %s", output / "results.json")
+    write_ranks(output, query, gallery, distmat, about)
+    ranked_lists(
+        output / "ranked_lists.png",
+        query_images=images(query),
+        gallery_images=images(gallery),
+        distmat=distmat,
+        query_names=query.paths,
+        top=DRAWN,
+        title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
+    )
+    log.info("wrote ranks.csv, ranks.json and ranked_lists.png into %s", output)
+
+
+def write_ranks(
+    folder: Path, query: ImageList, gallery: ImageList, distmat: np.ndarray, about: dict[str, Any]
+) -> None:
+    """Writes each query's nearest `TOP` gallery images, nearest first, as CSV and as JSON.
+
+    Args:
+        folder: Where to.
+        query: Q images.
+        gallery: G images.
+        distmat: (Q, G), smaller is closer; ties keep gallery order. A rank's ``score`` is minus it:
+            without re-ranking the cosine similarity.
+        about: What the JSON says beside the ranks.
+    """
+    nearest = np.argsort(distmat, axis=1, kind="stable")[:, :TOP]
+    ranks = [
+        {
+            "query": name,
+            "gallery": [
+                {"rank": place, "image": gallery.paths[g], "score": round(float(-row[g]), 6)}
+                for place, g in enumerate(order.tolist(), start=1)
+            ],
+        }
+        for name, order, row in zip(query.paths, nearest, distmat, strict=True)
+    ]
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(("query", "rank", "gallery", "score"))
+    for entry in ranks:
+        for answer in entry["gallery"]:
+            rows.writerow((entry["query"], answer["rank"], answer["image"], answer["score"]))
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
+    write_json(folder / "ranks.json", {**about, "ranks": ranks})
 
 
 if __name__ == "__main__":

@@ -5,30 +5,99 @@
 Reproduces the single-granularity row of the ablation.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from engine.setup import criterion_from_flags, network_from_flags, run
+import torch
+
+from data_loader import IdentitySampler
+from engine import setup
+from engine.fit import fit
+from engine.train import Schedule, make_optimizer
 from loss import Criterion
+from memory import SingleGranularityMemory
 from model import TwoStreamNet
+from networks.backbone import BACKBONES
+from networks.settings import LABEL_SMOOTHING
 
 
-def build_model(args: argparse.Namespace, num_ids: int) -> TwoStreamNet:
-    """Builds the network for `num_ids` training identities."""
-    return network_from_flags(args, num_ids, memory="sg")
+def main(
+    argv: Sequence[str] | None = None,
+    memory_class: type[torch.nn.Module] = SingleGranularityMemory,
+    criterion_class: type[Criterion] = Criterion,
+) -> int:
+    """Runs the script with the process's command line, or `argv`; returns its exit code."""
+    with setup.start("SGMRA", __doc__, argv) as run:
+        args = run.args
 
+        # Data: batches of P identities with K images in each modality.
+        train, test = run.data_sets()
+        sampler = IdentitySampler(
+            *train.labels, ids_per_batch=args.batch_size, images_per_id=args.num_pos, seed=args.seed
+        )
 
-def build_criterion(args: argparse.Namespace) -> Criterion:
-    """Builds the loss terms and their weights."""
-    return criterion_from_flags(args)
+        # Network: two streams, the head, and a memory that reads the last map.
+        memory = memory_class(
+            train.num_ids,
+            args.instances_per_id,
+            args.parts_per_instance,
+            dim=BACKBONES[args.arch].channels,
+            **run.threshold,
+        )
+        net = TwoStreamNet(
+            train.num_ids,
+            head=run.head,
+            memory=memory,
+            memory_levels=args.memory_levels,
+            weights=run.weights,
+            **run.shape,
+        ).to(run.device, memory_format=torch.channels_last)
 
+        # Loss: terms and their weights.
+        criterion = criterion_class(
+            {
+                "id": args.w_id,
+                "triplet": args.w_triplet,
+                "center_triplet": args.w_center,
+                "memory_id": args.w_memory_id,
+                "memory_triplet": args.w_memory_triplet,
+            },
+            margin=args.margin,
+            label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
+            num_centers=2 * args.batch_size,
+            head=run.head,
+        )
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code."""
-    return run(
-        "SGMRA", "SG-MRA: HCT with a single-granularity memory.", build_model, build_criterion, argv
-    )
+        # Optimiser and schedule: the head at the full rate, all else at a share of it.
+        optimizer = make_optimizer(
+            net, args.optim, args.backbone_lr_scale, args.weight_decay, args.momentum
+        )
+        schedule = Schedule(
+            args.lr,
+            args.epochs,
+            warmup_epochs=args.warmup_epochs,
+            milestones=args.milestones,
+            kind=args.schedule,
+            triplet_ramp=args.triplet_ramp,
+        )
+
+        # Loop.
+        progress = run.begin(net, optimizer, train, sampler)
+        evaluate = run.evaluator(net, test)
+        if run.trains(progress):
+            progress = fit(
+                net,
+                criterion,
+                optimizer,
+                run.loader(train, sampler),
+                schedule=schedule,
+                settings=run.settings,
+                evaluate=evaluate,
+                files=run.files,
+                progress=progress,
+            )
+        run.report(progress, evaluate)
+    return 0
 
 
 if __name__ == "__main__":

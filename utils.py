@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ ZIP_MAGIC = b"PK\x03\x04"  # the first bytes of what torch.save writes
 NO_MMAP = (-4, 0)
 NEVER_TRIM = (-1, 2**31 - 1)
 NO_FASTBINS = (1, 0)
-INSIST_SECONDS = 2.0  # launchers repeat a signal at once; a person who insists takes longer
 
 
 class CheckpointError(ValueError):
@@ -45,17 +43,15 @@ class CheckpointError(ValueError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C ended the work at a place where nothing is lost.
+    """SIGTERM or Ctrl-C; files are written atomically, so that it may be raised anywhere.
 
     Attributes:
         signal: Which of the two.
-        detail: What was reached and saved, for the message to the user; may be empty.
     """
 
-    def __init__(self, number: signal.Signals, detail: str = "") -> None:
-        """Keeps signal and detail."""
-        super().__init__(f"stopped by {number.name}{': ' if detail else ''}{detail}")
-        self.signal, self.detail = number, detail
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        super().__init__(f"stopped by {self.signal.name}")
 
     @property
     def exit_code(self) -> int:
@@ -63,51 +59,24 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.signal
 
 
-class StopSignals:
-    """SIGTERM and Ctrl-C: raised as `Interrupted` at once, or noted while work must not break off.
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """Raises SIGTERM and Ctrl-C as `Interrupted` inside (in the main thread; elsewhere nothing)."""
 
-    A context manager that takes over both signals (in the main thread; elsewhere it does nothing).
-    Within `deferred` a signal sets `received`; a second Ctrl-C later than `INSIST_SECONDS` is
-    raised all the same.
-    """
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)  # torchrun repeats a Ctrl-C
+        raise Interrupted(number)
 
-    def __init__(self) -> None:
-        """Nothing received."""
-        self.received: signal.Signals | None = None
-        self._deferring = False
-        self._since = 0.0
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        """Takes over the signals."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._former[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Gives them back."""
-        for number, handler in self._former.items():
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
             signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        first = self.received is None
-        if first:
-            self.received, self._since = signal.Signals(number), time.monotonic()
-        insists = number == signal.SIGINT and time.monotonic() - self._since > INSIST_SECONDS
-        if not self._deferring or (insists and not first):
-            raise Interrupted(self.received)
-
-    @contextlib.contextmanager
-    def deferred(self, deferring: bool = True) -> Iterator[None]:
-        """Only notes signals inside; with False raises them again, one noted before at once."""
-        before, self._deferring = self._deferring, deferring
-        try:
-            if not deferring and self.received:
-                raise Interrupted(self.received)
-            yield
-        finally:
-            self._deferring = before
 
 
 def seed_everything(seed: int) -> None:
@@ -294,6 +263,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = 
     try:
         write_atomic(path, write, keep=keep)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch's own, for a failed write
+        if isinstance(error.__context__, Interrupted):  # torch.save covers it with its own error
+            raise error.__context__ from None
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         state = "the former one is untouched" if path.exists() else "there was none before it"
         raise OSError(

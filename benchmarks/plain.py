@@ -20,12 +20,30 @@ from loss import (
     DECORRELATION_SCALE,
     MARGIN,
     MIN_SQUARED_DISTANCE,
-    TERM_WEIGHTS,
 )
-from memory import MultiGranularityMemory, SingleGranularityMemory
+from memory import EPSILON, MultiGranularityMemory, SingleGranularityMemory
 from model import TwoStreamNet
 from networks.layers import GEM_EPSILON
-from networks.sparse_read import EPSILON
+
+# The releases' totals on RegDB; SG-MRA's has the terms up to the memory's, HCT's the first three.
+TERM_WEIGHTS = {
+    "id": 1.0,
+    "triplet": 1.0,
+    "center_triplet": 2.0,
+    "memory_id": 0.1,
+    "memory_triplet": 1.0,
+    "alignment": 0.1,
+}
+
+
+def term_weights(net: TwoStreamNet) -> dict[str, float]:
+    """The releases' weights of a network's terms."""
+    count = {None: 3, "sg": 5, "mg": 6}[net.config["memory"]]
+    names = list(TERM_WEIGHTS)[:count]
+    if net.head == "agw":
+        names.remove("center_triplet")
+    return {name: TERM_WEIGHTS[name] for name in names}
+
 
 # --- Network --------------------------------------------------------------------------------------
 
@@ -228,7 +246,7 @@ def plain_terms(
     label_smoothing: float = 0.0,
     weights: Mapping[str, float] = TERM_WEIGHTS,
 ) -> dict[str, Tensor]:
-    """The loss terms of `PlainNet`'s output, named as in `loss.TERM_WEIGHTS`.
+    """The loss terms of `PlainNet`'s output, named as in `TERM_WEIGHTS`.
 
     Args:
         out: See `PlainNet.forward`.
@@ -251,7 +269,7 @@ def plain_terms(
         half = len(order) // 2
         first, second = torch.cat(shuffled[:half]), torch.cat(shuffled[half : 2 * half])
         terms["alignment"] = (first - second).square().mean()
-        if weights["decorrelation"]:
+        if weights.get("decorrelation"):
             terms["decorrelation"] = plain_decorrelation(out["memory_parts"])
     return terms
 
@@ -267,7 +285,7 @@ def plain_training_step(
     label_smoothing: float = 0.0,
     weights: Mapping[str, float] = TERM_WEIGHTS,
 ) -> dict[str, Tensor]:
-    """One optimisation step; arguments and terms are those of `engine.training_step`."""
+    """One optimisation step; arguments and terms are those of `engine.train.training_step`."""
     out = net(visible, infrared)
     terms = plain_terms(out, labels, order, label_smoothing=label_smoothing, weights=weights)
     total = sum(weights[name] * term for name, term in terms.items())

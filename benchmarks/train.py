@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.common import finish, interleaved, table
-from benchmarks.plain import PlainNet, plain_training_step
+from benchmarks.plain import PlainNet, plain_training_step, term_weights
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
 from engine.train import make_optimizer, set_learning_rate, training_step
-from loss import LABEL_SMOOTHING, TERM_WEIGHTS, Criterion
+from loss import Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet
+from networks.settings import LABEL_SMOOTHING
 from utils import keep_freed_memory
 
 MEMORIES = {"HCT": None, "SG-MRA": "sg", "MG-MRA": "mg"}
@@ -149,18 +151,21 @@ def _step(
     set_learning_rate(optimizer, RATE)
     for name in ("visible", "infrared"):
         data[name] = data[name].to(memory_format=torch.channels_last)
-    if health is None and net.memory is not None:
-        health = MemoryHealth()
-    return functools.partial(
-        training_step,
-        net,
-        Criterion(label_smoothing=LABEL_SMOOTHING),
-        optimizer,
-        **data,
-        weights=TERM_WEIGHTS,
-        amp=variant == "bf16",
-        health=health,
+    order, batch = data.pop("order"), SimpleNamespace(**data)
+    weights = term_weights(net)
+    criterion = Criterion(
+        weights, label_smoothing=LABEL_SMOOTHING, num_centers=2 * _sizes(args.batch)[0]
     )
+
+    def step() -> None:
+        amp = variant == "bf16"
+        _, _, addressing = training_step(
+            net, criterion, optimizer, batch, order=order, weights=weights, amp=amp
+        )
+        if health is not None and addressing is not None:
+            health.update(addressing)
+
+    return step
 
 
 def _synchronize(device: torch.device) -> Callable[[], Any]:

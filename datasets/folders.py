@@ -6,37 +6,32 @@ Every path read lies inside the data folder, links resolved; every error names f
 from __future__ import annotations
 
 import os
-import random
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from datasets.base import DATASETS, DataError, ImageList, Source, TrainSet
+from datasets.base import DataError, DataSet, ImageList, Item, TrainSet, image_list
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-STAND_IN = (
-    "To try everything without it, write stand-in data: python stand_in.py --layout {} --out DIR"
+STAND_IN_HINT = (
+    " To try everything without it, write stand-in data: python stand_in.py --layout {} --out DIR"
     " --train-ids 150 --test-ids 40 --images-per-id 10 --seed 0"
 )
-SYSU_FOLDER = "cam{}/{:04d}"  # of a camera and an identity
-
-Item = tuple[int, int, str]  # pid, camera, relative path
-Index = dict[tuple[int, int], list[str]]  # (pid, camera) -> sorted relative paths
 
 
 def folder_images(folder: str | Path, modality: str) -> ImageList:
-    """List the images in a folder of one's own and below it, by name; identities are unknown (-1).
+    """Lists the images in any folder and below it, by name; identities are unknown (-1).
 
     Args:
-        folder: any folder; hidden files and folders are passed over.
+        folder: Any folder; hidden files and folders are passed over.
         modality: "visible" or "infrared".
 
     Raises:
-        DataError: there is no such folder, or no image in it.
+        DataError: There is no such folder, or no image in it.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -54,37 +49,45 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
             f"{folder} holds no image, nor do the folders in it; expected files named"
             f" {', '.join(IMAGE_SUFFIXES)}"
         )
-    unknown = np.full(len(names), -1, dtype=np.int64)
-    return ImageList(root, tuple(sorted(names)), unknown, unknown, modality)
+    return image_list(root, [(name, -1, -1) for name in sorted(names)], modality)
 
 
-def data_root(path: Path, source: Source) -> Path:
-    """Return the data folder with links resolved, after checking that its layout is `source`'s."""
+def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
+    """Returns the data folder with links resolved, after checking that its layout is `data`'s.
 
-    def lacking(folder: Path, kind: Source) -> list[str]:
+    Args:
+        path: The folder.
+        data: The data set that is expected there.
+        others: Data sets that it may be mistaken for.
+
+    Raises:
+        DataError: The folder or a part of it is not there; says where it may be instead.
+    """
+
+    def lacking(folder: Path, kind: DataSet) -> list[str]:
         return [f"{name}/" for name in kind.folders if not os.path.isdir(folder / name)]
 
-    expected = f"{source.title} is a folder with {', '.join(f'{f}/' for f in source.folders)} in it"
-    hint = f"{source.how_to_get} {STAND_IN.format(source.name)}"
+    expected = f"{data.title} is a folder with {', '.join(f'{f}/' for f in data.folders)} in it"
+    hint = data.how_to_get + (STAND_IN_HINT.format(data.name) if data.has_stand_in else "")
     if not path.is_dir():
         raise DataError(f"data folder {path} does not exist. {expected}. {hint}")
-    missing = lacking(path, source)
+    missing = lacking(path, data)
     if not missing:
         return path.resolve()
     below = sorted(path.iterdir()) if os.access(path, os.R_OK) else []
-    for other in [path.resolve().parent, *below]:  # one folder too high or too deep: usual slips
-        if not lacking(other, source):
-            hint = f"It is in {other}: pass --data-path {other}"
-    for other in DATASETS.values():
+    for folder in [path.resolve().parent, *below]:  # one folder too high or too deep: usual slips
+        if not lacking(folder, data):
+            hint = f"It is in {folder}: pass --data-path {folder}"
+    for other in others:
         if not lacking(path, other):
             hint = f"It looks like {other.title}: pass --dataset {other.name}"
-    if missing == [f"{source.folders[0]}/"] and hasattr(source, "lists_hint"):
-        hint = f"The images are there, the lists are not: {source.lists_hint}"
+    if missing == [f"{data.folders[0]}/"] and data.lists_hint:
+        hint = f"The images are there, the lists are not: {data.lists_hint}"
     raise DataError(f"{path} has no {', '.join(missing)}. {expected}. {hint}")
 
 
 def path_inside(root: Path, relative: str) -> str:
-    """Return the real path of `relative`, which must not leave the data folder by a link."""
+    """Returns the real path of `relative`, which must not leave the data folder by a link."""
     real = os.path.realpath(root / relative)
     if not Path(real).is_relative_to(root):
         raise DataError(
@@ -95,18 +98,18 @@ def path_inside(root: Path, relative: str) -> str:
 
 
 def read_text(root: Path, relative: str) -> str:
-    """Read one of the data set's own lists; raises DataError where that fails."""
+    """Reads one of the data set's own lists; raises DataError where that fails."""
     real = path_inside(root, relative)
     if not os.path.isfile(real):
         raise DataError(f"{root / relative} does not exist; it is one of the data set's own lists")
     try:
         return Path(real).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{root / relative} can't be read as text: {error}") from error
+        raise DataError(f"{root / relative} cannot be read as text: {error}") from error
 
 
 def files_in(root: Path, folder: str) -> dict[str, bool]:
-    """List a folder's regular files ({} when it is not there): name -> lies inside the root."""
+    """Lists a folder's regular files ({} when it is not there): name -> lies inside the root."""
     try:
         with os.scandir(path_inside(root, folder)) as entries:
             return {
@@ -118,120 +121,35 @@ def files_in(root: Path, folder: str) -> dict[str, bool]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise DataError(f"{root / folder} can't be listed: {error.strerror}") from error
+        raise DataError(f"{root / folder} cannot be listed: {error.strerror}") from error
 
 
-@dataclass(frozen=True)
-class ListLine:
-    """One line of a RegDB or LLCM list."""
+def find_images(
+    root: Path, pids: Iterable[int], cameras: Iterable[int], *layout: str
+) -> list[Item]:
+    """Lists every image of these identities in these cameras: by identity, camera, then path.
 
-    path: str
-    pid: int
-    label: int
-    origin: str
-
-
-def read_list(root: Path, name: str, folder: str | None = None) -> list[ListLine]:
-    """Read a list; each line names an image (RegDB: in `folder`) that is there, and no other does.
-
-    Without `folder` an image may be anywhere, and its label stands for the unknown raw identity.
+    Args:
+        root: The data folder.
+        pids: Identities.
+        cameras: Cameras.
+        *layout: Folders to look into, such as "cam{camera}/{pid:04d}"; need not exist.
     """
-    expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
-    listings: dict[str, dict[str, bool]] = {}  # folders seen so far
-    lines: dict[str, ListLine] = {}
-    for number, text in enumerate(read_text(root, name).split("\n"), start=1):
-        if not text.strip():
-            continue
-        line = _parse_line(text, f"{name}:{number}", folder, root, expected)
-        if line.path in lines:
-            raise DataError(
-                f"{line.origin} names {line.path}, as {lines[line.path].origin} does; expected each"
-                " image once"
-            )
-        parent, file = line.path.rsplit("/", 1)
-        if parent not in listings:
-            listings[parent] = files_in(root, parent)
-        if file not in listings[parent]:
-            raise DataError(
-                f"{line.origin} names {line.path}, and there is no such file in {root}; is the data"
-                " set complete, and the list its own?"
-            )
-        if not listings[parent][file]:
-            path_inside(root, line.path)  # raises
-        lines[line.path] = line
-    if not lines:
-        raise DataError(f"{root / name} is empty; {expected} lines")
-    return list(lines.values())
+    items: list[Item] = []
+    for pid, camera in product(pids, cameras):
+        paths = []
+        for folder in dict.fromkeys(f.format(camera=camera, pid=pid) for f in layout):
+            for name, inside in files_in(root, folder).items():
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                    paths.append(f"{folder}/{name}")
+                    if not inside:
+                        path_inside(root, paths[-1])  # raises
+        items += [(path, pid, camera) for path in sorted(paths)]
+    return items
 
 
-def _parse_line(text: str, origin: str, folder: str | None, root: Path, expected: str) -> ListLine:
-    words = text.rsplit(maxsplit=1)
-    if len(words) == 1:
-        raise DataError(f"{origin} has no label: {words[0]!r}; {expected}")
-    path, label = PurePosixPath(words[0].strip()), words[1]
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{origin} names {str(path)!r}, which leaves {root}; {expected}")
-    if not re.fullmatch(r"[0-9]{1,9}", label):
-        raise DataError(f"{origin} has the label {label!r}, not a whole number; {expected}")
-    legal = rf"{folder}/[0-9]{{1,9}}/[^/]+" if folder else r"[^\\]+/[^/\\]+"
-    if not re.fullmatch(legal, str(path)):
-        raise DataError(f"{origin} names {str(path)!r}; {expected}")
-    return ListLine(str(path), int(path.parts[1] if folder else label), int(label), origin)
-
-
-def paired_lists(
-    source: Source,
-    root: Path,
-    names: Sequence[str],
-    lists: Sequence[list[ListLine]],
-    cameras: tuple[int, int],
-    description: str,
-) -> TrainSet:
-    """Check a visible and an infrared list against each other; both number the same people."""
-    where = f"{names[0]} and {names[1]} of {root}"
-    owner: dict[int, ListLine] = {}
-    for line in (*lists[0], *lists[1]):
-        first = owner.setdefault(line.label, line)
-        if first.pid != line.pid:
-            raise DataError(
-                f"{line.origin} gives label {line.label} to identity {line.pid}, {first.origin}"
-                f" to {first.pid}; expected one identity per label in {where}: are all lists of"
-                " one split, from one source?"
-            )
-    pids = np.array([owner[label].pid for label in sorted(owner)], dtype=np.int64)
-    if len(set(pids.tolist())) < len(pids):
-        raise DataError(f"an identity has two labels in {where}; expected one label each")
-    gaps = set(range(len(pids))) - set(owner)
-    if gaps:
-        raise DataError(
-            f"{len(pids)} labels up to {max(owner)}, and label {min(gaps)} is not among them;"
-            f" expected 0..{len(pids) - 1} without gaps in {where}"
-        )
-    for lines, others in (lists, lists[::-1]):
-        alone = {line.label for line in lines} - {line.label for line in others}
-        if alone:
-            raise DataError(
-                f"identity {owner[min(alone)].pid} ({owner[min(alone)].origin}) has images in"
-                f" one modality only; expected images in both of {where}"
-            )
-    images = [
-        ImageList(
-            root,
-            tuple(line.path for line in lines),
-            np.array([line.pid for line in lines], dtype=np.int64),
-            np.full(len(lines), camera, dtype=np.int64),
-            modality,
-            tuple(line.origin for line in lines),
-        )
-        for lines, camera, modality in zip(lists, cameras, ("visible", "infrared"), strict=True)
-    ]
-    labels = [np.array([line.label for line in lines], dtype=np.int64) for lines in lists]
-    return TrainSet(source.name, *images, *labels, pids, description)
-
-
-def read_ids(root: Path, split: str, folder: str = "exp") -> set[int]:
-    """Read exp/{split}_id.txt: one line of comma-separated identities."""
-    name = f"{folder}/{split}_id.txt"
+def read_ids(root: Path, name: str) -> set[int]:
+    """Reads a file with one line of comma-separated identities."""
     words = [word.strip() for word in read_text(root, name).strip().rstrip(",").split(",")]
     for word in words:
         if not re.fullmatch(r"[0-9]{1,6}", word):
@@ -245,58 +163,113 @@ def read_ids(root: Path, split: str, folder: str = "exp") -> set[int]:
     return ids
 
 
-def find_images(
-    root: Path, pids: np.ndarray, cameras: Iterable[int], layout: Sequence[str] = (SYSU_FOLDER,)
-) -> Index:
-    """List every image of these identities in these cameras; empty pairs are left out."""
-    index: Index = {}
-    for pid, camera in product(pids.tolist(), cameras):
-        names = []
-        for folder in dict.fromkeys(pattern.format(camera, pid) for pattern in layout):
-            for name, inside in files_in(root, folder).items():
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                    names.append(f"{folder}/{name}")
-                    if not inside:
-                        path_inside(root, names[-1])  # raises
-        if names:
-            index[pid, camera] = sorted(names)
-    return index
+def read_list(
+    root: Path, name: str, *, modality: str, camid: int, folder: str | None = None
+) -> tuple[ImageList, np.ndarray]:
+    """Reads a list of RegDB or LLCM: lines of an image, a space and its label.
 
+    Args:
+        root: The data folder.
+        name: The list, such as "idx/train_visible_1.txt".
+        modality: Of its images.
+        camid: Of its images.
+        folder: The images lie in `folder/<pid>/`; None: anywhere, and labels stand for the unknown
+            identities.
 
-def check_not_empty(
-    root: Path, count: int, asked: str, sides: dict[str, tuple[Index, Sequence[str]]]
-) -> None:
-    """Raise DataError when a side's folders have no image of the `count` people asked for."""
-    for what, (index, folders) in sides.items():
-        if not index:
+    Returns:
+        The images, each of which is there and named once, and their labels, (n,) int64.
+    """
+    expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
+    listings: dict[str, dict[str, bool]] = {}  # folders seen so far
+    origins: dict[str, str] = {}
+    labels, pids = [], []
+    for number, line in enumerate(read_text(root, name).split("\n"), start=1):
+        if not line.strip():
+            continue
+        origin = f"{name}:{number}"
+        path, label = _parse_line(line, origin, folder, root, expected)
+        if path in origins:
             raise DataError(
-                f"empty {what}: {', '.join(folders)} of {root} have no image of the {count}"
-                f" identities in {asked}; is the data set complete, and the list its own?"
+                f"{origin} names {path}, as {origins[path]} does; expected each image once"
             )
+        parent, file = path.rsplit("/", 1)
+        if parent not in listings:
+            listings[parent] = files_in(root, parent)
+        if file not in listings[parent]:
+            raise DataError(
+                f"{origin} names {path}, and there is no such file in {root}; is the data set"
+                " complete, and the list its own?"
+            )
+        if not listings[parent][file]:
+            path_inside(root, path)  # raises
+        origins[path] = origin
+        labels.append(label)
+        pids.append(int(path.split("/")[1]) if folder else label)
+    if not labels:
+        raise DataError(f"{root / name} is empty; {expected} lines")
+    items = [(path, pid, camid) for path, pid in zip(origins, pids, strict=True)]
+    images = replace(image_list(root, items, modality), origins=tuple(origins.values()))
+    return images, np.array(labels, dtype=np.int64)
 
 
-def drawn_gallery(
-    root: Path, draws: Sequence[list[Item]], modality: str
-) -> tuple[ImageList, tuple[np.ndarray, ...]]:
-    """List every image that was drawn once, and the rows of each draw."""
-    rows = {item: row for row, item in enumerate(sorted({i for items in draws for i in items}))}
-    trials = tuple(np.array([rows[item] for item in items], dtype=np.int64) for items in draws)
-    return image_list(root, list(rows), modality), trials
+def _parse_line(
+    line: str, origin: str, folder: str | None, root: Path, expected: str
+) -> tuple[str, int]:
+    """Returns path and label of a list's line."""
+    words = line.rsplit(maxsplit=1)
+    if len(words) == 1:
+        raise DataError(f"{origin} has no label: {words[0]!r}; {expected}")
+    path, label = PurePosixPath(words[0].strip()), words[1]
+    if path.is_absolute() or ".." in path.parts:
+        raise DataError(f"{origin} names {str(path)!r}, which leaves {root}; {expected}")
+    if not re.fullmatch(r"[0-9]{1,9}", label):
+        raise DataError(f"{origin} has the label {label!r}, not a whole number; {expected}")
+    legal = rf"{folder}/[0-9]{{1,9}}/[^/]+" if folder else r"[^\\]+/[^/\\]+"
+    if not re.fullmatch(legal, str(path)):
+        raise DataError(f"{origin} names {str(path)!r}; {expected}")
+    return str(path), int(label)
 
 
-def image_list(root: Path, items: Sequence[Item], modality: str) -> ImageList:
-    """Make a list of images out of items."""
-    pids, cameras = (np.array([item[i] for item in items], dtype=np.int64) for i in (0, 1))
-    return ImageList(root, tuple(item[2] for item in items), pids, cameras, modality)
+def paired_lists(
+    visible: tuple[ImageList, np.ndarray],
+    infrared: tuple[ImageList, np.ndarray],
+    *,
+    dataset: str,
+    description: str,
+) -> TrainSet:
+    """Checks two lists of `read_list` against each other: both number the same people.
 
-
-def seeded_draw(index: Index, trial: int, shots: int) -> list[Item]:
-    """Draw a gallery: `shots` images of each identity and camera; see `sysu_mm01.Sysu`."""
-    generator, items = random.Random(trial), []
-    for (pid, camera), names in sorted(index.items()):
-        single = shots == 1
-        drawn = (
-            [generator.choice(names)] if single else generator.sample(names, min(shots, len(names)))
+    Args:
+        visible: Images and labels.
+        infrared: Images and labels.
+        dataset: See `TrainSet`.
+        description: See `TrainSet`.
+    """
+    first_of: dict[int, tuple[int, str]] = {}  # label -> identity, and where it is first named
+    for images, labels in (visible, infrared):
+        for label, pid, origin in zip(labels.tolist(), images.pids, images.origins, strict=True):
+            known, first = first_of.setdefault(label, (pid, origin))
+            if pid != known:
+                raise DataError(
+                    f"{origin} gives label {label} to identity {pid}, {first} to {known}; expected"
+                    " one identity per label: are all lists of one split, from one source?"
+                )
+    names = [images.origins[0].rsplit(":", 1)[0] for images, _ in (visible, infrared)]
+    where = f"{names[0]} and {names[1]} of {visible[0].root}"
+    pids = np.array([first_of[label][0] for label in sorted(first_of)], dtype=np.int64)
+    if len(np.unique(pids)) < len(pids):
+        raise DataError(f"an identity has two labels in {where}; expected one label each")
+    gaps = set(range(len(pids))) - set(first_of)
+    if gaps:
+        raise DataError(
+            f"{len(pids)} labels up to {max(first_of)}, and label {min(gaps)} is not among them;"
+            f" expected 0..{len(pids) - 1} without gaps in {where}"
         )
-        items += [(pid, camera, name) for name in drawn]
-    return items
+    alone = set(visible[1].tolist()) ^ set(infrared[1].tolist())
+    if alone:
+        pid, origin = first_of[min(alone)]
+        raise DataError(
+            f"identity {pid} ({origin}) has images in one modality only; expected images in both"
+            f" of {where}"
+        )
+    return TrainSet(dataset, visible[0], infrared[0], visible[1], infrared[1], pids, description)

@@ -2,6 +2,8 @@
 
 An identity is a structure (body, hair, patterned garments, things carried) that shows in both
 modalities; its colours do not. `stand_in.py` writes whole data sets of them.
+
+Longer than other modules: one drawing program, whose functions mean nothing apart.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from datasets.sysu_mm01 import INFRARED_CAMERAS
+
 SUPERSAMPLE = 2  # drawn this much larger, then averaged down
-SYSU_INFRARED = (3, 6)  # of cameras 1..6
 LLCM_INFRARED = 10  # added to the number of an LLCM camera for what it sees at night
 
 # ------------------------------------------------------------------------------------ identities
@@ -92,7 +95,7 @@ class Person:
 
 
 def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> tuple[float, ...]:
-    """A random hue of the given luma."""
+    """Returns a random hue of the given luma."""
     wheel = 0.5 + 0.5 * np.cos(rng.uniform(0, 2 * math.pi) + np.array([0.0, -2.1, 2.1]))
     colour = 1 - saturation + saturation * wheel
     return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
@@ -106,7 +109,7 @@ def _tones(rng: np.random.Generator, correlation: float) -> np.ndarray:
 
 
 def _cloth(rng: np.random.Generator, correlation: float, patterns: str = "plain") -> Fabric:
-    """A fabric whose materials contrast in both modalities, be it in opposite directions."""
+    """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs."""
     one, two = _tones(rng, correlation), _tones(rng, correlation)
     while np.abs(one - two).min() < 0.4:
         one, two = _tones(rng, correlation), _tones(rng, correlation)
@@ -123,7 +126,7 @@ def _pick(rng: np.random.Generator, words: str) -> str:
 
 
 def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
-    """The identity `pid` of the world `seed`.
+    """Returns the identity `pid` of the world `seed`.
 
     `tone_correlation` (0..1) says how far infrared tones of cloth follow its visible brightness.
     """
@@ -156,7 +159,13 @@ def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
 
 
 def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Share of the second material (0..1) at `u`, -1..1 across the part, and `v`, 0..1 down it."""
+    """Returns the weight of the second material, 0..1.
+
+    Args:
+        fabric: Both materials and their pattern.
+        u: Positions across the part, -1..1.
+        v: Positions down the part, 0..1.
+    """
     scale, phase = fabric.scale, fabric.phase
     bands = np.floor(1.3 * v * scale + 2 * phase) % 2
     columns = np.floor((u + 1) / 2 * scale + 2 * phase) % 2
@@ -210,7 +219,7 @@ class _Canvas:
         self.parts: list[tuple[Fabric, np.ndarray, float, np.ndarray]] = []
 
     def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """The (n, 2) pixel positions of points."""
+        """Returns the (n, 2) pixel positions of points."""
         x, y = np.array(points).T
         (x0, y0), unit = self.origin, self.unit
         return np.stack([x0 + (x + self.lean * (1 - y)) * unit, y0 + y * unit], axis=1)
@@ -223,7 +232,7 @@ class _Canvas:
         light: int = 128,
         span: tuple[float, float] | None = None,
     ) -> None:
-        """A chain of `joints` going down, of these half widths.
+        """Draws a chain of `joints` going down, of these half widths.
 
         The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
         """
@@ -239,7 +248,7 @@ class _Canvas:
     def ball(
         self, fabric: Fabric, x: float, y: float, rx: float, ry: float, cut: float = 1.0
     ) -> None:
-        """An ellipse around (x, y) of which the upper share `cut` is kept."""
+        """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
         heights = np.linspace(-1, 2 * cut - 1, 11).tolist()
         halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
         self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
@@ -261,7 +270,7 @@ class _Figure:
         self.half_head = self.body["head"] * self.body["face"]
 
     def draw(self) -> None:
-        """Every layer, from the far side to the near one."""
+        """Draws every layer, from the far side to the near one."""
         far = -1 if self.right >= 0 else 1
         backpack = self.style["bag"] == "backpack"
         if backpack and self.front > -0.3:
@@ -280,7 +289,7 @@ class _Figure:
         self.carried()
 
     def leg(self, side: int, light: int) -> None:
-        """Bare leg, shoe, and what covers that leg alone."""
+        """Draws bare leg, shoe, and what covers that leg alone."""
         body, pose, fabrics = self.body, self.pose, self.fabrics
         step = side * pose.stride * math.sin(pose.phase) * self.right
         x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
@@ -307,7 +316,7 @@ class _Figure:
             )
 
     def skirt(self) -> None:
-        """Skirt or dress; else the seat of the trousers."""
+        """Draws skirt or dress; else the seat of the trousers."""
         lower, hip = self.fabrics["lower"], self.body["hip"] * self.width
         length = SKIRT_LENGTH.get(self.style["legs"])
         if length is None:
@@ -319,7 +328,7 @@ class _Figure:
         self.limb(lower, joints, [0.95 * hip, wide])
 
     def trunk(self) -> None:
-        """Neck, upper garment, what an open one shows, belt."""
+        """Draws neck, upper garment, what an open one shows, belt."""
         body, top = self.body, self.neck + 0.005
         scale = self.width * body["fit"]
         shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
@@ -340,7 +349,7 @@ class _Figure:
             self.limb(self.fabrics["belt"], joints, [1.03 * waist] * 2)
 
     def arm(self, side: int, light: int) -> None:
-        """Bare arm and sleeve."""
+        """Draws bare arm and sleeve."""
         body, pose = self.body, self.pose
         x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
         swing = -side * pose.swing * math.sin(pose.phase) * self.right
@@ -360,7 +369,7 @@ class _Figure:
             self.limb(sleeve, [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
 
     def head(self) -> None:
-        """Face, hair, hat, scarf."""
+        """Draws face, hair, hat, scarf."""
         hair, skin, kind = self.fabrics["hair"], self.fabrics["skin"], self.style["hair"]
         head, half, behind = self.body["head"], self.half_head, self.front < -0.35
         if kind in ("afro", "big"):
@@ -415,7 +424,7 @@ class _Figure:
                 self.ball(self.fabrics["hat"], x, y * head, rx * half, ry * head, cut)
 
     def backpack(self) -> None:
-        """The sack: all of it from behind, its edges from the front."""
+        """Draws the sack: all of it from behind, its edges from the front."""
         size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
         half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
         x = -0.95 * shoulder * self.right
@@ -423,7 +432,7 @@ class _Figure:
         self.limb(self.fabrics["bag"], joints, [0.75 * half, half, half])
 
     def carried(self) -> None:
-        """Straps, and what hands and shoulders carry."""
+        """Draws straps, and what hands and shoulders carry."""
         limb, body, kind = self.limb, self.body, self.style["bag"]
         bag, strap, size = self.fabrics["bag"], self.fabrics["strap"], self.body["bag"]
         side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
@@ -474,7 +483,7 @@ class Look:
 
 
 def camera_look(layout: str, camera: int, seed: int) -> Look:
-    """RegDB's cameras 1 (visible) and 2 (thermal) are fixed; the others' come from the seed.
+    """Returns a camera's look: RegDB's 1 (visible) and 2 (thermal) are fixed, others are drawn.
 
     SYSU's are 1..6; LLCM's 1..9, and `LLCM_INFRARED` more for the same camera's infrared images.
     """
@@ -483,7 +492,7 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
         return thermal if camera == 2 else Look(False)
     rng = np.random.default_rng((seed, 0, camera))
     middle, far, tint = rng.uniform(0.3, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.85, 1.15, 3)
-    infrared = camera in SYSU_INFRARED if layout == "sysu" else camera > LLCM_INFRARED
+    infrared = camera in INFRARED_CAMERAS if layout == "sysu" else camera > LLCM_INFRARED
     return Look(
         infrared,
         tint=(1.0,) if infrared else tuple(tint.tolist()),
@@ -498,7 +507,7 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 
 
 def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
-    """A wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
+    """Returns a wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
     height, width = size
 
     def paint() -> tuple[int, ...] | int:
@@ -547,7 +556,7 @@ def _colour_in(canvas: _Canvas, look: Look, backdrop: np.ndarray) -> np.ndarray:
 def render(
     person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
 ) -> Image.Image:
-    """One RGB picture (infrared: three equal channels), of `size` (height, width) at most."""
+    """Returns one RGB image (infrared: three equal channels), of `size` (height, width) at most."""
     share = rng.uniform(*look.detail)
     height, width = (max(16, round(share * side)) for side in size)
     if look.turns:

@@ -4,49 +4,85 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
-import zlib
-from collections.abc import Callable, Iterator
-from itertools import islice, product
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+from scipy.io import loadmat
 
 from datasets.base import (
     DataError,
+    DataSet,
     EvalOptions,
     EvalSet,
     ImageList,
-    TrainSet,
-)
-from datasets.folders import (
-    Index,
     Item,
+    TrainSet,
     check_not_empty,
-    data_root,
     drawn_gallery,
-    find_images,
+    groups_by_camera,
     image_list,
-    path_inside,
-    read_ids,
     seeded_draw,
 )
+from datasets.folders import find_images, path_inside, read_ids
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
 GALLERY_CAMERAS = {"all": VISIBLE_CAMERAS, "indoor": (1, 2)}
+SHOTS = {1: "single-shot", 10: "ten-shot"}
+# By role: identities; identities at cameras 1..6; images at cameras 1..6.
+COUNTS = {
+    "train": (296, (194, 195, 293, 283, 294, 200), (4721, 5753, 5929, 4821, 4989, 4000)),
+    "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
+    "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
+}
+PROTOCOLS = {
+    f"{mode} {shots} {gallery}": {"mode": mode, "shots": shots, "gallery": gallery}
+    for mode, shots, gallery in product(GALLERY_CAMERAS, SHOTS, ("seeded", "official"))
+}
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"
+OFFICIAL_DRAW_LIMIT = 16 * 2**20  # bytes; the data set's own file has about 1 MB
 CACHE_COMMAND = "python pre_process_sysu.py --data-path {} --overwrite"
 CACHE_WORDS = {"visible": "rgb", "infrared": "ir"}
-MAT_MATRIX, MAT_COMPRESSED, MAT_CELL = 14, 15, 1  # element types and a class of MATLAB 5 files
-MAT_NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
-MAT_NUMBERS |= {12: "<i8", 13: "<u8"}  # element type -> dtype
-MAT_LIMIT = 1 << 28  # bytes after decompression; the data set's own file has about 1 MB
+CACHE_KINDS = ("img", "label")
+OFFICIAL_HELP = (
+    "expected the variable rand_perm_cam, 6 x 1 cells (cameras) of cells (identities) of"
+    " trials x images matrices, from the data set authors' evaluation repository"
+    " (https://github.com/wuancong/SYSU-MM01); --gallery seeded needs no such file"
+)
 
 
-class Sysu:
+def _expected_counts() -> dict[str, tuple[int, ...]]:
+    """Returns the counts that follow from `COUNTS`, as `DataSet.expected` has them."""
+
+    def images(cameras: Sequence[int], *roles: str) -> int:
+        return sum(COUNTS[role][2][camera - 1] for role, camera in product(roles, cameras))
+
+    learned, cameras = ("train", "val"), (VISIBLE_CAMERAS, INFRARED_CAMERAS)
+    expected = {
+        "train": (
+            sum(COUNTS[role][0] for role in learned),
+            *(images(c, *learned) for c in cameras),
+        ),
+        "val": (COUNTS["val"][0],),
+        "test": (COUNTS["test"][0], *(images(c, "test") for c in cameras)),
+    }
+    _, ids_at, images_at = COUNTS["test"]
+    for camera in range(1, 7):
+        modality = "visible" if camera in VISIBLE_CAMERAS else "infrared"
+        numbers = (ids_at[camera - 1], images_at[camera - 1])
+        expected[f"test {modality}, camera {camera}"] = numbers
+    for key, options in PROTOCOLS.items():
+        drawn = sum(ids_at[camera - 1] for camera in GALLERY_CAMERAS[options["mode"]])
+        expected[key] = (images(INFRARED_CAMERAS, "test"), drawn * options["shots"])
+    return expected
+
+
+class Sysu(DataSet):
     """SYSU-MM01: infrared queries (cameras 3, 6) against visible galleries, over several draws.
 
     Training lists are identity-major, then camera, then file name; labels are the sorted training
@@ -72,189 +108,173 @@ class Sysu:
         "exp/ with train_id.txt, val_id.txt and test_id.txt is part of the data set's download; put"
         " it beside cam1/"
     )
+    has_stand_in = True
+    # The MG-MRA release itself keeps w_center 2.0 with smoothing; the authors' later README says
+    # 0.01 for the rate.
+    preset = {
+        "batch_size": 6,
+        "num_pos": 8,
+        "gem_p": 3.0,
+        "w_center": 1.0,
+        "label_smooth": "off",
+    }
+    preset_source = "HCT's README for SYSU-MM01, rate of the first MG-MRA README"
+    gallery_draws = 10
+    protocols = PROTOCOLS
+    expected = _expected_counts()
 
-    def train(self, path: Path, trial: int, use_cache: bool = True) -> TrainSet:
-        """List the training images, or take the caches that hold them; there is one split."""
-        caches = [f"train_{w}_resized_{k}.npy" for w in ("rgb", "ir") for k in ("img", "label")]
-        found = [name for name in caches if (path / name).exists()]
-        if use_cache and len(found) == len(caches):
-            return self._cached(path.resolve())
-        if use_cache and found:
-            logger.warning("%s has only %s of the four caches; taking the jpgs", path, found)
-        root = data_root(path, self)
-        pids = self._train_pids(root)
-        lists, labels = [], []
+    def describe(self, options: EvalOptions) -> str:
+        """Returns a protocol in words, without data set, split and number of draws."""
+        return f"{options.mode}-search, {SHOTS[options.shots]}, {options.gallery} gallery"
+
+    def items(self, root: Path, role: str, trial: int) -> tuple[list[Item], list[Item]]:
+        """Lists the images of the "train" (validation included), "val" or "test" identities."""
+        pids = _train_pids(root) if role == "train" else sorted(read_ids(root, _ids(role)))
+        found = []
         for modality, cameras in (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS)):
-            index = find_images(root, pids, cameras)
-            items = [(*key, name) for key, names in index.items() for name in names]
-            lists.append(image_list(root, items, modality))
-            labels.append(np.searchsorted(pids, lists[-1].pids))
-            lacking = np.setdiff1d(pids, lists[-1].pids)
-            if len(lacking):
-                folders = ", ".join(f"cam{camera}/{lacking[0]:04d}/" for camera in cameras)
+            found.append(find_images(root, pids, cameras, "cam{camera}/{pid:04d}"))
+            lacking = sorted(set(pids) - {pid for _, pid, _ in found[-1]})
+            if lacking and role == "train":
+                places = ", ".join(f"cam{camera}/{lacking[0]:04d}/" for camera in cameras)
                 raise DataError(
-                    f"training identity {lacking[0]} has no {modality} image: none in {folders} of"
+                    f"training identity {lacking[0]} has no {modality} image: none in {places} of"
                     f" {root}; expected images in both modalities"
                 )
-        return TrainSet(self.name, *lists, *labels, pids, f"{self.title} (jpgs)")
+        return found[0], found[1]
 
-    def held_out(self, path: Path, pids: np.ndarray) -> np.ndarray:
-        """Tell which labels ((L,) bool) are the data set's own validation identities."""
-        return np.isin(pids, sorted(read_ids(path.resolve(), "val")))
+    def train(self, root: Path, trial: int) -> TrainSet:
+        """Lists the training images; labels number the identities in ascending order."""
+        return replace(super().train(root, trial), description=f"{self.title} (jpgs)")
 
-    def evaluate(self, path: Path, options: EvalOptions) -> EvalSet:
-        """List the probes and draw the galleries."""
-        root, cameras = data_root(path, self), GALLERY_CAMERAS[options.mode]
-        pids = np.array(sorted(read_ids(root, options.subset)), dtype=np.int64)
-        probes, index = find_images(root, pids, INFRARED_CAMERAS), find_images(root, pids, cameras)
-        asked = f"exp/{options.subset}_id.txt (mode {options.mode})"
-        folders = [[f"cam{camera}/" for camera in each] for each in (INFRARED_CAMERAS, cameras)]
-        sides = {"query": (probes, folders[0]), "gallery": (index, folders[1])}
-        check_not_empty(root, len(pids), asked, sides)
-        query = [
-            (pid, camera, name)
-            for camera, pid in product(INFRARED_CAMERAS, pids.tolist())
-            for name in probes.get((pid, camera), ())
+    def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
+        """Returns which training labels, (L,) bool, are the data set's validation identities."""
+        return np.isin(pids, sorted(read_ids(root, _ids("val"))))
+
+    def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
+        """Makes the infrared images the queries and draws the galleries from the visible ones."""
+        cameras = GALLERY_CAMERAS[options.mode]
+        visible, infrared = self.items(root, options.subset, 1)
+        visible = [item for item in visible if item[2] in cameras]
+        query = image_list(root, sorted(infrared, key=lambda item: item[2]), "infrared")
+        places = [", ".join(f"cam{c}/" for c in each) for each in (INFRARED_CAMERAS, cameras)]
+        people = f"the identities in {_ids(options.subset)} (mode {options.mode}: queries in"
+        people += f" {places[0]}, gallery in {places[1]})"
+        check_not_empty(query, image_list(root, visible, "visible"), people)
+        trials = range(options.trials)
+        if options.gallery == "seeded":
+            draws = [seeded_draw(visible, trial, options.shots) for trial in trials]
+        else:
+            cells = _read_official_draw(root)
+            draws = [_official_draw(root, cells, visible, t, options.shots) for t in trials]
+        protocol = f"{self.describe(options)}, {len(draws)} trials"
+        protocol += ", validation identities" if options.subset == "val" else ""
+        return EvalSet(self.name, query, *drawn_gallery(root, draws, "visible"), "sysu", protocol)
+
+    def train_from_cache(self, path: Path) -> TrainSet | None:
+        """Takes `train_{rgb,ir}_resized_{img,label}.npy` where all four exist."""
+        names = [
+            f"train_{w}_resized_{k}.npy" for w, k in product(CACHE_WORDS.values(), CACHE_KINDS)
         ]
-        draw = seeded_draw if options.gallery == "seeded" else _official_draw(root)
-        draws = [draw(index, trial, options.shots) for trial in range(options.trials)]
-        shots = "single-shot" if options.shots == 1 else "ten-shot"
-        words = f"{options.mode}-search, {shots}, {options.gallery} gallery, {len(draws)} trials"
-        words += ", validation identities" if options.subset == "val" else ""
-        query = image_list(root, query, "infrared")
-        return EvalSet(self.name, query, *drawn_gallery(root, draws, "visible"), "sysu", words)
-
-    def _train_pids(self, root: Path) -> np.ndarray:
-        """Return the sorted training and validation identities; no test identity is among them."""
-        ids = {split: read_ids(root, split) for split in ("train", "val")}
-        if (root / "exp/test_id.txt").exists():
-            ids["test"] = read_ids(root, "test")
-        for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-            shared = ids[one] & ids.get(other, set())
-            if shared:
-                raise DataError(
-                    f"identity {min(shared)} is in exp/{one}_id.txt and in exp/{other}_id.txt of"
-                    f" {root}; expected lists that share none"
-                )
-        return np.array(sorted(ids["train"] | ids["val"]), dtype=np.int64)
-
-    def _cached(self, root: Path) -> TrainSet:
-        """Take AGW's caches; without exp/ raw identities aren't known and labels stand for them."""
-        files, labels = zip(*(_open_cache(root, w) for w in CACHE_WORDS.values()), strict=True)
+        found = [name for name in names if (path / name).exists()]
+        if found and len(found) < len(names):
+            log.warning("%s has only %s of the four caches; taking the jpgs", path, found)
+        if len(found) < len(names):
+            return None
+        root = path.resolve()
+        labels = {modality: _cached_labels(root, word) for modality, word in CACHE_WORDS.items()}
+        # Caches without the rest of the data set are enough to train on.
         known = (root / "exp").is_dir()
-        pids = self._train_pids(root) if known else np.arange(labels[0].max() + 1)
-        for file, values in zip(files, labels, strict=True):
+        most = labels["visible"].max() + 1
+        pids = np.array(_train_pids(root) if known else range(most), dtype=np.int64)
+        lists = []
+        for modality, values in labels.items():
+            file = root / f"train_{CACHE_WORDS[modality]}_resized_img.npy"
+            command = CACHE_COMMAND.format(root)
             found = np.unique(values)
             if not np.array_equal(found, np.arange(len(pids))):
                 raise DataError(
                     f"the labels beside {file} are {len(found)} values in {found[0]}..{found[-1]};"
                     f" expected each of 0..{len(pids) - 1}, the training identities. Rebuild:"
-                    f" {CACHE_COMMAND.format(root)}"
+                    f" {command}"
                 )
-        lists = [
-            ImageList(root, (), pids[v], np.full(len(v), -1, np.int64), modality, cache=file)
-            for modality, file, v in zip(CACHE_WORDS, files, labels, strict=True)
-        ]
-        return TrainSet(self.name, *lists, *labels, pids, f"{self.title} (caches)")
+            unknown = np.full(len(values), -1, np.int64)
+            images = ImageList(root, (), pids[values], unknown, modality)
+            lists.append(replace(images, cache=file, cache_command=command))
+        return TrainSet(self.name, *lists, *labels.values(), pids, f"{self.title} (caches)")
 
 
-def _official_draw(root: Path) -> Callable[[Index, int, int], list[Item]]:
-    """Read the authors' permutations: camera x identity cells of (trials, n) 1-based matrices."""
+def _ids(role: str) -> str:
+    return f"exp/{role}_id.txt"
+
+
+def _train_pids(root: Path) -> list[int]:
+    """Returns the sorted training and validation identities; no test identity is among them."""
+    ids = {role: read_ids(root, _ids(role)) for role in ("train", "val")}
+    if (root / _ids("test")).exists():
+        ids["test"] = read_ids(root, _ids("test"))
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        shared = ids[one] & ids.get(other, set())
+        if shared:
+            raise DataError(
+                f"identity {min(shared)} is in {_ids(one)} and in {_ids(other)} of {root}; expected"
+                " lists that share none"
+            )
+    return sorted(ids["train"] | ids["val"])
+
+
+def _read_official_draw(root: Path) -> dict[int, np.ndarray]:
+    """Reads the authors' permutations: by camera, an identity's (trials, n) 1-based numbers."""
     file = root / OFFICIAL_DRAW
-    help_text = (
-        "expected the variable rand_perm_cam, 6 x 1 cells (cameras) of cells (identities) of"
-        " trials x images matrices, from the data set authors' evaluation repository"
-        " (https://github.com/wuancong/SYSU-MM01); --gallery seeded needs no such file"
-    )
     real = path_inside(root, OFFICIAL_DRAW)
     if not os.path.isfile(real):
-        raise DataError(f"{file} does not exist; {help_text}")
+        raise DataError(f"{file} does not exist; {OFFICIAL_HELP}")
     try:
-        cells = _read_mat(Path(real).read_bytes(), "rand_perm_cam").ravel()
-        cameras = {camera: np.ravel(cells[camera - 1]) for camera in VISIBLE_CAMERAS}
-    except Exception as error:  # a damaged file fails anywhere in the reader
-        raise DataError(f"{file} can't be read ({error!r}); {help_text}") from error
-
-    def draw(index: Index, trial: int, shots: int) -> list[Item]:
-        items: list[Item] = []
-        for (pid, camera), names in sorted(index.items(), key=lambda pair: pair[0][::-1]):
-            cell = cameras[camera][pid - 1] if 1 <= pid <= len(cameras[camera]) else None
-            matrix, count = np.asarray(cell), min(shots, len(names))
-            row = matrix[trial] if matrix.ndim == 2 and len(matrix) > trial else np.zeros(0)
-            legal = row.dtype.kind in "iuf" and set(row.tolist()) <= set(range(1, len(names) + 1))
-            if not legal or len(row) < count or len(np.unique(row)) < len(row):
-                raise DataError(
-                    f"{file} has {row[:12].tolist()} for camera {camera}, identity {pid}, trial"
-                    f" {trial + 1}; expected at least {count} different numbers in 1..{len(names)},"
-                    f" the images in {root}/cam{camera}/{pid:04d}; {help_text}"
-                )
-            items += [(pid, camera, names[int(number) - 1]) for number in row[:count]]
-        return items
-
-    return draw
+        size = os.path.getsize(real)
+        if size > OFFICIAL_DRAW_LIMIT:
+            raise ValueError(f"{size} bytes, over {OFFICIAL_DRAW_LIMIT}")
+        cells = loadmat(real, variable_names=["rand_perm_cam"])["rand_perm_cam"].ravel()
+        return {camera: np.ravel(cells[camera - 1]) for camera in VISIBLE_CAMERAS}
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        raise DataError(f"{file} cannot be read ({error!r}); {OFFICIAL_HELP}") from error
 
 
-def _read_mat(data: bytes, name: str) -> np.ndarray:
-    """Read one numeric or cell array of a MATLAB 5 file (MATLAB's `save` up to -v7).
-
-    Deviation: not scipy's reader, which a damaged file can make crash the whole process.
-    """
-    if data[124:128] != b"\x00\x01IM":
-        raise ValueError("not a little-endian MATLAB 5 file; in MATLAB: save -v7")
-    for kind, body in _mat_elements(data[128:]):
-        if kind == MAT_MATRIX and [*islice(_mat_elements(body), 3)][2][1] == name.encode():
-            return _mat_array(body)
-    raise ValueError(f"no variable {name}")
-
-
-def _mat_elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Split into elements: type and content."""
-    at = 0
-    while at < len(data):
-        kind, size = struct.unpack_from("<II", data, at)
-        start = at + 8
-        if kind >> 16:  # both in two bytes each, up to four bytes of content after them
-            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
-        content = data[start : start + size]
-        if len(content) < size:
-            raise ValueError(f"cut off: {size} bytes announced, {len(content)} found")
-        if kind == MAT_COMPRESSED:
-            yield from _mat_elements(zlib.decompressobj().decompress(content, MAT_LIMIT))
-            at = start + size
-        else:
-            yield kind, content
-            at = -(-(start + size) // 8) * 8
+def _official_draw(
+    root: Path, cells: dict[int, np.ndarray], items: Sequence[Item], trial: int, shots: int
+) -> list[Item]:
+    """Draws one of the authors' galleries: cameras ascending, within each identities ascending."""
+    drawn: list[Item] = []
+    groups = groups_by_camera(items)
+    for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):
+        group = groups[pid, camera]
+        cell = cells[camera][pid - 1] if 1 <= pid <= len(cells[camera]) else None
+        matrix, count = np.asarray(cell), min(shots, len(group))
+        row = matrix[trial] if matrix.ndim == 2 and len(matrix) > trial else np.zeros(0)
+        legal = row.dtype.kind in "iuf" and set(row.tolist()) <= set(range(1, len(group) + 1))
+        if not legal or len(row) < count or len(np.unique(row)) < len(row):
+            raise DataError(
+                f"{root / OFFICIAL_DRAW} has {row[:12].tolist()} for camera {camera}, identity"
+                f" {pid}, trial {trial + 1}; expected at least {count} different numbers in"
+                f" 1..{len(group)}, the images in {root}/cam{camera}/{pid:04d}; {OFFICIAL_HELP}"
+            )
+        drawn += [group[int(number) - 1] for number in row[:count]]
+    return drawn
 
 
-def _mat_array(body: bytes) -> np.ndarray:
-    """Read the values of a matrix element; cells become an object array of arrays."""
-    if not body:
-        return np.zeros((0, 0))
-    (_, flags), (_, shape), _, *parts = _mat_elements(body)
-    if flags[0] == MAT_CELL:
-        values = np.empty(len(parts), dtype=object)
-        for i, (_, part) in enumerate(parts):
-            values[i] = _mat_array(part)
-    else:
-        values = np.frombuffer(parts[0][1], MAT_NUMBERS[parts[0][0]])
-    return values.reshape(np.frombuffer(shape, "<i4"), order="F")
-
-
-def _open_cache(root: Path, word: str) -> tuple[Path, np.ndarray]:
-    """Check one modality's cache; return the image file and the (n,) int64 labels.
+def _cached_labels(root: Path, word: str) -> np.ndarray:
+    """Checks one modality's cache; returns its (n,) int64 labels.
 
     Caches may be links to faster storage: no list names them, and loading runs nothing in them.
     """
-    files = [f"train_{word}_resized_{kind}.npy" for kind in ("img", "label")]
-    where, rebuild = f"{root}/{files[0]} or {files[1]}", f"Rebuild: {CACHE_COMMAND.format(root)}"
+    files = [f"train_{word}_resized_{kind}.npy" for kind in CACHE_KINDS]
+    where, rebuild = f"{root}/{' or '.join(files)}", f"Rebuild: {CACHE_COMMAND.format(root)}"
     try:
         pixels, labels = (np.load(root / name, mmap_mode="r", allow_pickle=False) for name in files)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
-        raise DataError(f"{where} can't be read ({error}). {rebuild}") from error
+        raise DataError(f"{where} cannot be read ({error}). {rebuild}") from error
     sized = pixels.ndim == 4 and pixels.shape[3] == 3 and labels.shape == pixels.shape[:1]
     if not sized or not labels.size or pixels.dtype != np.uint8 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where} is wrong: {pixels.dtype} {pixels.shape} and {labels.dtype} {labels.shape};"
             f" expected uint8 (n, H, W, 3) and integers (n,), n > 0. {rebuild}"
         )
-    return root / files[0], np.asarray(labels, dtype=np.int64)
+    return np.asarray(labels, dtype=np.int64)

@@ -3,8 +3,12 @@
 The random numbers come in from outside; each image of a batch has its own.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -14,8 +18,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SCALE = (1 / (255 * np.array(IMAGENET_STD))).astype(np.float32)
 SHIFT = (-np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD)).astype(np.float32)
 LUMA = (19595, 38470, 7471)  # ITU-R 601 weights in 1/65536, as Pillow's conversion to grey
-ERASE_AREA = (0.02, 0.4)  # share of the image, as torchvision's RandomErasing and its paper
+ERASE_AREA = (0.02, 0.4)  # fractions of the image, as torchvision's RandomErasing and its paper
 ERASE_ASPECT = 3.3  # height over width between 1 / 3.3 and 3.3
+
+
+class Draw(IntEnum):
+    """What each row of an array of uniform random numbers decides; its columns are images."""
+
+    TOP = 0  # of the crop
+    LEFT = 1
+    FLIP = 2
+    GREY = 3
+    GAMMA = 4
+    GAIN = 5
+    ERASE = 6  # whether, and the rectangle's area
+    ERASE_ASPECT = 7
+    ERASE_PLACE = 8
 
 
 @dataclass(frozen=True)
@@ -23,10 +41,11 @@ class Augmentation:
     """The train transform: pad with black, crop back to the image's size, flip, normalise.
 
     Attributes:
-        pad: pixels of black on every side before the crop.
-        flip: probability of a horizontal flip.
-        grey: probability that a visible image is made grey.
-        erase: probability that a rectangle (2 to 40 % of the area) is set to the ImageNet mean.
+        pad: Pixels of black on every side before the crop.
+        flip: Probability of a horizontal flip.
+        grey: Probability that a visible image is made grey.
+        erase: Probability e that a rectangle is set to the ImageNet mean, of 2 % to 2 + 38 e % of
+            the image's area.
         tone: s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image.
 
     Source: the AGW code base for pad and flip; the others are this project's and off by default.
@@ -39,7 +58,6 @@ class Augmentation:
     tone: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.pad < 0 or self.tone < 0:
             raise ValueError(f"pad is {self.pad}, tone {self.tone}; expected at least 0")
         for name in ("flip", "grey", "erase"):
@@ -48,47 +66,70 @@ class Augmentation:
 
 
 def augment(
-    images_uint8: torch.Tensor,
-    augmentation: Augmentation,
-    rng: np.random.Generator,
-    *,
-    modality: str,
-    first: int = 0,
-    total: int | None = None,
+    images_uint8: torch.Tensor, augmentation: Augmentation, draws: np.ndarray, *, modality: str
 ) -> torch.Tensor:
-    """Augment a batch, each image on its own, and normalise it.
+    """Augments a batch, each image on its own, and normalises it.
 
     Args:
         images_uint8: (n, H, W, 3) uint8.
-        augmentation: what to do.
-        rng: total x 9 uniform numbers are drawn from it, whatever is switched on.
+        augmentation: What to do.
+        draws: (len(Draw), n) uniform random numbers in [0, 1).
         modality: "visible" or "infrared" (never made grey).
-        first: number of the first image within the whole batch, of which these may be a share.
-        total: images in the whole batch (None: n).
 
     Returns:
         (n, 3, H, W) float32 on the same device, channels_last in memory.
     """
-    count = len(images_uint8)
-    draws = rng.random((9, total or count))[:, first : first + count]
-    side = 2 * augmentation.pad + 1
-    top, left = (draws[:2] * side).astype(np.int64)
-    flipped = np.flatnonzero(draws[2] < augmentation.flip)
+    offsets = 2 * augmentation.pad + 1
+    top, left = (draws[[Draw.TOP, Draw.LEFT]] * offsets).astype(np.int64)
+    flipped = np.flatnonzero(draws[Draw.FLIP] < augmentation.flip)
     images = images_uint8
     if modality == "visible" and augmentation.grey > 0:
-        images = _grey(images, np.flatnonzero(draws[3] < augmentation.grey))
+        images = _grey(images, np.flatnonzero(draws[Draw.GREY] < augmentation.grey))
     images = _crop_and_flip(images, augmentation.pad, top, left, flipped)
     if augmentation.tone > 0:
-        images = _tone(images, np.exp((2 * draws[4:6] - 1) * augmentation.tone))
+        tone = (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1) * augmentation.tone
+        images = _tone(images, np.exp(tone))
     batch = normalize(images)
     if augmentation.erase > 0:
-        chosen = np.flatnonzero(draws[6] < augmentation.erase)
-        _erase(batch, chosen, *draws[6:9, chosen])
+        chosen = np.flatnonzero(draws[Draw.ERASE] < augmentation.erase)
+        _erase(batch, chosen, draws[:, chosen])
     return batch
 
 
+def transform_each(
+    images_uint8: torch.Tensor,
+    transform: Callable[[torch.Tensor], torch.Tensor],
+    seeds: Sequence[int],
+) -> torch.Tensor:
+    """Applies a transform that draws its own random numbers, such as one of torchvision's v2.
+
+    Args:
+        images_uint8: (n, H, W, 3) uint8.
+        transform: From one image, (3, H, W) uint8, to another of that shape and type.
+        seeds: n seeds of torch's CPU generator, one for each image; its state is put back.
+
+    Returns:
+        (n, H, W, 3) uint8.
+
+    Raises:
+        ValueError: The transform returns another shape or type.
+    """
+    results = []
+    with torch.random.fork_rng(devices=[]):
+        for image, seed in zip(images_uint8.permute(0, 3, 1, 2), seeds, strict=True):
+            torch.default_generator.manual_seed(seed)
+            result = transform(image)
+            if result.shape != image.shape or result.dtype != torch.uint8:
+                raise ValueError(
+                    f"the transform made {result.dtype} {tuple(result.shape)} of a uint8 image"
+                    f" {tuple(image.shape)}; expected the same type and shape"
+                )
+            results.append(result)
+    return torch.stack(results).permute(0, 2, 3, 1)
+
+
 def normalize(images_uint8: torch.Tensor) -> torch.Tensor:
-    """Normalise with ImageNet's statistics, nothing else: the evaluation transform.
+    """Normalises with ImageNet's statistics, nothing else: the evaluation transform.
 
     Args:
         images_uint8: (n, H, W, 3), 0..255.
@@ -104,26 +145,27 @@ def normalize(images_uint8: torch.Tensor) -> torch.Tensor:
 
 
 def _on(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
-    """Bring a few numbers to the images' device."""
+    """Returns a few numbers on the images' device."""
     return torch.from_numpy(np.ascontiguousarray(values)).to(images.device, non_blocking=True)
 
 
 def _grey(images: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-    """Return a copy in which the `chosen` images are grey, with Pillow's rounding."""
+    """Returns (n, H, W, 3) images of which the `chosen` (k,) are grey, with Pillow's rounding."""
     rows = _on(images, chosen)
     luma = (images[rows].int() * _on(images, np.array(LUMA, dtype=np.int32))).sum(-1, keepdim=True)
-    grey = (luma + (1 << 15)) >> 16
+    grey = (luma + (1 << 15)) >> 16  # (k, H, W, 1)
     return images.index_copy(0, rows, grey.to(torch.uint8).expand(-1, -1, -1, 3))
 
 
 def _crop_and_flip(
     images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray, flipped: np.ndarray
 ) -> torch.Tensor:
-    """Cut an H x W window at (top, left) out of each padded image; mirror the `flipped` ones."""
+    """Cuts an H x W window at (top, left), (n,) each, out of each padded image; mirrors some."""
     n, height, width, channels = images.shape
     padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
     padded[:, pad : pad + height, pad : pad + width] = images
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (n, side, side, C, H, W), a view
+    # (n, 2 pad + 1, 2 pad + 1, C, H, W), a view
+    windows = padded.unfold(1, height, 1).unfold(2, width, 1)
     at = _on(images, np.stack([np.arange(n), top, left]))
     crops = windows.permute(0, 1, 2, 4, 5, 3)[at[0], at[1], at[2]]  # (n, H, W, C)
     rows = _on(images, flipped)
@@ -131,25 +173,25 @@ def _crop_and_flip(
 
 
 def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
-    """Apply gain * (x / 255) ** gamma; `exponents` (2, n) holds gammas and gains; black stays."""
+    """Applies gain * (x / 255) ** gamma; `exponents` (2, n) holds gammas and gains; black stays."""
     gamma, gain = _on(images, exponents.astype(np.float32))[:, :, None, None, None]
     return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
 
 
-def _erase(
-    batch: torch.Tensor, chosen: np.ndarray, area: np.ndarray, aspect: np.ndarray, place: np.ndarray
-) -> None:
-    """Set a rectangle of each `chosen` image to zero, in place; one draw in [0, 1) per image."""
+def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray) -> None:
+    """Sets a rectangle of each `chosen` (k,) image to zero, in place; `draws` has k columns."""
     _, _, height, width = batch.shape
-    pixels = (ERASE_AREA[0] + area * (ERASE_AREA[1] - ERASE_AREA[0])) * height * width
-    ratio = np.exp((2 * aspect - 1) * math.log(ERASE_ASPECT))
+    area = ERASE_AREA[0] + draws[Draw.ERASE] * (ERASE_AREA[1] - ERASE_AREA[0])
+    pixels = area * height * width
+    ratio = np.exp((2 * draws[Draw.ERASE_ASPECT] - 1) * math.log(ERASE_ASPECT))
     tall = np.clip(np.sqrt(pixels * ratio), 1, height).astype(np.int64)
     wide = np.clip(np.sqrt(pixels / ratio), 1, width).astype(np.int64)
-    spots = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all places
-    top, left = np.divmod((place * spots).astype(np.int64), width - wide + 1)
+    places = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all
+    place = (draws[Draw.ERASE_PLACE] * places).astype(np.int64)
+    top, left = np.divmod(place, width - wide + 1)
     y, x = np.arange(height), np.arange(width)
-    rows = (y >= top[:, None]) & (y < (top + tall)[:, None])
-    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])
+    rows = (y >= top[:, None]) & (y < (top + tall)[:, None])  # (k, H)
+    columns = (x >= left[:, None]) & (x < (left + wide)[:, None])  # (k, W)
     inside = _on(batch, rows)[:, None, :, None] & _on(batch, columns)[:, None, None, :]
     at = _on(batch, chosen)
     batch[at] = batch[at].masked_fill(inside, 0)

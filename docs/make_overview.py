@@ -22,7 +22,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangl
 from PIL import Image
 
 from datasets.pedestrians import camera_look, make_person, render
-from figures.charts import STYLE
+from figures.page import STYLE
 
 OUTPUT = Path(__file__).with_name("overview.png")
 WIDTH, SCALE = 900, 2

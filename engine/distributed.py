@@ -1,20 +1,20 @@
-"""One run in several processes (``torchrun``): who we are, what is gathered, what is agreed on.
+"""One run in several processes (``torchrun``): ranks, gathered batches, sums and means.
 
-Every function is the identity, or says "alone", in a process that was started by itself, so that
-callers need no second path. Gathered batches have the rows of the one batch that a single process
-would have: visible first, identities in the sampler's order.
+In a process that was started by itself every function is the identity, so that callers need no
+second path. Gathered batches have the rows of the one batch that a single process would have:
+visible first, identities in the sampler's order.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import keep_freed_memory, resolve_device
+from utils import resolve_device
 
 
 def size() -> int:
@@ -28,15 +28,13 @@ def rank() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks."""
+    """Whether this is rank 0, which writes files and logs."""
     return rank() == 0
 
 
 @contextlib.contextmanager
 def processes(gpu: str) -> Iterator[torch.device]:
-    """Joins the processes that ``torchrun`` started, if it did, and leaves them at the end.
-
-    On the CPU freed memory is kept for reuse; see `utils.keep_freed_memory`.
+    """Joins the process group if ``torchrun`` started this process, and leaves it at the end.
 
     Args:
         gpu: ``--gpu``; under torchrun each process takes the CUDA device of its local rank (NCCL),
@@ -49,17 +47,12 @@ def processes(gpu: str) -> Iterator[torch.device]:
         ValueError: When there is no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        device = resolve_device(gpu)
-        if device.type == "cpu":
-            keep_freed_memory()
-        yield device
+        yield resolve_device(gpu)
         return
     on_cpu = gpu in ("cpu", "-1") or not torch.cuda.is_available()
     device = resolve_device("cpu" if on_cpu else os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects travel through the current device
-    else:
-        keep_freed_memory()
     dist.init_process_group("gloo" if on_cpu else "nccl")
     yield device
     # Only after success: with a dead peer this would wait for it.
@@ -84,7 +77,7 @@ def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
 
 
 def share_buffers(net: nn.Module) -> None:
-    """Gives every process the main one's running statistics, which each has of its own rows."""
+    """Broadcasts rank 0's BatchNorm statistics; each rank has gathered its own rows'."""
     if size() > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, src=0)
@@ -117,28 +110,30 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_output(
-    out: Mapping[str, Any], labels: Tensor, *, whole_read: bool = False
+    out: Mapping[str, Any], labels: Tensor, *, whole_reads: bool = False
 ) -> tuple[dict[str, Any], Tensor]:
-    """A training output and its labels for the whole batch.
+    """Gathers a training output and its labels for the whole batch.
 
     Args:
         out: What `model.TwoStreamNet` returns in training mode for the own rows.
         labels: Of the own rows.
-        whole_read: Whether the memory's part read, large and needed only by terms that are no mean
-            over rows, is gathered too. Otherwise it stays the own rows', and the mean over
-            processes of such a term, or of its gradient, is the whole batch's.
+        whole_reads: Whether the maps of the memory, which are large, are gathered too. Otherwise
+            they stay the own rows': a term that is a mean over rows has the whole batch's gradient
+            all the same, since gradients are averaged over processes.
     """
     if size() == 1:
         return dict(out), labels
     whole = {k: gather_rows(v) if torch.is_tensor(v) else v for k, v in out.items()}
-    if whole_read and whole.get("memory_read") is not None:
-        read = whole["memory_read"]
-        whole["memory_read"] = read._replace(part=gather_rows(read.part))
+    read = whole.get("memory_read")
+    if whole_reads and read is not None:
+        maps = {k: getattr(read, k) for k in ("part", "instance", "semantic")}
+        gathered = {k: gather_rows(v) for k, v in maps.items() if v is not None}
+        whole["memory_read"] = read._replace(**gathered)
     return whole, gather_rows(labels)
 
 
 def mean_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Means over the processes of scalars by name, in one exchange that nothing waits for."""
+    """Means over the processes of scalars by name, in one all-reduce."""
     if size() == 1:
         return values
     total = torch.stack([value.double() for value in values.values()])
@@ -146,21 +141,11 @@ def mean_of(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, (total / size()).unbind(), strict=True))
 
 
-def sum_of(counters: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Sums over the processes of CPU counters by level and name; booleans are joined by "or"."""
-    if size() == 1:
-        return counters
-    gathered = gather_objects(counters)
-    result = {}
-    for level in counters:
-        parts = [other[level] for other in gathered]
-        result[level] = {
-            name: torch.stack([part[name] for part in parts]).any(dim=0)
-            if value.dtype == torch.bool
-            else sum(part[name] for part in parts)
-            for name, value in counters[level].items()
-        }
-    return result
+def sum_in_place(tensors: Iterable[Tensor]) -> None:
+    """Replaces each tensor by its sum over the processes."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -172,19 +157,8 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def wait_for_all() -> None:
-    """Waits until every process has come here."""
-    if size() > 1:
-        dist.barrier()
-
-
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    return any(gather_objects(flag))
-
-
 def from_main(value: Any) -> Any:
-    """The main process's value, in every process."""
+    """Rank 0's value, in every process."""
     if size() == 1:
         return value
     holder = [value]
@@ -192,10 +166,10 @@ def from_main(value: Any) -> Any:
     return holder[0]
 
 
-def share_of(count: int, unit: int) -> tuple[int, int]:
-    """This process's share (first, last + 1) of `count` items, in whole units such as batches.
+def shard_of(count: int, unit: int) -> tuple[int, int]:
+    """This process's shard (first, last + 1) of `count` items, in whole units such as batches.
 
-    Shares are contiguous, in order of rank, cover all, and may be empty.
+    Shards are contiguous, in order of rank, cover all, and may be empty.
     """
     units = -(-count // unit)
     bounds = [min(count, units * i // size() * unit) for i in (rank(), rank() + 1)]

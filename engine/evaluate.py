@@ -1,6 +1,7 @@
-"""From images to results: features, distances, and scores under a protocol.
+"""Evaluation, the same for training, ``test.py``, own folders and figures.
 
-Networks, images and protocols come in as arguments; nothing here knows the command line.
+`evaluate` goes from a network and a protocol to features and results; `embed`, `distances` and
+`score` are its steps.
 """
 
 import functools
@@ -13,27 +14,85 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import re_rank
+from data_loader import EvalLoader
+from data_manager import EvalSet, ImageList
 from engine import distributed
-from eval_metrics import METRICS, eval_llcm, eval_regdb, eval_sysu, mean_and_std, summarize
+from eval_metrics import METRICS, RE_RANKINGS, evaluate_rule, mean_and_std, summarize
 
-RE_RANKINGS = ("no", "k_reciprocal", "random_walk")
+Features = dict[str, dict[str, np.ndarray]]
+
+
+def evaluate(
+    net: nn.Module,
+    eval_set: EvalSet,
+    images: Callable[[ImageList], np.ndarray],
+    *,
+    test_feats: Sequence[str],
+    rankings: Sequence[str] = ("no",),
+    batch_size: int = 64,
+    amp: bool = False,
+    progress: bool = False,
+) -> tuple[Features, list[dict[str, Any]]]:
+    """Embeds queries and gallery, each image once, and scores them under their protocol.
+
+    With several processes each embeds a shard of the images, in whole batches, so that the result
+    has the bits of a single process's.
+
+    Args:
+        net: A `TwoStreamNet` on its device, alike in all processes; put into evaluation mode.
+        eval_set: Queries and galleries.
+        images: From an image list to its pixels, such as a `data_loader.ImageCache`.
+        test_feats: Kinds of retrieval feature, names of `TwoStreamNet.embed`.
+        rankings: Names in `RE_RANKINGS`; none where there is nothing to score.
+        batch_size: Images a batch.
+        amp: bf16 autocast.
+        progress: Whether to show bars.
+
+    Returns:
+        The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1, in every
+        process; and on rank 0 a result (see `score`) with its ``test_feat`` for each kind of
+        feature and ranking.
+
+    Raises:
+        ValueError: When there are no images, or a feature is not finite.
+    """
+    features = {}
+    for role in ("query", "gallery"):
+        whole = getattr(eval_set, role)
+        if not len(whole):
+            raise ValueError(f"no {whole.modality} images to embed")
+        first, last = distributed.shard_of(len(whole), batch_size)
+        own = whole if last - first == len(whole) else whole.take(range(first, last))
+        shard = {}
+        if len(own):
+            device = next(net.parameters()).device
+            batches = EvalLoader(images(own), batch_size=batch_size, device=device)
+            shard = embed(net, batches, own.modality, test_feats, amp=amp, progress=progress)
+        shards = [each for each in distributed.gather_objects(shard) if each]
+        features[role] = {name: np.concatenate([s[name] for s in shards]) for name in test_feats}
+    results = []
+    if distributed.is_main():
+        for name in test_feats:
+            pair = features["query"][name], features["gallery"][name]
+            results += [{**score(eval_set, *pair, r), "test_feat": name} for r in rankings]
+    return features, results
 
 
 @torch.no_grad()
-def extract_features(
+def embed(
     net: nn.Module,
     batches: Iterable[Tensor],
-    *,
     modality: str,
     test_feats: Sequence[str],
+    *,
     amp: bool = False,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Embeds images once for every kind of retrieval feature asked for.
+    """Embeds images of one modality once for every kind of retrieval feature asked for.
 
     Args:
         net: A `TwoStreamNet`; put into evaluation mode.
-        batches: Normalised images (n, 3, H, W), such as a `data_loader.EvalLoader`.
+        batches: Normalised images (n, 3, H, W), at least one batch.
         modality: "visible" or "infrared".
         test_feats: Names of `TwoStreamNet.embed`.
         amp: bf16 autocast.
@@ -43,57 +102,21 @@ def extract_features(
         (n, D) float32 arrays by name, rows L2-normalised.
 
     Raises:
-        ValueError: When there are no images, or a feature is not finite.
+        ValueError: When a feature is not finite.
     """
     net.eval()
-    parts: dict[str, list[Tensor]] = {name: [] for name in test_feats}
+    chunks: dict[str, list[Tensor]] = {name: [] for name in test_feats}
     hidden = None if progress else True
     for images in tqdm(batches, f"embed {modality}", disable=hidden, leave=False):
         inputs = (images, None) if modality == "visible" else (None, images)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
             for name, feat in net.embed_all(*inputs, test_feats).items():
-                parts[name].append(feat.float().cpu())
-    if not all(parts.values()):
-        raise ValueError(f"no {modality} images to embed")
-    result = {name: torch.cat(feats).numpy() for name, feats in parts.items()}
+                chunks[name].append(feat.float().cpu())
+    result = {name: torch.cat(feats).numpy() for name, feats in chunks.items()}
     for name, feats in result.items():
         if not np.isfinite(feats).all():
             raise ValueError(f"{modality} features {name!r} hold NaN or infinity: broken weights?")
     return result
-
-
-def extract_shared(
-    net: nn.Module,
-    count: int,
-    batches: Callable[[int, int], Iterable[Tensor]],
-    *,
-    batch_size: int,
-    test_feats: Sequence[str],
-    **settings: Any,
-) -> dict[str, np.ndarray]:
-    """`extract_features` with several processes, each of which embeds a share of the images.
-
-    Batches stay whole, so that the result has the bits of a single process's.
-
-    Args:
-        net: Alike in all processes.
-        count: Images in all.
-        batches: From first and last + 1 image to their batches; asked for the own share alone.
-        batch_size: Images a batch.
-        test_feats: See `extract_features`, as for the other settings.
-        **settings: For `extract_features`.
-
-    Returns:
-        All images' features, in every process.
-    """
-    first, last = distributed.share_of(count, batch_size)
-    own = None
-    if first < last or distributed.size() == 1:
-        own = extract_features(net, batches(first, last), test_feats=test_feats, **settings)
-    if distributed.size() == 1:
-        return own
-    shares = [share for share in distributed.gather_objects(own) if share is not None]
-    return {name: np.concatenate([share[name] for share in shares]) for name in test_feats}
 
 
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
@@ -113,12 +136,7 @@ def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np
 def _measure(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarray]:
     """`distances` of one set of queries to any gallery; what is the queries' own is done once."""
     if ranking == "no":
-
-        def negative_similarity(gallery: np.ndarray) -> np.ndarray:
-            similarity = query @ gallery.T
-            return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
-
-        return negative_similarity
+        return functools.partial(negative_similarity, query)
     if ranking == "k_reciprocal":
         return re_rank.KReciprocal(query).distances
     if ranking == "random_walk":
@@ -126,8 +144,14 @@ def _measure(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarr
     raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
 
 
+def negative_similarity(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """Minus the cosine similarity of (Q, D) and (G, D), rows of norm 1: (Q, G)."""
+    similarity = query @ gallery.T  # (Q, G)
+    return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
+
+
 def score(
-    eval_set: Any, query: np.ndarray, gallery: np.ndarray, ranking: str = "no"
+    eval_set: EvalSet, query: np.ndarray, gallery: np.ndarray, ranking: str = "no"
 ) -> dict[str, Any]:
     """Scores features under a protocol.
 
@@ -149,11 +173,8 @@ def score(
     per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
         distmat = measure(gallery[rows]) if whole is None else whole[:, rows]
-        if eval_set.camera_rule == "none":
-            result = eval_regdb(distmat, q.pids, g.pids[rows])
-        else:
-            evaluate = {"sysu": eval_sysu, "same": eval_llcm}[eval_set.camera_rule]
-            result = evaluate(distmat, q.pids, g.pids[rows], q.camids, g.camids[rows])
+        cameras = q.camids, g.camids[rows]
+        result = evaluate_rule(eval_set.camera_rule, distmat, q.pids, g.pids[rows], *cameras)
         per_trial.append(summarize(*result))
         curves.append(result[0])
     mean, std = mean_and_std(per_trial)

@@ -1,40 +1,38 @@
-"""What the three training scripts share: from flags to data, network, loop and files.
+"""What the three training scripts share: flags, device, folders, resume, logging.
 
-A training script says which method it is, how its network and its criterion are built, and calls
-`run`. Order of work: everything that can be checked is checked before the first image is decoded.
+A script opens a `Run`, builds data, network, criterion, optimiser and schedule in sight, and hands
+them to `engine.fit.fit`. Everything that can be checked is checked before an image is decoded.
 """
 
 import argparse
+import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 import options
-from data_loader import EvalLoader, IdentitySampler, ImageStore, TrainLoader, load_images
+from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
 from engine import distributed, resume
-from engine.evaluate import extract_shared, format_result, score
-from engine.fit import LAST, PREVIOUS, Progress, RunFiles, fit, write_reports
-from engine.train import Schedule, make_optimizer
-from loss import LABEL_SMOOTHING, Criterion
-from memory import SHRINK
+from engine.evaluate import evaluate, format_result
+from engine.fit import LAST, PREVIOUS, Progress, RunFiles, write_reports
+from engine.train import TrainSettings
 from model import TwoStreamNet
 from utils import (
-    CheckpointError,
     Interrupted,
-    StopSignals,
+    keep_freed_memory,
     make_deterministic,
     make_writable_dir,
     seed_everything,
     setup_logging,
+    stop_signals,
     user_errors,
     versions,
     write_json,
@@ -43,266 +41,267 @@ from utils import (
 log = logging.getLogger(__name__)
 
 
-def network_from_flags(args: argparse.Namespace, num_ids: int, memory: str | None) -> TwoStreamNet:
-    """Builds the network that the flags describe.
+@dataclass(frozen=True)
+class Run:
+    """One run of a training script.
 
-    Args:
+    Attributes:
         args: Resolved flags.
-        num_ids: Training identities.
-        memory: None, "sg" or "mg".
+        sources: Where each flag's value came from.
+        name: Method, data set and trial.
+        device: Where to compute.
+        files: Where to write.
+        checkpoint: Entries of the checkpoint that --resume goes on from; None starts afresh.
     """
-    return TwoStreamNet(
-        num_ids,
-        head="agw" if args.method == "agw" else "pcb",
-        memory=memory,
-        memory_variant=args.memory_variant,
-        share_net=args.share_net,
-        num_strips=args.num_strips,
-        local_feat_dim=args.local_feat_dim,
-        gem_p=args.gem_p,
-        arch=args.arch,
-        weights=None if starts_from_checkpoint(args) else args.weights,
-        instances_per_id=args.instances_per_id,
-        parts_per_instance=args.parts_per_instance,
-        shrink=SHRINK if args.shrink == "auto" else args.shrink,
-        shrink_scale=args.shrink_scale if args.shrink == "auto" else None,
-        memory_levels=args.memory_levels,
-    )
+
+    args: argparse.Namespace
+    sources: dict[str, str]
+    name: str
+    device: torch.device
+    files: RunFiles
+    checkpoint: dict[str, Any] | None
+
+    @property
+    def head(self) -> str:
+        """The network's head: "agw" or "pcb" (HCT)."""
+        return "agw" if self.args.method == "agw" else "pcb"
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The network's numbers, as `TwoStreamNet` takes them."""
+        names = ("arch", "share_net", "num_strips", "local_feat_dim", "gem_p")
+        return {name: getattr(self.args, name) for name in names}
+
+    @property
+    def threshold(self) -> dict[str, float]:
+        """The memory's threshold: lambda, or ``--shrink auto``'s numerator over the bank's size."""
+        if self.args.shrink == "auto":
+            return {"shrink_scale": self.args.shrink_scale}
+        return {"shrink": self.args.shrink}
+
+    @property
+    def weights(self) -> str | None:
+        """Starting weights of a new network; None where a checkpoint brings them."""
+        return None if self.checkpoint else self.args.weights
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether this process shows progress bars."""
+        return distributed.is_main() and not self.args.quiet
+
+    @property
+    def settings(self) -> TrainSettings:
+        """How to train, and when to evaluate and save."""
+        args = self.args
+        return TrainSettings(
+            seed=args.seed,
+            num_strips=args.num_strips,
+            amp=args.amp,
+            sync_bn=args.sync_bn,
+            progress=self.shows_bars,
+            eval_start=args.eval_start,
+            eval_every=args.eval_every,
+            save_every=args.save_epoch,
+            selection="the validation identities" if args.select_on == "val" else "the test set",
+        )
+
+    def data_sets(self) -> tuple[TrainSet, EvalSet]:
+        """Lists the images to train and to evaluate on; none is decoded."""
+        args, validates = self.args, self.args.select_on == "val"
+        subset = "fit" if validates else "all"
+        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=subset)
+        subset = "val" if validates else "test"
+        return train, eval_set(**options.protocol(args, subset=subset))
+
+    def begin(
+        self,
+        net: TwoStreamNet,
+        optimizer: torch.optim.Optimizer,
+        train: TrainSet,
+        sampler: IdentitySampler,
+    ) -> Progress:
+        """Checks what can be checked, loads the checkpoint if there is one, and opens the folders.
+
+        Returns:
+            How far the run is.
+
+        Raises:
+            ValueError: When the checkpoint does not fit, an option cannot change, or a folder
+                cannot be written to.
+        """
+        args = self.args
+        net.check_image_height(args.img_h)
+        sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
+        if args.sync_bn and self.device.type != "cuda":
+            raise ValueError(
+                "--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version"
+            )
+        progress, notes = Progress(), []
+        if self.checkpoint is not None:
+            progress, notes = self._restore(net, optimizer, train)
+        if distributed.is_main():
+            self._open_folders()
+        data = data_name(args.dataset, args.data_path)
+        log.info("%s\n%s", self.name, options.describe(args, self.sources))
+        log.info("data: %s; %s", data, train.description)
+        for note in notes:
+            log.warning("%s", note)
+        if distributed.is_main() and not args.test_only:
+            self._start_files(data, train.pids.tolist())
+        return progress
+
+    def _restore(
+        self, net: TwoStreamNet, optimizer: torch.optim.Optimizer, train: TrainSet
+    ) -> tuple[Progress, list[str]]:
+        """Loads the checkpoint's states; also returns what is to be logged about it."""
+        args, path, changed = self.args, self.checkpoint["path"], ""
+        if not args.test_only:
+            changed = options.changes(self.checkpoint["options"], options.to_json(args))
+        progress = resume.restore(self.checkpoint, net, optimizer, identities=train.pids.tolist())
+        if progress.epoch > args.epochs and not args.test_only:
+            raise ValueError(f"{path} has {progress.epoch} epochs and --epochs is {args.epochs}")
+        notes = [f"resumed {path} after {progress.epoch} epochs"]
+        return progress, [*notes, *([f"options changed since then: {changed}"] if changed else [])]
+
+    def _open_folders(self) -> None:
+        """Makes the folders and starts train.log."""
+        files = self.files
+        logs = self.args.log_path or files.output_dir
+        for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
+            make_writable_dir(folder)
+        start_logging(logs / "train.log")
+
+    def _start_files(self, data: str, identities: list[int]) -> None:
+        """Removes a former run's files or keeps a resumed one's; writes options.json."""
+        files = self.files
+        if self.args.overwrite:
+            for file in (
+                *files.checkpoint_dir.glob("*.pt"),
+                *files.output_dir.glob("*.json*"),
+                *files.tensorboard_dir.glob("events.*"),
+            ):
+                file.unlink()
+        if self.checkpoint:
+            resume.set_damaged_aside(self.checkpoint, files.checkpoint_dir)
+            resume.carry_best(self.checkpoint, files.checkpoint_dir)
+        about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
+        about["versions"] = versions()
+        write_json(files.output_dir / "options.json", about)
+        files.header.update(about, identities=identities)
+
+    def trains(self, progress: Progress) -> bool:
+        """Whether there is anything left to train."""
+        if self.args.test_only:
+            return False
+        if progress.epoch == self.args.epochs:
+            log.info(
+                "nothing to train: all %d epochs are done; test.py evaluates them", progress.epoch
+            )
+            write_reports(self.files, progress)
+            return False
+        return True
+
+    def loader(
+        self,
+        train: TrainSet,
+        sampler: IdentitySampler,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> TrainLoader:
+        """Decodes the training images and builds the loader of augmented batches."""
+        args = self.args
+        images = ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
+        return TrainLoader(
+            visible=ImageStore(images(train.visible), device=self.device),
+            infrared=ImageStore(images(train.infrared), device=self.device),
+            sampler=sampler,
+            augmentation=Augmentation(
+                pad=args.pad, flip=args.flip, grey=args.grey, erase=args.erase, tone=args.tone
+            ),
+            seed=args.seed,
+            device=self.device,
+            transform=transform,
+            rank=distributed.rank(),
+            world_size=distributed.size(),
+        )
+
+    def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
+        """Returns a function that evaluates the present weights; it decodes the images once."""
+        args = self.args
+        images = ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
+        test_feat = args.test_feat or net.test_feats()[0]
+
+        def evaluate_now() -> dict[str, Any]:
+            _, results = evaluate(
+                net,
+                test,
+                images,
+                test_feats=(test_feat,),
+                rankings=(args.re_rank,),
+                batch_size=args.test_batch,
+                amp=args.amp,
+                progress=self.shows_bars,
+            )
+            result = distributed.from_main(results[0] if results else None)
+            del result["cmc"]  # of no use in a log
+            return {**result, "dataset": data_name(args.dataset, args.data_path)}
+
+        return evaluate_now
+
+    def report(self, progress: Progress, evaluate_now: Callable[[], dict[str, Any]]) -> None:
+        """Logs the results: of the last and the best epoch, or of --test-only."""
+        if self.args.test_only:
+            result = evaluate_now()
+            log.info("%s  (%s)", format_result(result), result["dataset"])
+            return
+        for label, result in (("last", progress.last), ("best", progress.best)):
+            if result is not None:
+                chosen = f"epoch {result['epoch']}, {result['selection']}; {result['dataset']}"
+                log.info("%s (%s): %s", label, chosen, format_result(result))
 
 
-def criterion_from_flags(args: argparse.Namespace, kind: type[Criterion] = Criterion) -> Criterion:
-    """Builds the criterion, weights included, that the flags describe.
-
-    Args:
-        args: Resolved flags.
-        kind: `Criterion`, or a class with further terms.
-    """
-    return kind(
-        margin=args.margin,
-        label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
-        num_strips=args.num_strips,
-        weights={
-            "id": args.w_id,
-            "triplet": args.w_triplet,
-            "center_triplet": args.w_center,
-            "memory_id": args.w_memory_id,
-            "memory_triplet": args.w_memory_triplet,
-            "alignment": args.w_alignment,
-            "decorrelation": args.w_decorrelation,
-        },
-    )
-
-
-def starts_from_checkpoint(args: argparse.Namespace) -> bool:
-    """Whether the weights come from ``--resume``."""
-    return args.resume != ""
-
-
-def run(
-    method: str,
-    description: str,
-    build_model: Callable[[argparse.Namespace, int], TwoStreamNet],
-    build_criterion: Callable[[argparse.Namespace], Criterion],
-    argv: Sequence[str] | None = None,
-) -> int:
-    """Trains, or with ``--test-only`` evaluates, one method.
+@contextlib.contextmanager
+def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator[Run]:
+    """Opens a run; errors a user can mend, and signals, end it with a message.
 
     Args:
         method: Name in folders and logs.
         description: Text of ``--help``.
-        build_model: From flags and number of identities to the network.
-        build_criterion: From flags to the criterion.
         argv: Command line; None takes the process's.
-
-    Returns:
-        The process's exit code.
     """
-    with user_errors(), StopSignals() as stop:
-        args = options.train_parser(description).parse_args(argv)
-        sources = options.resolve(args)
+    with user_errors(), stop_signals():
+        args, sources = options.resolve(options.train_parser(description).parse_args(argv))
         name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
         if args.deterministic:
             make_deterministic()
+        files = _run_files(args, name)
         try:
             with distributed.processes(args.gpu) as device:
-                _run(args, sources, name, device, build_model, build_criterion, stop)
-        except Interrupted as interrupted:
-            sys.stderr.write(f"{interrupted}. {_how_to_go_on(args, argv)}\n")
-            raise SystemExit(interrupted.exit_code) from None
-    return 0
+                start_logging()
+                if device.type == "cpu":
+                    keep_freed_memory()
+                seed_everything(args.seed)
+                checkpoint = _read_checkpoint(args, files.checkpoint_dir)
+                yield Run(args, sources, name, device, files, checkpoint)
+        except Interrupted as stop:
+            saved = files.checkpoint_dir / LAST
+            kept = f": complete epochs are in {saved}" if saved.exists() else ""
+            sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
+            raise SystemExit(stop.exit_code) from None
 
 
-def _how_to_go_on(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
+def start_logging(file: Path | None = None) -> None:
+    """Sets up logging; ranks other than 0 only warn."""
+    setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
+
+
+def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
     """What to run after an interruption."""
     words = list(sys.argv[1:] if argv is None else argv)
     former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
     kept = [str(word) for word in words if word not in former]
     command = shlex.join([Path(sys.argv[0]).name, *kept, "--resume"])
-    launcher = "torchrun ..." if distributed.size() > 1 else "python"
-    return f"Go on with: {launcher} {command}"
-
-
-def _run(
-    args: argparse.Namespace,
-    sources: dict[str, str],
-    name: str,
-    device: torch.device,
-    build_model: Callable[[argparse.Namespace, int], TwoStreamNet],
-    build_criterion: Callable[[argparse.Namespace], Criterion],
-    stop: StopSignals,
-) -> None:
-    """Checks everything, then trains or evaluates; see `run`."""
-    _start_logging()
-    files = _run_files(args, name)
-    seed_everything(args.seed)
-    training, testing = _data_sets(args)
-    data = data_name(args.dataset, args.data_path)
-    resumed = _read_resume(args, files)
-    net = build_model(args, training.num_ids)
-    net.check_image_height(args.img_h)
-    sampler = IdentitySampler(
-        training.visible_labels,
-        training.infrared_labels,
-        ids_per_batch=args.batch_size,
-        images_per_id=args.num_pos,
-        seed=args.seed,
-    )
-    sampler.share(distributed.rank(), distributed.size())  # raises where they do not divide
-    if args.sync_bn and device.type != "cuda":
-        raise ValueError("--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version")
-    net = net.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(
-        net,
-        name=args.optim,
-        backbone_lr_scale=args.backbone_lr_scale,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-    )
-    progress, notes = _resume(args, resumed, net, optimizer, sampler, training)
-    if distributed.is_main():
-        _make_folders(files, args.log_path)
-    log.info("%s\n%s", name, options.describe(args, sources))
-    log.info("data: %s; %s", data, training.description)
-    for note in notes:
-        log.warning("%s", note)
-    evaluate = _evaluator(args, testing, net, device, data)
-    if args.test_only:
-        log.info("%s  (%s)", format_result(evaluate()), data)
-        return
-    if distributed.is_main():
-        identities = training.pids.tolist()
-        _start_files(args, files, resumed, method=name, data=data, identities=identities)
-    if progress.epoch == args.epochs:
-        log.info("nothing to train: all %d epochs are done; test.py evaluates them", args.epochs)
-        write_reports(files, progress)
-        final = progress
-    else:
-        final = fit(
-            net,
-            build_criterion(args),
-            optimizer,
-            _train_loader(args, training, sampler, device),
-            schedule=Schedule(
-                lr=args.lr,
-                epochs=args.epochs,
-                warmup_epochs=args.warmup_epochs,
-                milestones=args.milestones,
-                kind=args.schedule,
-                triplet_ramp=args.triplet_ramp,
-            ),
-            files=files,
-            seed=args.seed,
-            evaluate=evaluate,
-            selection=("the validation identities" if args.select_on == "val" else "the test set"),
-            eval_start=args.eval_start,
-            eval_every=args.eval_every,
-            save_epoch=args.save_epoch,
-            save_every_steps=args.save_every_steps,
-            sync_bn=args.sync_bn,
-            amp=args.amp,
-            resume_from=progress,
-            stop=stop,
-            progress=_shows_bars(args),
-        )
-    for label, result in (("last", final.last), ("best", final.best)):
-        if result is not None:
-            chosen = f"epoch {result['epoch']}, {result['selection']}"
-            log.info("%s (%s; %s): %s", label, chosen, data, format_result(result))
-
-
-def _start_logging(file: Path | None = None) -> None:
-    """Sets up logging; processes other than the main one only warn."""
-    setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
-
-
-def _shows_bars(args: argparse.Namespace) -> bool:
-    return distributed.is_main() and not args.quiet
-
-
-def _data_sets(args: argparse.Namespace) -> tuple[TrainSet, EvalSet]:
-    """The lists to train and to evaluate on."""
-    on_val = args.select_on == "val"
-    training = train_set(
-        args.dataset, args.data_path, trial=args.trial, subset="fit" if on_val else "all"
-    )
-    subset = "val" if on_val else "test"
-    testing = eval_set(**options.protocol(args, subset=subset))
-    return training, testing
-
-
-def _resume(
-    args: argparse.Namespace,
-    resumed: dict[str, Any] | None,
-    net: TwoStreamNet,
-    optimizer: torch.optim.Optimizer,
-    sampler: IdentitySampler,
-    training: TrainSet,
-) -> tuple[Progress, list[str]]:
-    """Loads a checkpoint's states, if there is one; also returns what is to be said about it.
-
-    Raises:
-        ValueError: When it does not fit, an option cannot change, or it is beyond the last epoch.
-    """
-    if resumed is None:
-        return Progress(), []
-    path, saved, underway = (resumed[name] for name in ("path", "options", "underway"))
-    if not (isinstance(saved, dict) and isinstance(underway, dict)):
-        raise CheckpointError(f"{path} holds no options of a run")
-    changed = ""
-    if not args.test_only:
-        within = underway.get("steps") != 0
-        changed = options.changes(saved, options.to_json(args), within_epoch=within)
-    progress = resume.restore(
-        resumed,
-        net,
-        optimizer,
-        steps_per_epoch=sampler.steps_per_epoch,
-        identities=training.pids.tolist(),
-    )
-    if progress.epoch > args.epochs and not args.test_only:
-        raise ValueError(f"{path} has {progress.epoch} epochs and --epochs is {args.epochs}")
-    steps = progress.underway.steps
-    inside = f" and {steps} of {sampler.steps_per_epoch} steps of the next" if steps else ""
-    notes = [f"resumed {path} after {progress.epoch} epochs{inside}"]
-    return progress, [*notes, *([f"options changed since then: {changed}"] if changed else [])]
-
-
-def _start_files(
-    args: argparse.Namespace,
-    files: RunFiles,
-    resumed: dict[str, Any] | None,
-    **about: Any,
-) -> None:
-    """Readies the folders once the run is sure to start: a former run goes, a resumed one stays."""
-    files.header.update(options=options.to_json(args), versions=versions(), **about)
-    if args.overwrite:
-        _clear(files)
-    if resumed:
-        resume.set_damaged_aside(resumed, files.checkpoint_dir)
-        resume.carry_best(resumed, files.checkpoint_dir)
-    written = ("method", "data", "options", "versions")
-    write_json(files.output_dir / "options.json", {k: files.header[k] for k in written})
+    return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {command}"
 
 
 def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
@@ -313,10 +312,11 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
     """
     output = args.output_dir or Path("runs") / name
     checkpoints = args.model_path or output
-    if args.overwrite and starts_from_checkpoint(args):
+    resumes = args.resume is not None
+    if args.overwrite and resumes:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
     existing = [checkpoints / n for n in (LAST, PREVIOUS) if (checkpoints / n).exists()]
-    if existing and not (starts_from_checkpoint(args) or args.overwrite):
+    if existing and not (resumes or args.overwrite):
         raise ValueError(
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
@@ -324,124 +324,21 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
     return RunFiles(output, checkpoints, args.vis_log_path or output / "tensorboard")
 
 
-def _make_folders(files: RunFiles, log_path: Path | None) -> None:
-    """Makes the output folders and starts logging into them.
-
-    Raises:
-        ValueError: When one cannot be written to.
-    """
-    logs = log_path or files.output_dir
-    for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
-        make_writable_dir(folder)
-    _start_logging(logs / "train.log")
-
-
-def _clear(files: RunFiles) -> None:
-    """Removes a former run's checkpoints and logs, once the new one is sure to start."""
-    former = (
-        *files.checkpoint_dir.glob("*.pt"),
-        *files.output_dir.glob("*.json*"),
-        *files.tensorboard_dir.glob("events.*"),
-    )
-    for file in former:
-        file.unlink()
-
-
-def _read_resume(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
+def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
 
     Alone in a folder without one there is nothing to go on with yet, and the run starts at the
     beginning: the same command serves however early a run was ended.
     """
-    if not starts_from_checkpoint(args):
+    if args.resume is None:
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
-    folder = files.checkpoint_dir
     path = Path(args.resume or folder / LAST)
     if not path.exists() and (folder / path).exists():
         path = folder / path
     nothing_yet = not any((folder / name).exists() for name in (LAST, PREVIOUS))
-    if args.resume is None and nothing_yet and not args.test_only:
+    if args.resume == options.RESUME_LAST and nothing_yet and not args.test_only:
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
-        args.resume = ""
         return None
     return resume.read(path, fall_back=not args.test_only)
-
-
-def _train_loader(
-    args: argparse.Namespace, training: TrainSet, sampler: IdentitySampler, device: torch.device
-) -> TrainLoader:
-    """Decodes the training images and builds the loader."""
-    stores = [
-        ImageStore(
-            load_images(
-                images,
-                height=args.img_h,
-                width=args.img_w,
-                workers=args.workers,
-                progress=_shows_bars(args),
-            ),
-            device=device,
-        )
-        for images in (training.visible, training.infrared)
-    ]
-    return TrainLoader(
-        visible=stores[0],
-        infrared=stores[1],
-        sampler=sampler,
-        augmentation=Augmentation(
-            pad=args.pad, flip=args.flip, grey=args.grey, erase=args.erase, tone=args.tone
-        ),
-        seed=args.seed,
-        device=device,
-        share=(distributed.rank(), distributed.size()),
-    )
-
-
-def _evaluator(
-    args: argparse.Namespace,
-    testing: EvalSet,
-    net: nn.Module,
-    device: torch.device,
-    data: str,
-) -> Callable[[], dict[str, Any]]:
-    """Evaluation of the present weights; images are decoded at the first call and kept."""
-    loaders: dict[str, EvalLoader] = {}
-    test_feat = args.test_feat or net.test_feats()[0]
-
-    def embed(role: str) -> np.ndarray:
-        images = getattr(testing, role)
-
-        def batches(first: int, last: int) -> EvalLoader:
-            if role not in loaders:
-                decoded = load_images(
-                    images if last - first == len(images) else images.take(range(first, last)),
-                    height=args.img_h,
-                    width=args.img_w,
-                    workers=args.workers,
-                    progress=_shows_bars(args),
-                )
-                loaders[role] = EvalLoader(decoded, batch_size=args.test_batch, device=device)
-            return loaders[role]
-
-        return extract_shared(
-            net,
-            len(images),
-            batches,
-            batch_size=args.test_batch,
-            modality=images.modality,
-            test_feats=(test_feat,),
-            amp=args.amp,
-            progress=_shows_bars(args),
-        )[test_feat]
-
-    def evaluate() -> dict[str, Any]:
-        features = [embed(role) for role in ("query", "gallery")]
-        result = None
-        if distributed.is_main():
-            result = score(testing, *features, args.re_rank)
-            del result["cmc"]  # of no use in a log
-        return {**distributed.from_main(result), "dataset": data, "test_feat": test_feat}
-
-    return evaluate

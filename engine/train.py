@@ -1,12 +1,13 @@
-"""A training step and an epoch of them, with optimiser, learning rate and the books kept.
+"""One training step, one epoch of them, the optimiser and the learning-rate schedule.
 
-Nothing here knows the command line: networks, criteria, data and numbers come in as arguments.
+A step: two batches -> `TwoStreamNet` -> the criterion's terms -> their weighted sum -> backward ->
+optimiser. With several processes the terms see the rows of all of them.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,58 +17,61 @@ from tqdm import tqdm
 
 from engine import distributed
 from loss import TRIPLET_TERMS, Criterion, weighted_total
-from memory import MemoryHealth, MemoryRead
+from memory import MemoryHealth
 
-STOPPING = "stopping"  # travels with a step's numbers: which processes were asked to stop
-STRIPE_ORDER_STREAM = 3  # names this module's random stream beside the loader's
+CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
 
 
 class NonFiniteLossError(ValueError):
     """A loss term or a weight is NaN or infinite; the message names it, epoch and step."""
 
 
-@dataclass
-class EpochProgress:
-    """An epoch under way: what is needed to go on inside it and to report it in full.
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train, beside network, criterion, optimiser and schedule; epochs counted from 1.
 
     Attributes:
-        steps: Steps done.
-        sums: Of each reported number over these steps.
-        health: Counters of `MemoryHealth`.
-        images: Images trained on.
-        seconds: What they took.
+        seed: Seed for the stripe permutations.
+        num_strips: Stripes S.
+        amp: bf16 autocast in the network; the losses never run under it.
+        sync_bn: With several processes, batch statistics over all of them (CUDA only).
+        progress: Whether to show progress bars.
+        eval_start: Epochs before the first evaluation.
+        eval_every: Epochs between evaluations; the last epoch is always evaluated.
+        save_every: Epochs between numbered checkpoints; 0 keeps none.
+        selection: What is evaluated, written beside the best result.
     """
 
-    steps: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    health: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    images: int = 0
-    seconds: float = 0.0
+    seed: int = 0
+    num_strips: int = 6
+    amp: bool = False
+    sync_bn: bool = False
+    progress: bool = True
+    eval_start: int = 10
+    eval_every: int = 2
+    save_every: int = 0
+    selection: str = "the test set"
+
+    def evaluates(self, epoch: int, epochs: int) -> bool:
+        """Whether the network is evaluated after an epoch."""
+        since_start = epoch - self.eval_start
+        return epoch == epochs or (since_start > 0 and since_start % self.eval_every == 0)
 
 
-class Checkpoints:
-    """When `train_epoch` breaks off to save, and how; this one never does."""
-
-    def due(self, steps: int, stopping: bool) -> bool:
-        """Whether to save after so many steps of the epoch.
-
-        Args:
-            steps: Steps done.
-            stopping: Whether a process was asked to stop; alike in all processes.
-        """
-        return False
-
-    def stop_requested(self) -> bool:
-        """Whether this process was asked to stop."""
-        return False
-
-    def save(self, *, stopping: bool) -> None:
-        """Saves what is under way; raises `Interrupted` then if it is to stop."""
+def parameter_groups(net: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:
+    """The head at the base rate, all else at a share of it, `lr_scale` of the second group."""
+    head = net.head_parameters()
+    in_head = {id(p) for p in head}
+    rest = [p for p in net.parameters() if p.requires_grad and id(p) not in in_head]
+    return [
+        {"params": head, "lr_scale": 1.0},
+        {"params": rest, "lr_scale": backbone_lr_scale},
+    ]
 
 
 def make_optimizer(
     net: nn.Module,
-    *,
     name: str = "sgd",
     backbone_lr_scale: float = 0.1,
     weight_decay: float = 5e-4,
@@ -88,13 +92,7 @@ def make_optimizer(
     Raises:
         ValueError: When `name` is unknown.
     """
-    head = net.head_parameters()
-    in_head = {id(p) for p in head}
-    rest = [p for p in net.parameters() if p.requires_grad and id(p) not in in_head]
-    groups = [
-        {"params": head, "lr_scale": 1.0},
-        {"params": rest, "lr_scale": backbone_lr_scale},
-    ]
+    groups = parameter_groups(net, backbone_lr_scale)
     if name == "sgd":
         return torch.optim.SGD(
             groups,
@@ -151,60 +149,48 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def _float32(value: Any) -> Any:
-    """Casts a training output out of autocast's half precision, leaving wider types."""
-    if isinstance(value, Tensor):
-        return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-    if isinstance(value, MemoryRead):  # of which the losses take the part read alone
-        return value._replace(part=_float32(value.part))
-    return value
-
-
 def training_step(
     net: nn.Module,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
+    batch: Any,
     *,
-    visible: Tensor,
-    infrared: Tensor,
-    labels: Tensor,
     order: Sequence[int],
     weights: Mapping[str, float],
     amp: bool = False,
-    health: MemoryHealth | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
     """One optimisation step.
 
     Args:
         net: In training mode.
         criterion: Gives the loss terms.
         optimizer: Rates already set.
-        visible: (PK, 3, H, W).
-        infrared: (PK, 3, H, W).
-        labels: (2PK,), visible rows first.
+        batch: ``visible`` and ``infrared`` images (PK, 3, H, W), ``labels`` (2PK,), visible first.
         order: Random order of the stripes.
         weights: Weight of each term in the total.
         amp: Whether the network runs under bf16 autocast; the losses never do.
-        health: Counts how the memory is addressed.
 
     Returns:
-        Detached terms, with their ``total``, and the feature (N, D) that the triplet acts on.
+        Detached terms, with their ``total``; the feature (N, D) that the triplet acts on; the
+        memory's addressing weights by level, or None.
     """
-    optimizer.zero_grad(set_to_none=True)  # their memory serves the forward pass
-    with torch.autocast(visible.device.type, dtype=torch.bfloat16, enabled=amp):
-        out = net(visible, infrared, health)
-    out = {name: _float32(value) for name, value in out.items()}
-    # Triplets and decorrelation are no means over rows: they need the whole batch.
-    whole_read = bool(criterion.weights["decorrelation"])
-    out, labels = distributed.gather_output(out, labels, whole_read=whole_read)
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(batch.visible.device.type, dtype=torch.bfloat16, enabled=amp):
+        out = net(batch.visible, batch.infrared)
+    out = {k: v.float() if _is_half(v) else v for k, v in out.items()}
+    whole_reads = any(criterion.weights.get(name) for name in criterion.whole_batch_reads)
+    out, labels = distributed.gather_output(out, batch.labels, whole_reads=whole_reads)
     terms = criterion(out, labels, order)
     total = weighted_total(terms, weights)
-    feat = out["feat"].detach()
-    del out  # its maps go as soon as the backward pass needs them no more
     total.backward()
     optimizer.step()
-    terms = {name: term.detach() for name, term in terms.items()}
-    return {**terms, "total": total.detach()}, feat
+    terms = {name: term.detach() for name, term in {**terms, "total": total}.items()}
+    read = out.get("memory_read")
+    return terms, out["feat"].detach(), None if read is None else read.weights
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def feature_spread(feat: Tensor) -> Tensor:
@@ -234,13 +220,9 @@ def train_epoch(
     *,
     epoch: int,
     schedule: Schedule,
-    seed: int,
-    amp: bool = False,
-    progress: bool = True,
-    underway: EpochProgress | None = None,
-    checkpoints: Checkpoints | None = None,
+    settings: TrainSettings,
 ) -> dict[str, float]:
-    """Trains one epoch, or what is left of it.
+    """Trains one epoch.
 
     Args:
         net: The network, on the loader's device, or `distributed.parallel` of it.
@@ -249,132 +231,88 @@ def train_epoch(
         loader: A `data_loader.TrainLoader`.
         epoch: Counted from 0.
         schedule: Rate and triplet ramp.
-        seed: Of the stripe orders.
-        amp: bf16 autocast.
-        progress: Whether to show a bar.
-        underway: Where to go on; kept up to date whenever `checkpoints` is asked to save, and at
-            the end.
-        checkpoints: Asked after each step.
+        settings: Seed, precision, progress bar.
 
     Returns:
         Means over the steps: each loss term, ``total``, ``feature_spread``; ``lr``;
-        ``images_per_second``; and the memory's health under ``memory/...``.
+        ``images_per_second``; and the memory's usage statistics under ``memory/...``.
 
     Raises:
-        NonFiniteLossError: Found at most one step after it happened, and before anything is saved.
-        Interrupted: From `checkpoints`.
+        NonFiniteLossError: Found at most `CHECK_EVERY` steps after it happened.
     """
     net.train()
-    checkpoints = checkpoints or Checkpoints()
+    start = time.perf_counter()
     lr, scale = schedule.learning_rate(epoch), schedule.triplet_scale(epoch)
     set_learning_rate(optimizer, lr)
     weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
-    health = MemoryHealth() if getattr(_plain(net), "memory", None) is not None else None
-    ledger = _Ledger(underway or EpochProgress(), health, epoch)
-    first = ledger.underway.steps
+    health, meter = MemoryHealth(), Meter(epoch)
+    images = 0
     bar = tqdm(
-        loader.epoch(epoch, first),
+        loader.epoch(epoch),
         f"epoch {epoch}",
         len(loader),
-        initial=first,
-        disable=None if progress else True,
+        disable=None if settings.progress else True,
         leave=False,
     )
-    for step, batch in enumerate(bar, first):
-        order = np.random.default_rng((seed, epoch, step, STRIPE_ORDER_STREAM))
-        terms, feat = training_step(
+    for step, batch in enumerate(bar):
+        order = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
+        terms, feat, addressing = training_step(
             net,
             criterion,
             optimizer,
-            visible=batch.visible,
-            infrared=batch.infrared,
-            labels=batch.labels,
-            order=order.permutation(criterion.num_strips).tolist(),
+            batch,
+            order=order.permutation(settings.num_strips).tolist(),
             weights=weights,
-            amp=amp,
-            health=health,
+            amp=settings.amp,
         )
         terms["feature_spread"] = feature_spread(feat)
-        stopping = checkpoints.stop_requested()
-        if distributed.size() > 1:  # learn of a request together, when its step is accounted for
-            terms[STOPPING] = torch.full_like(terms["total"], stopping)
-            stopping = ledger.stopping
-        ledger.note(distributed.mean_of(terms), images=len(batch.labels))
-        bar.set_postfix_str(ledger.summary(lr))
-        if checkpoints.due(step + 1, stopping) and step + 1 < len(loader):
-            ledger.settle()
-            checkpoints.save(stopping=stopping or ledger.stopping)
-    done = ledger.settle()
+        if addressing is not None:
+            health.update(addressing)
+        meter.update(distributed.mean_of(terms))
+        images += len(batch.labels) * distributed.size()
+        if (step + 1) % CHECK_EVERY == 0:
+            bar.set_postfix_str(f"loss={meter.flush()['total']:.3f}, lr={lr:.2g}")
+    meter.flush()
+    distributed.sum_in_place([*health.counters.values(), *health.used.values()])
     distributed.share_buffers(net)
-    means = {name: value / len(loader) for name, value in done.sums.items()}
-    speed = done.images / max(done.seconds, 1e-9)
-    counted = {f"memory/{k}": v for k, v in summarize_health(done.health).items()}
-    return {"lr": lr, **means, "images_per_second": speed, **counted}
+    return {
+        "lr": lr,
+        **{name: total / len(loader) for name, total in meter.totals.items()},
+        "images_per_second": images / max(time.perf_counter() - start, 1e-9),
+        **{f"memory/{name}": value for name, value in health.summary().items()},
+    }
 
 
-class _Ledger:
-    """Keeps the books of an epoch, reading each step's numbers a step late.
+class Meter:
+    """Sums of an epoch's numbers; they are read from the device when flushed.
 
-    The device then always has the next step's work queued.
+    Attributes:
+        totals: Sum of each number over the steps flushed so far.
     """
 
-    def __init__(self, underway: EpochProgress, health: MemoryHealth | None, epoch: int) -> None:
-        self.underway, self.stopping = underway, False
-        self._health, self._epoch = health, epoch
-        self._pending: tuple[list[str], Tensor, torch.cuda.Event | None] | None = None
-        self._total = math.nan
-        self._started = time.perf_counter() - underway.seconds
-        if health is not None and distributed.is_main():  # the counters are all processes' sums
-            health.load_state_dict(underway.health)
+    def __init__(self, epoch: int) -> None:
+        self.totals: dict[str, float] = {}
+        self._epoch, self._flushed = epoch, 0
+        self._waiting: list[dict[str, Tensor]] = []
 
-    def note(self, numbers: dict[str, Tensor], *, images: int) -> None:
-        """Takes a step's numbers in, and the former step's to account."""
-        self._collect()
-        # On its way before the next step is queued, behind which a later copy would have to wait.
-        values = torch.stack(list(numbers.values()))
-        arrived = torch.cuda.Event() if values.is_cuda else None
-        values = values.to("cpu", non_blocking=True)
-        if arrived is not None:
-            arrived.record()
-        self._pending = list(numbers), values, arrived
-        self.underway.images += images * distributed.size()
+    def update(self, numbers: Mapping[str, Tensor]) -> None:
+        """Takes a step's scalars."""
+        self._waiting.append(dict(numbers))
 
-    def _collect(self) -> None:
-        if self._pending is None:
-            return
-        underway = self.underway
-        (names, numbers, arrived), self._pending = self._pending, None
-        if arrived is not None:
-            arrived.synchronize()
-        values = dict(zip(names, numbers.tolist(), strict=True))
-        self.stopping = self.stopping or values.pop(STOPPING, 0.0) > 0
-        check_finite(values, epoch=self._epoch, step=underway.steps)
-        for name, value in values.items():
-            underway.sums[name] = underway.sums.get(name, 0.0) + value
-        underway.steps += 1
-        self._total = values["total"]
+    def flush(self) -> dict[str, float]:
+        """Adds the waiting steps' numbers, checks them, and returns the last step's.
 
-    def settle(self) -> EpochProgress:
-        """Accounts for every step so far; the result is complete and alike in all processes."""
-        self._collect()
-        self.underway.seconds = time.perf_counter() - self._started
-        if self._health is not None:
-            self.underway.health = distributed.sum_of(self._health.state_dict())
-        return self.underway
-
-    def summary(self, lr: float) -> str:
-        """For the bar."""
-        rate = self.underway.images / (time.perf_counter() - self._started)
-        return f"loss={self._total:.3f}, lr={lr:.2g}, images_s={rate:.0f}"
-
-
-def summarize_health(counters: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """`MemoryHealth.summary` of saved counters."""
-    health = MemoryHealth()
-    health.load_state_dict(counters)
-    return health.summary()
-
-
-def _plain(net: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, or itself."""
-    return net.module if isinstance(net, nn.parallel.DistributedDataParallel) else net
+        Raises:
+            NonFiniteLossError: When one of them is not finite.
+        """
+        numbers: dict[str, float] = {}
+        if self._waiting:
+            rows = torch.stack([torch.stack(list(n.values())) for n in self._waiting]).tolist()
+            for row in rows:
+                numbers = dict(zip(self._waiting[0], row, strict=True))
+                check_finite(numbers, epoch=self._epoch, step=self._flushed)
+                for name, value in numbers.items():
+                    self.totals[name] = self.totals.get(name, 0.0) + value
+                self._flushed += 1
+            self._waiting.clear()
+        return numbers

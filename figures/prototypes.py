@@ -1,37 +1,57 @@
-"""Who addresses a memory: each image's strongest prototypes, each prototype's best patches.
+"""Which positions of the images read which prototypes of a memory.
 
-What is recorded is what the memory itself reads: it hands its addressing weights to whatever takes
-the place of its `memory.MemoryHealth`.
+Each image's strongest prototypes (`fired`), each prototype's best patches (`prototype_patches`).
+What is counted are the addressing weights that the memory itself reads with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import sparse
 
-from data_loader import EvalLoader
-from figures import image_grids as pictures
 from model import OUTPUT_STRIDE, TwoStreamNet
-from networks.sparse_read import Survivors
 
 PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
 BEYOND = 200  # grey level of a patch beyond the image's edge
+MODALITIES = ("visible", "infrared")
 
 
-@dataclass
-class Recorder:
-    """Takes the place of a `memory.MemoryHealth`: keeps who is addressed, level by level."""
+@dataclass(frozen=True, eq=False)
+class Fired:
+    """The prototypes of one level that each of n images addresses most.
 
-    levels: dict[str, tuple[Survivors, int]] = field(default_factory=dict)
+    Attributes:
+        size: Prototypes in the level's bank.
+        numbers: (n, k) the prototypes, strongest first; -1 where an image addresses fewer.
+        maps: (n, k, h, w) their weights in the reads of the image's positions, 0 to 1.
+    """
 
-    def update(
-        self, level: str, weights: Survivors | torch.Tensor, num_prototypes: int, repeats: int = 1
-    ) -> None:
-        """Keeps one read of a batch."""
-        self.levels[level] = (Survivors.of(weights).repeat(repeats), num_prototypes)
+    size: int
+    numbers: np.ndarray
+    maps: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """The image patches that address one prototype most.
+
+    Attributes:
+        name: A few words in lines.
+        visible: (a, p, p, 3) uint8 patches of visible images around the position, best first.
+        infrared: (b, p, p, 3) likewise.
+        visible_weights: (a,) the prototype's weights in those positions' reads.
+        infrared_weights: (b,) likewise.
+    """
+
+    name: str
+    visible: np.ndarray
+    infrared: np.ndarray
+    visible_weights: np.ndarray
+    infrared_weights: np.ndarray
 
 
 def require_memory(net: TwoStreamNet) -> None:
@@ -46,16 +66,16 @@ def require_memory(net: TwoStreamNet) -> None:
 @torch.no_grad()
 def addressed(
     net: TwoStreamNet, images: torch.Tensor, modality: str
-) -> tuple[dict[str, tuple[Survivors, int]], tuple[int, int]]:
+) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
     """Reads the memory at every position of a batch's maps.
 
     Args:
-        net: With a memory, in evaluation mode.
+        net: In evaluation mode.
         images: (n, 3, H, W), normalised.
         modality: "visible" or "infrared".
 
     Returns:
-        By level the addressing weights of the n*h*w positions and the size of the bank; (h, w).
+        By level the addressing weights (n*h*w positions, prototypes); (h, w).
 
     Raises:
         ValueError: The network has no memory.
@@ -63,126 +83,100 @@ def addressed(
     require_memory(net)
     inputs = (images, None) if modality == "visible" else (None, images)
     x = net.feature_map(*inputs)
-    recorder = Recorder()
-    net.memory(x, recorder)
-    return recorder.levels, tuple(x.shape[2:])
+    read = net.memory(x)
+    dense = {level: weights.to_dense().float() for level, weights in read.weights.items()}
+    weights = {level: sparse.csr_matrix(own.cpu().numpy()) for level, own in dense.items()}
+    return weights, tuple(x.shape[2:])
 
 
-def fired(survivors: Survivors, size: int, shape: tuple[int, int], top: int) -> pictures.Fired:
-    """Each image's most addressed prototypes of a level, and where it addresses them.
+def fired(weights: sparse.csr_matrix, shape: tuple[int, int], top: int) -> Fired:
+    """Returns each image's most addressed prototypes of a level, and where it addresses them.
 
     Args:
-        survivors: Of n*h*w positions.
-        size: Prototypes in the bank.
+        weights: Of one level, (n*h*w, prototypes).
         shape: (h, w).
         top: Prototypes an image.
     """
-    positions, top = shape[0] * shape[1], min(top, size)
-    images, places = np.divmod(survivors.rows().cpu().numpy(), positions)
-    columns, weights = survivors.columns.cpu().numpy(), survivors.weights.float().cpu().numpy()
-    count = (len(survivors.offsets) - 1) // positions
-    numbers = np.full((count, top), -1)
-    maps = np.zeros((count, top, positions), np.float32)
-    for image in range(count):
-        own = images == image
-        totals = np.bincount(columns[own], weights[own], size)
-        strongest = np.argsort(-totals, kind="stable")[:top]
-        strongest = strongest[totals[strongest] > 0]
-        numbers[image, : len(strongest)] = strongest
-        for place, number in enumerate(strongest):
-            entries = own & (columns == number)
-            maps[image, place, places[entries]] = weights[entries]
-    return pictures.Fired(size, numbers, maps.reshape(count, top, *shape))
+    size, positions = weights.shape[1], shape[0] * shape[1]
+    by_image = weights.toarray().reshape(-1, positions, size)
+    totals = by_image.sum(axis=1, dtype=np.float64)
+    numbers = np.argsort(-totals, axis=1, kind="stable")[:, :top]
+    maps = np.take_along_axis(by_image, numbers[:, None], axis=2).swapaxes(1, 2)
+    addressed_at_all = np.take_along_axis(totals, numbers, axis=1) > 0
+    numbers = np.where(addressed_at_all, numbers, -1)
+    return Fired(size, numbers, maps.reshape(*numbers.shape, *shape))
 
 
-@dataclass
-class Addresses:
-    """Who addresses one level's bank, over all images of a modality that were looked through.
-
-    Attributes:
-        images: (entries,) row of the image.
-        places: (entries,) position in the map, h * w of them an image.
-        columns: (entries,) prototype.
-        weights: (entries,) its weight.
-        shape: (h, w).
-        size: Prototypes in the bank.
-    """
-
-    images: np.ndarray
-    places: np.ndarray
-    columns: np.ndarray
-    weights: np.ndarray
-    shape: tuple[int, int]
-    size: int
-
-    def totals(self) -> np.ndarray:
-        """Sum of each prototype's weights, (size,)."""
-        return np.bincount(self.columns, self.weights, self.size)
-
-    def best(self, number: int, top: int) -> np.ndarray:
-        """Entries that address a prototype most, best first, one an image."""
-        entries = np.flatnonzero(self.columns == number)
-        entries = entries[np.argsort(-self.weights[entries], kind="stable")]
-        firsts = np.unique(self.images[entries], return_index=True)[1]
-        return entries[np.sort(firsts)[:top]]
-
-
-def collect_addresses(
-    net: TwoStreamNet, batches: EvalLoader, modality: str, level: str
-) -> Addresses:
-    """Looks through batches of one modality.
+def level_weights(
+    net: TwoStreamNet, batches: Iterable[torch.Tensor], modality: str, level: str
+) -> tuple[sparse.csc_matrix, tuple[int, int]]:
+    """Returns the addressing weights of one level over batches of one modality, as `addressed`.
 
     Raises:
         ValueError: The network has no memory, or none with this level.
     """
-    parts, seen, shape, size = [], 0, (0, 0), 0
+    found, shape = [], (0, 0)
     for images in batches:
-        levels, shape = addressed(net, images, modality)
-        if level not in levels:
-            raise ValueError(f"the memory has no {level} level, expected {' or '.join(levels)}")
-        survivors, size = levels[level]
-        rows = survivors.rows().cpu().numpy()
-        image, place = np.divmod(rows, shape[0] * shape[1])
-        held = (t.cpu().numpy() for t in (survivors.columns, survivors.weights.float()))
-        parts.append((image + seen, place, *held))
-        seen += len(images)
-    return Addresses(*map(np.concatenate, zip(*parts, strict=True)), shape, size)
+        weights, shape = addressed(net, images, modality)
+        if level not in weights:
+            raise ValueError(f"the memory has no {level} level, expected {' or '.join(weights)}")
+        found.append(weights[level])
+    return sparse.vstack(found).tocsc(), shape
 
 
-def cut_patch(image: np.ndarray, place: int, shape: tuple[int, int]) -> np.ndarray:
-    """The square around a position of the map, `PATCH_CELLS` positions wide; grey beyond the edge.
+def best_positions(
+    weights: sparse.csc_matrix, number: int, positions: int, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of the positions that address a prototype most, one an image, and weights.
+
+    Args:
+        weights: (n * positions, prototypes).
+        number: The prototype.
+        positions: Of an image.
+        top: Rows at most; best first, the first ones of those alike.
+    """
+    column = weights[:, [number]].tocoo()
+    order = np.argsort(-column.data, kind="stable")
+    rows, values = column.row[order], column.data[order]
+    first_of_image = np.sort(np.unique(rows // positions, return_index=True)[1])[:top]
+    return rows[first_of_image], values[first_of_image]
+
+
+def cut_patch(image: np.ndarray, position: int, shape: tuple[int, int]) -> np.ndarray:
+    """Cuts out the square around a position, `PATCH_CELLS` positions wide; grey beyond the edge.
 
     Args:
         image: (H, W, 3) uint8, at most 16 h x 16 w.
-        place: Number of the position, row by row.
+        position: In the map, counted row by row.
         shape: (h, w) of the map.
 
     Returns:
         (p, p, 3) uint8, the position itself in the middle.
     """
-    cell = OUTPUT_STRIDE
-    margin = cell * (PATCH_CELLS // 2)
+    cell, side = OUTPUT_STRIDE, OUTPUT_STRIDE * PATCH_CELLS
+    margin = (side - cell) // 2
     padded = np.full((*(cell * n + 2 * margin for n in shape), 3), BEYOND, np.uint8)
     padded[margin : margin + image.shape[0], margin : margin + image.shape[1]] = image
-    row, column = divmod(place, shape[1])
-    side = cell * PATCH_CELLS
+    row, column = divmod(position, shape[1])
     return padded[row * cell : row * cell + side, column * cell : column * cell + side]
 
 
 def prototype_patches(
-    found: Mapping[str, Addresses],
+    weights: Mapping[str, sparse.csc_matrix],
     images: Mapping[str, np.ndarray],
+    shape: tuple[int, int],
     *,
     level: str,
     numbers: Sequence[int] | None,
     count: int,
     top: int,
-) -> list[pictures.Patches]:
-    """Prototypes with the patches of both modalities that address them most.
+) -> list[Patches]:
+    """Returns prototypes with the patches of both modalities that address them most.
 
     Args:
-        found: By modality who addresses the level.
-        images: By modality the images looked through, (n, H, W, 3).
+        weights: By modality the level's addressing weights, from `level_weights`.
+        images: By modality the images that were looked through, (n, H, W, 3).
+        shape: (h, w) of the maps.
         level: Its name.
         numbers: Prototypes to show; None takes the `count` most addressed ones.
         count: How many.
@@ -191,8 +185,10 @@ def prototype_patches(
     Raises:
         ValueError: A number that is no prototype, or a level of which nothing is ever read.
     """
-    totals = {modality: each.totals() for modality, each in found.items()}
-    both = sum(totals.values())
+    visible, infrared = (
+        np.asarray(weights[m].sum(axis=0, dtype=np.float64)).ravel() for m in MODALITIES
+    )
+    both = visible + infrared
     if not both.sum():
         raise ValueError(
             f"no position of the images reads any {level} prototype (all weights are at or below "
@@ -202,23 +198,16 @@ def prototype_patches(
         numbers = [n for n in np.argsort(-both, kind="stable")[:count].tolist() if both[n]]
     elif max(numbers) >= len(both):
         raise ValueError(f"--numbers {max(numbers)}: the {level} bank has 0 to {len(both) - 1}")
-    rows = []
+    positions = shape[0] * shape[1]
+    found = []
     for number in numbers:
-        best = {m: each.best(number, top) for m, each in found.items()}
-        patches = {
-            m: [
-                cut_patch(images[m][found[m].images[e]], found[m].places[e], found[m].shape)
-                for e in entries
-            ]
-            for m, entries in best.items()
-        }
+        patches, values = {}, {}
+        for m in MODALITIES:
+            rows, values[m] = best_positions(weights[m], number, positions, top)
+            cut = [cut_patch(images[m][r // positions], r % positions, shape) for r in rows]
+            patches[m] = np.array(cut)
         share = 100 * both[number] / both.sum()
-        visible = 100 * totals["visible"][number] / max(both[number], 1e-12)
-        rows.append(
-            pictures.Patches(
-                f"{level} {number}\n{share:.2g} % of reads\n{visible:.0f} % visible",
-                *(np.array(patches[m]) for m in ("visible", "infrared")),
-                *(found[m].weights[best[m]] for m in ("visible", "infrared")),
-            )
-        )
-    return rows
+        seen = 100 * visible[number] / max(both[number], 1e-12)
+        name = f"{level} {number}\n{share:.2g} % of reads\n{seen:.0f} % visible"
+        found.append(Patches(name, *patches.values(), *values.values()))
+    return found

@@ -1,4 +1,4 @@
-"""Starting weights: ImageNet files for the backbone, and checkpoints of the earlier releases.
+"""Checkpoints of the earlier releases, and starting from another network's weights.
 
 `convert_released_state_dict` maps the names of AGW, HCT, SG-MRA and MG-MRA checkpoints to this
 project's; `released_config` tells which network such a checkpoint belongs to.
@@ -7,15 +7,12 @@ project's; `released_config` tells which network such a checkpoint belongs to.
 import logging
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
-from utils import CheckpointError, load_checkpoint, state_dict_of
+from utils import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -36,62 +33,6 @@ _RESNET_DEPTHS = {  # blocks a stage, and whether a block has a third convolutio
     ((3, 4, 6, 3), True): "resnet50",
     ((3, 4, 23, 3), True): "resnet101",
 }
-
-
-def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
-    """Reads torchvision's ImageNet weights (V1, as the earlier releases used).
-
-    Raises:
-        FileNotFoundError: When they are neither cached nor to be had, naming file and place.
-    """
-    weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        name = weights.url.rsplit("/", 1)[1]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise FileNotFoundError(
-            f"ImageNet weights for {arch} could not be downloaded ({error}). Put {name} (from "
-            f"{weights.url}) into {folder}, or name its place with --weights PATH, or train from "
-            f"random weights with --weights none (and --preset scratch)"
-        ) from error
-
-
-def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
-    """State dict named by ``--weights``: "imagenet", or a file (backbone or whole network).
-
-    Raises:
-        FileNotFoundError: As `imagenet_state_dict`.
-        CheckpointError: When a file cannot be used.
-    """
-    if str(weights) == "imagenet":
-        return imagenet_state_dict(arch)
-    return state_dict_of(load_checkpoint(weights), weights)
-
-
-def is_backbone(state: Iterable[str]) -> bool:
-    """Whether names are those of a torchvision ResNet, rather than of a whole network."""
-    return "conv1.weight" in state
-
-
-def load_backbone(resnet: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Loads torchvision-named weights into a torchvision ResNet, classifier aside.
-
-    Raises:
-        CheckpointError: When entries are missing or of other shapes (another ``--arch``).
-    """
-    own = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
-    wrong = [
-        k
-        for k, v in own.items()
-        if not k.endswith("num_batches_tracked") and (k not in state or state[k].shape != v.shape)
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{origin} does not fit this backbone: {len(wrong)} of {len(own)} entries are missing "
-            f"or of another shape, {wrong[0]} first; is --arch right?"
-        )
-    resnet.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
 
 
 def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list[str]:
@@ -118,17 +59,13 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list
     if len(fitting) < len(own) / 2:
         raise CheckpointError(
             f"{origin} fits only {len(fitting)} of the network's {len(own)} entries; it belongs to "
-            f"another network (--arch, --method, --share_net): {released_or_own(state)}"
+            f"another network (--arch, --method, --share_net): its entries are "
+            f"{', '.join(list(state)[:4])}, ..."
         )
     net.load_state_dict(fitting, strict=False)
     if kept:
         log.info("%s: %d entries start afresh: %s", origin, len(kept), ", ".join(kept[:8]))
     return kept
-
-
-def released_or_own(state: dict[str, Tensor]) -> str:
-    """A few entry names, for messages."""
-    return "its entries are " + ", ".join(list(state)[:4]) + ", ..."
 
 
 def is_released(state: Iterable[str]) -> bool:

@@ -1,202 +1,129 @@
-"""Tables out of ``results.json`` files: Markdown, LaTeX, CSV, with the published numbers beside.
+"""Tables from ``results.json`` files: Markdown, LaTeX and CSV, with published numbers beside.
 
-A row knows the files that its numbers come from, one for each trial or one for all. A trial that
-is not there is shown as missing, and its row has no mean. Last and best epochs, re-ranked rows and
-plain ones stand in tables of their own; every caption names the data.
-
-Sources of the published numbers stand beside them.
+A row names the files of its numbers: one for each trial, or one for all. A trial that is not there
+is shown as missing, and its row has no mean. Last epochs, best epochs and re-ranked rows stand in
+tables of their own; every caption names the data. The published numbers and where each was read are
+in ``published.csv``.
 """
 
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_manager import DATASETS
 from eval_metrics import METRICS, mean_and_std
-from memory import HEALTH, LEVELS
+from networks.settings import HEALTH, LEVELS
+from reproduction.plan import Row, Section
 
-HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")
-CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # where there is no result to ask
+HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
+CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # titles where no result is there
+KINDS = (*CHECKPOINTS, "re-ranked")  # a table each
+PUBLISHED = Path(__file__).with_name("published.csv")  # percent
 
-PAPER = "arXiv 2109.08843, Table 1"
-COLLECTED = "collected for this project, source not recorded"
-# Percent: Rank-1, Rank-10, Rank-20, mAP, and mINP where known.
-_REGDB = {
-    "v2i": {
-        "AlignGAN": (57.9, None, None, 53.6),
-        "Xmodal": (62.21, 83.13, 91.72, 60.18),
-        "CMSP": (65.07, 83.71, None, 64.5),
-        "DDAG": (69.34, 86.19, 91.49, 63.46),
-        "AGW": (70.05, None, None, 66.37, 50.19),
-        "cm-SSFT": (72.3, None, None, 72.9),
-        "CICL": (78.8, None, None, 69.4),
-        "NFS": (80.54, 91.96, 95.07, 72.10),
-        "MPANet": (83.7, None, None, 80.9),
-        "HCT": (91.05, 97.16, 98.57, 83.28, 68.84),
-        "GLMC": (91.84, 97.86, 98.98, 81.42),
-        "MG-MRA": (94.59, 97.35, 99.00, 88.18),
-    },
-    "i2v": {
-        "AlignGAN": (56.3, None, None, 53.4),
-        "DDAG": (68.06, 85.15, 90.31, 61.80),
-        "cm-SSFT": (71.0, None, None, 71.7),
-        "CICL": (77.9, None, None, 69.4),
-        "NFS": (77.95, 90.45, 93.62, 69.79),
-        "MPANet": (82.8, None, None, 90.7),  # as printed, surely 80.7
-        "HCT": (89.30, 96.41, 98.16, 81.46),
-        "GLMC": (91.12, 97.86, 98.69, 81.06),
-        "MG-MRA": (93.22, 96.98, 98.87, 87.19),
-    },
-}
-# Percent: Rank-1, mAP, mINP; single-shot, seeded galleries.
-_SYSU = {
-    "all": {
-        "AGW": (47.50, 47.65, 35.30),
-        "DDAG": (54.75, 53.02, 39.62),
-        "HCT": (61.68, 57.51, 39.54),
-        "CAJ": (69.88, 66.89, 53.61),
-        "MG-MRA": (72.50, 68.94),
-    },
-    "indoor": {
-        "AGW": (54.17, 62.97, 59.23),
-        "DDAG": (61.02, 67.98, 62.61),
-        "MG-MRA": (77.35,),
-    },
-}
-# RegDB visible to infrared, trials 1..10, of the authors' README; probably re-ranked, as its script
-# does by default.
-README_RANK1 = (93.50, 95.24, 93.01, 93.30, 96.80, 94.85, 95.73, 95.49, 93.98, 95.05)
-README_MAP = (93.84, 95.07, 93.29, 93.73, 95.98, 93.88, 95.47, 95.34, 93.94, 94.57)
-README_SOURCE = "the authors' README, mean of trials 1 to 10, probably re-ranked"
+
+def published(section: Section) -> dict[str, dict[str, str]]:
+    """Returns the lines of ``published.csv`` under a protocol by method; {} where there are none.
+
+    Each has percents by metric ("" where not known) and ``source``, where they were read.
+    """
+    wanted = {k: "" if v is None else str(v) for k, v in asdict(section).items()}
+    with PUBLISHED.open(newline="", encoding="utf-8") as stream:
+        lines = [line for line in csv.DictReader(stream) if wanted.items() <= line.items()]
+    for line in lines:
+        line["source"] += f"; {line['note']}" if line["note"] else ""
+    return {line["method"]: line for line in lines}
+
+
+def _percent(line: dict[str, str], metric: str) -> str:
+    return f"{float(line[metric]):.2f}" if line.get(metric) else "-"
+
+
+# --- Reading results ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a table and where its numbers come from.
+class Result:
+    """What the files of a row say.
 
     Attributes:
-        section: Key of the protocol, such as "regdb v2i" or "sysu all 1 seeded".
-        group: What an ablation varies; "" elsewhere.
-        name: The method or setting.
-        checkpoint: "last" or "best".
-        re_rank: "no", or the re-ranking's name.
-        test_feat: Retrieval feature; None takes the method's headline.
-        files: ``results.json`` of each trial, or a single one that holds all trials.
-        trials: Trials that a complete row has.
-        training: Folders of the trainings, for the memory's health; () to leave it out.
+        row: The row.
+        trials: Trials asked for.
+        missing: Trial numbers, from 1, that are not there.
+        mean: Fractions by metric; {} unless every trial is there.
+        std: Population standard deviations over trials, likewise.
+        read: Of each file its entry for the row, with the ``commit`` of the code that wrote it.
     """
 
-    section: str
-    group: str
-    name: str
-    checkpoint: str
-    re_rank: str
-    test_feat: str | None
-    files: tuple[Path, ...]
+    row: Row
     trials: int
-    training: tuple[Path, ...] = ()
+    missing: list[int]
+    mean: dict[str, float]
+    std: dict[str, float]
+    read: list[dict[str, Any]]
 
 
-def published(section: str) -> dict[str, tuple[dict[str, float], str]]:
-    """Published numbers in percent of a protocol, and their source, by method.
-
-    Returns:
-        ``{method: ({metric: percent}, source)}``; {} where none are known.
-    """
-    dataset, key, *rest = section.split()
-    if dataset == "regdb":
-        names, rows = ("rank1", "rank10", "rank20", "mAP", "mINP"), _REGDB.get(key, {})
-    elif dataset == "sysu" and rest == ["1", "seeded"]:
-        names, rows = ("rank1", "mAP", "mINP"), _SYSU.get(key, {})
-    else:
-        return {}
-    found = {}
-    for method, values in rows.items():
-        pairs = zip(names, values, strict=False)
-        source = PAPER if dataset == "regdb" else COLLECTED
-        if (section, method) == ("sysu indoor 1 seeded", "MG-MRA"):
-            source = "the authors' own re-run"
-        if (section, method) == ("regdb i2v", "MPANet"):
-            source += "; mAP as printed there, surely 80.7"
-        found[method] = {k: v for k, v in pairs if v is not None}, source
-    return found
-
-
-def measure(row: Row, trials: int | None = None) -> dict[str, Any]:
-    """Reads a row's files.
-
-    Args:
-        row: Which files, and what to take from them.
-        trials: Look at the first so many trials only.
-
-    Returns:
-        ``mean`` and ``std`` (fractions by metric; None unless every trial is there), ``found`` and
-        ``missing`` (trial numbers from 1), ``trials``, and of the files there ``data``,
-        ``protocols``, ``selections``, ``commits`` (sets of words).
+def measure(row: Row, trials: int | None = None) -> Result:
+    """Reads a row's files; of their trials the first `trials` only, where it is given.
 
     Raises:
         ValueError: A file is no results file, or lacks the row's feature or re-ranking.
     """
     expected = min(row.trials, trials or row.trials)
-    files = row.files[:expected] if len(row.files) > 1 else row.files
+    all_in_one = len(row.files) == 1 and row.trials > 1
     per_trial: dict[int, dict[str, float]] = {}
-    words: dict[str, set[str]] = {k: set() for k in ("data", "protocols", "selections", "commits")}
-    for number, file in enumerate(files, start=1):
-        if not file.exists():
-            continue
-        content, result = _read(file, row)
-        for name, key in (
-            ("data", "dataset"),
-            ("protocols", "protocol"),
-            ("selections", "selection"),
-        ):
-            words[name].add(str(result[key]))
-        words["commits"].add(content["versions"]["commit"])
-        if len(files) > 1 or row.trials == 1:
-            per_trial[number] = {m: result[m] for m in METRICS}
-        else:
-            per_trial |= dict(enumerate(result["per_trial"][:expected], start=1))
+    read = []
+    for number, file in enumerate(row.files if all_in_one else row.files[:expected], start=1):
+        if file.exists():
+            read.append(_read_result(file, row))
+            numbers = read[-1]["per_trial"][:expected] if all_in_one else read[-1:]
+            for trial, values in enumerate(numbers, start=number):
+                per_trial[trial] = {m: values[m] for m in METRICS}
     missing = [t for t in range(1, expected + 1) if t not in per_trial]
-    mean, std = (None, None) if missing else mean_and_std(list(per_trial.values()))
-    found = sorted(per_trial)
-    return {
-        "mean": mean,
-        "std": std,
-        "found": found,
-        "missing": missing,
-        "trials": expected,
-        **words,
-    }
+    mean, std = ({}, {}) if missing else mean_and_std(list(per_trial.values()))
+    return Result(row, expected, missing, mean, std, read)
 
 
-def _read(file: Path, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A results file, and the result in it that the row asks for."""
+def _read_result(file: Path, row: Row) -> dict[str, Any]:
+    feat = row.setting.test.get("test_feat")  # None: the first, which is the method's headline
     try:
         content = json.loads(file.read_text())
-        rows = content["rows"]
-        feat = row.test_feat or rows[0]["test_feat"]
-        same = [r for r in rows if (r["re_rank"], r["test_feat"]) == (row.re_rank, feat)]
-        return content, same[0]
+        wanted = (row.re_rank, feat or content["rows"][0]["test_feat"])
+        found = [r for r in content["rows"] if (r["re_rank"], r["test_feat"]) == wanted]
+        return {**found[0], "commit": content["versions"]["commit"]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{file} has no result with re-ranking {row.re_rank!r} and feature "
-            f"{row.test_feat or 'of the method'!r} ({error!r}); remove it and run again"
+            f"{feat or 'of the method'!r} ({error!r}); remove it and run again"
         ) from error
 
 
-def health(row: Row) -> dict[str, float] | None:
-    """Memory health of a row's last epochs, mean over its trainings; None unless all are there."""
-    lines = []
+def _distinct(results: Sequence[Result], entry: str) -> list[str]:
+    """Returns the different values of an entry in all files of some rows, sorted."""
+    return sorted({str(read[entry]) for result in results for read in result.read})
+
+
+def is_stand_in(dataset: str, data: str) -> bool:
+    """Tells whether a result's ``dataset`` text is of stand-in data: real data go by the title."""
+    return data != DATASETS[dataset].title
+
+
+def health(row: Row) -> dict[str, float]:
+    """Returns the memory's health in a row's last epochs, mean over its trainings.
+
+    {} unless all of them are there.
+    """
+    last_epochs = []
     for folder in row.training:
         try:
-            last = (folder / "log.jsonl").read_text().strip().splitlines()[-1]
-            lines.append({k: v for k, v in json.loads(last).items() if k.startswith("memory/")})
+            last = json.loads((folder / "log.jsonl").read_text().strip().splitlines()[-1])
         except (OSError, IndexError, ValueError):
-            return None
-    return mean_and_std(lines)[0] if lines and lines[0] else None
+            return {}
+        last_epochs.append({k: v for k, v in last.items() if k.startswith("memory/")})
+    return mean_and_std(last_epochs)[0]
 
 
 # --- Layout ---------------------------------------------------------------------------------------
@@ -212,8 +139,91 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def compact(numbers: Sequence[int]) -> str:
-    """Trial numbers in words: 1, 2, 3, 7 is "1-3, 7"."""
+def data_in(results: Sequence[Result]) -> str:
+    """Returns the name of the data that all results are of.
+
+    Raises:
+        ValueError: No result is there at all, or they are of different data.
+    """
+    data = _distinct(results, "dataset")
+    if not data:
+        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
+    if len(data) > 1:
+        raise ValueError(f"the results are of different data: {', '.join(data)}; use a folder each")
+    return data[0]
+
+
+def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Table]:
+    """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
+
+    Args:
+        title: The title of the whole.
+        results: In the order to print.
+        note: Added to each caption.
+
+    Raises:
+        ValueError: No file is there at all, or the files are of different data.
+    """
+    ablation = any(result.row.setting.group for result in results)  # compares with itself
+    data = data_in(results)
+    caption = f"{title}. Data: {data}."
+    caption += " Percent, mean +- population standard deviation over trials."
+    if is_stand_in(results[0].row.section.dataset, data):
+        caption += " Numbers on stand-in data say nothing of the real data set's"
+        caption += "." if ablation else "; the published ones are of the real data set."
+    caption += f" Code: {', '.join(_distinct(results, 'commit'))}.{f' {note}' if note else ''}"
+    ours = {result.row.setting.published for result in results}
+    tables = []
+    for section in dict.fromkeys(result.row.section for result in results):
+        here = [result for result in results if result.row.section == section]
+        for kind in KINDS:
+            chosen = [result for result in here if _kind(result.row) == kind]
+            if chosen:
+                tables.append(_results_table(section, kind, caption, chosen))
+        others = {k: v for k, v in published(section).items() if k not in ours}
+        if others and not ablation:
+            tables.append(_published_table(section, others))
+    return [*tables, *_health_tables(caption, [result.row for result in results])]
+
+
+def _kind(row: Row) -> str:
+    return row.checkpoint if row.re_rank == "no" else "re-ranked"
+
+
+def _results_table(section: Section, kind: str, caption: str, results: Sequence[Result]) -> Table:
+    selection = ", ".join(_distinct(results, "selection"))
+    title = f"{section.title}, {selection or CHECKPOINTS[results[0].row.checkpoint]}"
+    title += ", re-ranked" if kind == "re-ranked" else ""
+    grouped = any(result.row.setting.group for result in results)
+    known = published(section)
+    with_published = any(result.row.setting.published in known for result in results)
+    header = (("varied",) if grouped else ()) + ("method", *HEADERS, "trials")
+    header += ("published Rank-1 / mAP", "source") if with_published else ()
+    lines = []
+    for result in results:
+        setting, ranking = result.row.setting, result.row.re_rank
+        label = setting.name if ranking == "no" else f"{setting.name}, {ranking}"
+        line = ((setting.group,) if grouped else ()) + (label, *_cells(result))
+        if with_published:
+            theirs = known.get(setting.published)
+            numbers = f"{_percent(theirs, 'rank1')} / {_percent(theirs, 'mAP')}" if theirs else "-"
+            line += (numbers, theirs["source"] if theirs else "-")
+        lines.append(line)
+    return Table(title, caption, header, tuple(lines))
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    """Returns the metrics and the trials of a row."""
+    if result.missing:
+        found = f"{result.trials - len(result.missing)} of {result.trials}"
+        return ("missing",) * len(METRICS) + (f"{found}, missing: {ranges(result.missing)}",)
+    spread = [f" +- {100 * result.std[m]:.2f}" if result.trials > 1 else "" for m in METRICS]
+    numbers = (f"{100 * result.mean[m]:.2f}{s}" for m, s in zip(METRICS, spread, strict=True))
+    return (*numbers, str(result.trials))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers as text: 1, 2, 3, 7 is "1-3, 7"."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -223,224 +233,105 @@ def compact(numbers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def data_in(rows: Sequence[Row], trials: int | None = None) -> str:
-    """The data that all of the rows' results are of, in words.
-
-    Raises:
-        ValueError: No result is there at all, or they are of different data.
-    """
-    data = sorted({words for row in rows for words in measure(row, trials)["data"]})
-    if not data:
-        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
-    if len(data) > 1:
-        raise ValueError(f"the results are of different data: {', '.join(data)}; use a folder each")
-    return data[0]
-
-
-def arrange(
-    title: str,
-    rows: Sequence[Row],
-    words: Callable[[str], str],
-    *,
-    trials: int | None = None,
-    note: str = "",
-) -> list[Table]:
-    """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
-
-    Args:
-        title: The title of the whole.
-        rows: In the order to print.
-        words: From a section's key to its title.
-        trials: Look at the first so many trials only.
-        note: Added to each caption.
-
-    Raises:
-        ValueError: No file is there at all, or the files are of different data.
-    """
-    measured = [(row, measure(row, trials)) for row in rows]
-    data = data_in(rows, trials)
-    ablation = any(row.group for row in rows)  # compares with itself
-    commits = sorted({c for _, numbers in measured for c in numbers["commits"]})
-    caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
-    if data.startswith("stand-in"):
-        caption += " Numbers on stand-in data say nothing of the real data set's"
-        caption += "." if ablation else "; the published ones are of the real data set."
-    caption += f" Code: {', '.join(commits)}.{f' {note}' if note else ''}"
-    tables = []
-    for section in dict.fromkeys(row.section for row in rows):
-        for kind in ("last", "best", "re-ranked"):
-            part = [(row, numbers) for row, numbers in measured if _in(row, section, kind)]
-            if part:
-                chosen = {c for _, numbers in part for c in numbers["selections"]}
-                what = ", ".join(sorted(chosen)) or CHECKPOINTS[part[0][0].checkpoint]
-                what += ", re-ranked" if kind == "re-ranked" else ""
-                tables.append(_results_table(f"{words(section)}, {what}", caption, part))
-        ours = {row.name for row in rows}
-        others = {k: v for k, v in published(section).items() if k not in ours}
-        if others and not ablation:
-            tables.append(_published_table(f"{words(section)}, others as published", others))
-    return [*tables, *_health_tables(caption, rows)]
-
-
-def _in(row: Row, section: str, kind: str) -> bool:
-    plain = row.re_rank == "no"
-    return row.section == section and (row.checkpoint == kind if plain else kind == "re-ranked")
-
-
-def _results_table(title: str, caption: str, part: Sequence[tuple[Row, dict[str, Any]]]) -> Table:
-    grouped = any(row.group for row, _ in part)
-    beside = {row.section: published(row.section) for row, _ in part}
-    with_published = any(row.name in beside[row.section] for row, _ in part)
-    with_published |= any(_readme(row) for row, _ in part)
-    header = (("varied",) if grouped else ()) + ("method", *HEADERS, "trials")
-    header += ("published Rank-1 / mAP", "source") if with_published else ()
-    lines = []
-    for row, numbers in part:
-        label = row.name if row.re_rank == "no" else f"{row.name}, {row.re_rank}"
-        line = ((row.group,) if grouped else ()) + (label, *_cells(numbers), _trials(numbers))
-        if with_published:
-            line += _beside(row, beside[row.section])
-        lines.append(line)
-    return Table(title, caption, header, tuple(lines))
-
-
-def _readme(row: Row) -> bool:
-    """Whether the authors' README stands beside a row."""
-    return (row.section, row.name, row.re_rank) == ("regdb v2i", "MG-MRA", "k_reciprocal")
-
-
-def _beside(row: Row, known: dict[str, tuple[dict[str, float], str]]) -> tuple[str, str]:
-    """Published numbers and source for a row."""
-    if _readme(row):
-        mean, std = mean_and_std(
-            [{"r": r, "m": m} for r, m in zip(README_RANK1, README_MAP, strict=True)]
-        )
-        words = " / ".join(f"{mean[k]:.2f} +- {std[k]:.2f}" for k in "rm")
-        return words, README_SOURCE
-    if row.re_rank != "no" or row.name not in known:
-        return "-", "-"
-    values, source = known[row.name]
-    return " / ".join(f"{values[k]:.2f}" if k in values else "-" for k in ("rank1", "mAP")), source
-
-
-def _cells(numbers: dict[str, Any]) -> tuple[str, ...]:
-    if numbers["mean"] is None:
-        return ("missing",) * len(METRICS)
-    spread = numbers["trials"] > 1
-    return tuple(
-        f"{100 * numbers['mean'][m]:.2f}" + (f" +- {100 * numbers['std'][m]:.2f}" if spread else "")
-        for m in METRICS
-    )
-
-
-def _trials(numbers: dict[str, Any]) -> str:
-    if not numbers["missing"]:
-        return str(numbers["trials"])
-    words = f"{len(numbers['found'])} of {numbers['trials']}"
-    return f"{words}, missing: {compact(numbers['missing'])}"
-
-
-def _published_table(title: str, others: dict[str, tuple[dict[str, float], str]]) -> Table:
-    rows = tuple(
-        (name, *(f"{values[m]:.2f}" if m in values else "-" for m in METRICS), source)
-        for name, (values, source) in others.items()
-    )
+def _published_table(section: Section, others: dict[str, dict[str, str]]) -> Table:
     caption = "Published numbers in percent; nothing here was measured by this project."
-    return Table(title, caption, ("method", *HEADERS, "source"), rows)
+    lines = tuple(
+        (method, *(_percent(line, m) for m in METRICS), line["source"])
+        for method, line in others.items()
+    )
+    title = f"{section.title}, others as published"
+    return Table(title, caption, ("method", *HEADERS, "source"), lines)
 
 
-def _health_tables(caption: str, rows: Iterable[Row]) -> list[Table]:
-    """One table of the memory's health in the last epoch, where any row has a training with it."""
-    wanted = [row for row in rows if row.training and row.checkpoint == "last"]
-    wanted = [row for row in wanted if row.re_rank == "no" and row.test_feat is None]
-    first: dict[tuple[Path, ...], Row] = {}
-    for row in wanted:
-        first.setdefault(row.training, row)
-    found = [(row, numbers) for row in first.values() if (numbers := health(row))]
-    if not found:
-        return []
+def _health_tables(caption: str, rows: Sequence[Row]) -> list[Table]:
+    """Returns one table of the memory's health in the last epoch, where a row has any."""
+    first: dict[tuple[Path, ...], Row] = {}  # of the rows that share a training
+    for row in rows:
+        if row.setting.health and _kind(row) == "last":
+            first.setdefault(row.training, row)
     names = [f"{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
-    for row, numbers in found:
-        values = [numbers.get(f"memory/{name}") for name in names]
-        cells = ("-" if value is None else f"{value:.3g}" for value in values)
-        lines.append((row.group, row.name, *cells))
-    header = ("varied", "method", *(name.replace("_", " ") for name in names))
-    explained = (
+    for row in first.values():
+        if numbers := health(row):
+            keys = [f"memory/{name}" for name in names]
+            cells = (f"{numbers[key]:.3g}" if key in numbers else "-" for key in keys)
+            lines.append((row.setting.group, row.setting.name, *cells))
+    if not lines:
+        return []
+    caption += (
         " Memory health in training's last epoch, mean over trials: share of positions whose read "
         "is zero, prototypes above the threshold per position, share of prototypes used, entropy."
     )
-    return [Table("Memory health", caption + explained, header, tuple(lines))]
+    header = ("varied", "method", *(name.replace("_", " ") for name in names))
+    return [Table("Memory health", caption, header, tuple(lines))]
 
 
 # --- Formats --------------------------------------------------------------------------------------
 
 
 def markdown(title: str, tables: Sequence[Table]) -> str:
-    """All tables as one Markdown page; the caption they share stands once, on top."""
+    """Returns all tables as one Markdown page; the caption they share stands once, on top."""
     shared = tables[0].caption
-    parts = [f"# {title}", shared]
+    blocks = [f"# {title}", shared]
     for table in tables:
-        parts.append(f"## {table.title}")
+        blocks.append(f"## {table.title}")
         if table.caption != shared:
-            parts.append(table.caption.removeprefix(shared).strip())
+            blocks.append(table.caption.removeprefix(shared).strip())
         lines = [table.header, ("---",) * len(table.header), *table.rows]
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(parts).replace("+-", "±") + "\n"
+        blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(blocks).replace("+-", "±") + "\n"
+
+
+LATEX = r"""\begin{table}
+\caption{%s}
+\begin{tabular}{%s}
+\toprule
+%s
+\midrule
+%s
+\bottomrule
+\end{tabular}
+\end{table}
+"""
 
 
 def latex(tables: Sequence[Table]) -> str:
-    """Each table as a `table` environment (package booktabs)."""
-    return "\n".join(_latex_table(table) for table in tables)
-
-
-def _latex_table(table: Table) -> str:
-    escapes = {c: f"\\{c}" for c in "&%$#_{}"} | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-    }
-
-    def clean(text: str) -> str:
-        return "".join(escapes.get(c, c) for c in text).replace("+-", r"$\pm$")
-
-    lines = [" & ".join(map(clean, line)) + r" \\" for line in (table.header, *table.rows)]
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\caption{" + clean(f"{table.title}. {table.caption}") + "}",
-            r"\begin{tabular}{" + "l" * len(table.header) + "}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
+    """Returns each table as a `table` environment (package booktabs)."""
+    escapes = str.maketrans(
+        {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     )
 
+    def clean(text: str) -> str:
+        return text.translate(escapes).replace("+-", r"$\pm$")
 
-def comma_separated(title: str, rows: Sequence[Row], trials: int | None = None) -> str:
-    """One line a row: what it is, means and deviations as fractions, trials, published percents."""
-    out = io.StringIO()
-    about = ("table", "section", "varied", "method", "checkpoint", "re_rank", "test_feat")
-    counts = ("trials", "found", "missing", "data", "selection", "commit")
-    spread = tuple(f"{m}_{kind}" for m in METRICS for kind in ("mean", "std"))
-    theirs = tuple(f"published_{m}_percent" for m in METRICS)
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow((*about, *counts, *spread, *theirs, "published_source"))
-    for row in rows:
-        numbers = measure(row, trials)
-        values, source = published(row.section).get(row.name, ({}, ""))
-        if row.re_rank != "no":
-            values, source = {}, ""
-        line = [title, row.section, row.group, row.name, row.checkpoint, row.re_rank]
-        line += [row.test_feat or "", numbers["trials"], len(numbers["found"])]
-        line += [compact(numbers["missing"])]
-        line += ["; ".join(sorted(numbers[k])) for k in ("data", "selections", "commits")]
+    pages = []
+    for table in tables:
+        caption, columns = clean(f"{table.title}. {table.caption}"), "l" * len(table.header)
+        header, *rows = (" & ".join(map(clean, x)) + r" \\" for x in (table.header, *table.rows))
+        pages.append(LATEX % (caption, columns, header, "\n".join(rows)))
+    return "\n".join(pages)
+
+
+def comma_separated(table: str, results: Sequence[Result]) -> str:
+    """Returns one line a row: what it is, fractions with deviations, trials, published percents."""
+    lines = []
+    for result in results:
+        row, setting = result.row, result.row.setting
+        theirs = published(row.section).get(setting.published, {})
+        line = {"table": table, "section": row.section.key, "varied": setting.group}
+        line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
+        line |= {"test_feat": setting.test.get("test_feat"), "trials": result.trials}
+        line |= {"found": result.trials - len(result.missing), "missing": ranges(result.missing)}
+        line |= {"data": "; ".join(_distinct([result], "dataset"))}
+        line |= {k: "; ".join(_distinct([result], k)) for k in ("selection", "commit")}
         for metric in METRICS:
-            known = numbers["mean"] is not None
-            line += [numbers[kind][metric] if known else "" for kind in ("mean", "std")]
-        writer.writerow([*line, *(values.get(m, "") for m in METRICS), source])
+            line[f"{metric}_mean"] = result.mean.get(metric)
+            line[f"{metric}_std"] = result.std.get(metric)
+        for metric in METRICS:
+            line[f"published_{metric}_percent"] = theirs.get(metric)
+        lines.append({**line, "published_source": theirs.get("source")})
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return out.getvalue()

@@ -3,20 +3,30 @@
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
+import numpy as np  # noqa: E402
 import short_run  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import options  # noqa: E402
+from benchmarks.plain import term_weights  # noqa: E402
+from data_loader import Batch, ImageCache  # noqa: E402
 from data_manager import eval_set  # noqa: E402
 from engine import distributed  # noqa: E402
-from engine import setup as training  # noqa: E402
-from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
-from loss import TERM_WEIGHTS, Criterion  # noqa: E402
+from engine.evaluate import evaluate  # noqa: E402
+from engine.train import (  # noqa: E402
+    Schedule,
+    TrainSettings,
+    make_optimizer,
+    set_learning_rate,
+    train_epoch,
+    training_step,
+)
+from loss import Criterion  # noqa: E402
 from memory import MemoryHealth  # noqa: E402
 from model import TwoStreamNet  # noqa: E402
 
@@ -37,71 +47,85 @@ def one_step(settings: dict) -> dict:
     labels = torch.randperm(IDS, generator=generator).repeat_interleave(IMAGES)
     rows = len(labels) // distributed.size()
     own = slice(distributed.rank() * rows, (distributed.rank() + 1) * rows)
-    weights = {**TERM_WEIGHTS, "decorrelation": 0.5}
-    criterion = Criterion(label_smoothing=0.1, num_strips=2, weights=weights)
+    weights = term_weights(net)
+    if "memory" in settings:
+        weights["decorrelation"] = 0.5
+    criterion = Criterion(weights, label_smoothing=0.1, num_centers=2 * IDS, head=net.head)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.0)
-    health = MemoryHealth()
-    terms, _ = training_step(
+    terms, _, addressing = training_step(
         distributed.parallel(net),
         criterion,
         optimizer,
-        visible=images[0][own],
-        infrared=images[1][own],
-        labels=labels[own].repeat(2),
+        Batch(images[0][own], images[1][own], labels[own].repeat(2)),
         order=[1, 0],
         weights=weights,
-        health=health,
     )
-    health_sum = MemoryHealth()
-    health_sum.load_state_dict(distributed.sum_of(health.state_dict()))
+    health = MemoryHealth()
+    health.update(addressing or {})
+    distributed.sum_in_place([*health.counters.values(), *health.used.values()])
     return {
         "terms": {k: v.double() for k, v in distributed.mean_of(terms).items()},
         "gradients": {k: p.grad for k, p in net.named_parameters() if p.grad is not None},
-        "health": health_sum.summary(),
+        "health": health.summary(),
     }
 
 
-def run_and_evaluate(data: Path, folder: Path) -> tuple[list[bool], dict]:
-    """Trains an epoch; whether each rank ends with equal states; a sharded evaluation."""
-    arguments = short_run.arguments(data, folder, "--test-batch", 3, "--batch-size", 6)
-    args = options.train_parser("").parse_args(arguments)
-    options.resolve(args)
+class OwnRows:
+    """Two batches an epoch; every rank has other rows."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yields the batches."""
+        generator = torch.Generator().manual_seed(distributed.rank())
+        labels = torch.arange(2).repeat_interleave(2).repeat(2) + 2 * distributed.rank()
+        for _ in range(2):
+            images = [torch.randn(4, 3, 32, 16, generator=generator) for _ in range(2)]
+            yield Batch(*images, labels)
+
+
+def evaluate_and_train(data: Path) -> tuple[list[bool], dict]:
+    """Whether each rank ends an epoch with equal states and numbers; an evaluation before it."""
     torch.manual_seed(0)
-    net = training.network_from_flags(args, 6, "mg")
-    evaluate = training._evaluator(
-        args, eval_set("regdb", data), net, torch.device("cpu"), "stand-in"
+    net = TwoStreamNet(6, arch="resnet18", num_strips=2, local_feat_dim=8, memory="mg")
+    features, results = evaluate(
+        net,
+        eval_set("regdb", data),
+        ImageCache(32, 16, workers=1),
+        test_feats=("pcb", "both"),
+        rankings=("no", "k_reciprocal"),
+        batch_size=3,
     )
-    result = evaluate()
-    wrapped = distributed.parallel(net).train()
-    optimizer = make_optimizer(net)
-    set_learning_rate(optimizer, 0.1)
-    generator = torch.Generator().manual_seed(distributed.rank())  # other rows on each rank
-    for _ in range(2):
-        training_step(
-            wrapped,
-            Criterion(num_strips=2),
-            optimizer,
-            visible=torch.randn(4, 3, 32, 16, generator=generator),
-            infrared=torch.randn(4, 3, 32, 16, generator=generator),
-            labels=torch.arange(2).repeat_interleave(2).repeat(2) + 2 * distributed.rank(),
-            order=[0, 1],
-            weights=TERM_WEIGHTS,
-        )
-    distributed.share_buffers(net)
-    states = distributed.gather_objects({k: v.numpy() for k, v in net.state_dict().items()})
+    evaluation = {
+        "results": distributed.from_main(results),
+        "features": [torch.from_numpy(f) for kinds in features.values() for f in kinds.values()],
+    }
+    numbers = train_epoch(
+        distributed.parallel(net),
+        Criterion(term_weights(net)),
+        make_optimizer(net),
+        OwnRows(),
+        epoch=0,
+        schedule=Schedule(lr=0.1, warmup_epochs=0),
+        settings=TrainSettings(num_strips=2, progress=False),
+    )
+    del numbers["images_per_second"]
+    states = {k: v.numpy() for k, v in net.state_dict().items()} | numbers
+    states = distributed.gather_objects({k: np.asarray(v) for k, v in states.items()})
     alike = [all((state[k] == states[0][k]).all() for k in state) for state in states]
-    return alike, result
+    return alike, evaluation
 
 
 def work(data: Path, folder: Path) -> None:
     """One process's part; the main one writes FOLDER/report.pt."""
     torch.set_num_threads(1)
     with distributed.processes("cpu"):
-        methods = {"AGW": one_step({"head": "agw"})}  # its non-local blocks need the real ResNet
         short_run.use_narrow_backbone()
+        methods = {"HCT": one_step({}), "AGW": one_step({"head": "agw"})}
         methods |= {memory: one_step({"memory": memory}) for memory in ("sg", "mg")}
-        alike, evaluation = run_and_evaluate(data, folder)
+        alike, evaluation = evaluate_and_train(data)
         if distributed.is_main():
             report = {"methods": methods, "alike": alike, "evaluation": evaluation}
             torch.save(report, folder / "report.pt")

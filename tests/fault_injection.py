@@ -1,11 +1,12 @@
 """Kills a short training at random moments, again and again, and counts what is lost.
 
-    python tests/fault_injection.py                 # 50 kills (SIGKILL), half a minute
+    python tests/fault_injection.py                 # 50 kills, half a minute
     python tests/fault_injection.py --kills 500 --seed 7
 
-Each attempt resumes what the one before it left; when one comes to its end, its checkpoints, log
-and results are compared, to the bit, with an unbroken run's, and a new run begins. Prints the
-counts; exit code 0 when every attempt could resume and every finished run is equal.
+SIGKILL and SIGTERM take turns; after the latter a run has to end with its own exit code and
+message. Each attempt resumes what the one before it left; when one comes to its end, its
+checkpoints, log and results are compared, to the bit, with an unbroken run's, and a new run begins.
+Prints the counts; exit code 0 when every attempt could resume and every finished run is equal.
 """
 
 import argparse
@@ -28,8 +29,12 @@ import torch  # noqa: E402
 import train_MGMRA  # noqa: E402
 
 
-def attempt(arguments: list[str], errors: Path, delay: float | None = None) -> int | None:
-    """Trains in a child process; returns its exit code, or None when it was killed after a delay.
+def attempt(
+    arguments: list[str], errors: Path, delay: float | None = None, number: int = signal.SIGKILL
+) -> int:
+    """Trains in a child process, sends it a signal after a delay; returns its exit code.
+
+    Minus the signal's number where it was the signal that ended it.
 
     The child is a fork of this process, which has imported everything: it starts at once, so that
     kills fall on the run and not on its imports.
@@ -47,9 +52,8 @@ def attempt(arguments: list[str], errors: Path, delay: float | None = None) -> i
                 os._exit(70)
     if delay is not None:
         time.sleep(delay)
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+        os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def moment(folder: Path) -> str:
@@ -59,8 +63,8 @@ def moment(folder: Path) -> str:
     if not (folder / "last.pt").exists():
         between = (folder / "last.previous.pt").exists()
         return "between the renames of a save" if between else "before the first checkpoint"
-    content = torch.load(folder / "last.pt", weights_only=True)
-    return "within an epoch" if content["underway"]["steps"] else "after an epoch's checkpoint"
+    epoch = torch.load(folder / "last.pt", weights_only=True)["epoch"]
+    return f"with {epoch} of {short_run.EPOCHS} epochs saved"
 
 
 def inject(root: Path, kills: int, seed: int) -> tuple[Counter, list[str]]:
@@ -68,12 +72,11 @@ def inject(root: Path, kills: int, seed: int) -> tuple[Counter, list[str]]:
     short_run.use_narrow_backbone()
     rng = random.Random(seed)
     data, errors = short_run.write_data(root / "data"), root / "errors"
-    flags = ("--save-every-steps", 1, "--resume")
     duration = float("inf")
     for _ in range(3):  # the shortest: files are in the system's cache, and nothing else ran
         shutil.rmtree(root / "unbroken", ignore_errors=True)
         start = time.perf_counter()
-        if attempt(short_run.arguments(data, root / "unbroken", *flags), errors) != 0:
+        if attempt(short_run.arguments(data, root / "unbroken"), errors) != 0:
             return Counter(), [errors.read_text()]
         duration = min(duration, time.perf_counter() - start)
     unbroken = short_run.outcome(root / "unbroken")
@@ -82,9 +85,12 @@ def inject(root: Path, kills: int, seed: int) -> tuple[Counter, list[str]]:
     while True:
         last = counts["kills"] >= kills
         delay = None if last else rng.uniform(0, duration)
-        code = attempt(short_run.arguments(data, folder, *flags), errors, delay)
-        if code is None:
+        number = (signal.SIGKILL, signal.SIGTERM)[counts["kills"] % 2]
+        code = attempt(short_run.arguments(data, folder, "--resume"), errors, delay, number)
+        said = "stopped by SIGTERM" in errors.read_text()
+        if code == -number or (code == 128 + number and said):
             counts["kills"] += 1
+            counts["  SIGTERM, with exit code and message"] += said
             counts[f"  {moment(folder)}"] += 1
             continue
         counts["runs finished"] += 1

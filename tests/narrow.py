@@ -1,4 +1,4 @@
-"""A script with a narrow network and small chunks: narrow.py train_MGMRA|test|... FLAGS."""
+"""A script with a narrow network: narrow.py train_MGMRA|test|... FLAGS."""
 
 import importlib
 import sys
@@ -11,5 +11,4 @@ import short_run  # noqa: E402
 if __name__ == "__main__":
     short_run.use_narrow_backbone()
     script = importlib.import_module(sys.argv[1])
-    script.CHUNK = 5  # of pre_process_sysu: more than one for each process
     sys.exit(script.main(sys.argv[2:]))

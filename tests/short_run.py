@@ -4,14 +4,15 @@ Shared by the tests of resuming, by `fault_injection.py` and by those of several
 """
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 import stand_in
+from networks import backbone
 
 EPOCHS, STEPS = 3, 5  # evaluated after epochs 2 and 3
 FLAGS = (
@@ -21,29 +22,45 @@ FLAGS = (
     *("--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", "0.01", "--grey", "0.3"),
     *("--eval-start", "1", "--eval-every", "1", "--gpu", "cpu", "--quiet"),
 )
+CHANNELS = 32  # of the narrow network's last map
 TIMES = ("images_per_second", "seconds")
 
 
-class NarrowResNet(nn.Module):
+def narrow_stages(state: dict | None, origin: str, non_local: bool) -> backbone.Stages:
     """A ResNet's stages with an eighth of its channels: files and steps cost next to nothing."""
+    assert state is None, origin
+    stages = OrderedDict(
+        stem=nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        )
+    )
+    before = 8
+    for name, after, stride in (
+        ("layer1", 8, 1),
+        ("layer2", 16, 2),
+        ("layer3", 16, 2),
+        ("layer4", CHANNELS, 1),
+    ):
+        shortcut = None
+        if after != before or stride > 1:
+            conv = nn.Conv2d(before, after, 1, stride, bias=False)
+            shortcut = nn.Sequential(conv, nn.BatchNorm2d(after))
+        block = nn.Sequential(BasicBlock(before, after, stride, shortcut))
+        count = backbone.NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
+        stages[name] = backbone.Stage(block, after, count)
+        before = after
+    return stages
 
-    def __init__(self, *_: object, **__: object) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 7, 2, 3, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(8), nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(BasicBlock(8, 8))
-        for i, (before, after) in enumerate([(8, 16), (16, 16), (16, 32)], start=2):
-            shortcut = nn.Sequential(
-                nn.Conv2d(before, after, 1, 2, bias=False), nn.BatchNorm2d(after)
-            )
-            setattr(self, f"layer{i}", nn.Sequential(BasicBlock(before, after, 2, shortcut)))
-        self.fc = nn.Linear(32, 1)
+
+NARROW = {"resnet18": backbone.Backbone(CHANNELS, narrow_stages)}
 
 
 def use_narrow_backbone() -> None:
-    """Makes every network of this process, stripe head only, narrow."""
-    torchvision.models.get_model = NarrowResNet
+    """Makes every network of this process narrow."""
+    backbone.BACKBONES.update(NARROW)
 
 
 def write_data(root: Path) -> Path:
@@ -71,7 +88,7 @@ def outcome(folder: Path) -> dict:
         found[f"{name}: log"] = [without_times(line) for line in content["log"]]
         for key in ("epoch", "best", "last", "selection", "config", "identities"):
             found[f"{name}: {key}"] = content[key]
-        for key in ("net", "optimizer", "underway", "torch_generator"):
+        for key in ("net", "optimizer", "torch_generator"):
             found.update(flat(content[key], f"{name}: {key}"))
     return found
 

@@ -14,17 +14,17 @@ def small(**settings):
 
 
 class Loader:
-    """Two fixed batches an epoch."""
+    """A few fixed batches an epoch."""
 
-    def __init__(self, poison_step=None):
-        self.poison_step = poison_step
+    def __init__(self, poison_step=None, steps=2):
+        self.poison_step, self.steps = poison_step, steps
 
     def __len__(self):
-        return 2
+        return self.steps
 
-    def epoch(self, epoch, start_step=0):
+    def epoch(self, epoch):
         labels = torch.tensor([0, 0, 1, 1]).repeat(2)
-        for step in range(start_step, 2):
+        for step in range(self.steps):
             gen = torch.Generator().manual_seed(10 * epoch + step)
             images = [torch.randn(4, 3, 96, 32, generator=gen) for _ in range(2)]
             if step == self.poison_step:

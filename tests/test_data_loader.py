@@ -11,12 +11,21 @@ import pytest
 import torch
 from conftest import save_image
 from PIL import Image
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 import data_loader
-from data_loader import EvalLoader, IdentitySampler, ImageStore, TrainLoader, load_images
+from data_loader import (
+    EvalLoader,
+    IdentitySampler,
+    ImageCache,
+    ImageStore,
+    TrainLoader,
+    load_images,
+)
 from data_manager import DataError, ImageList, train_set
-from datasets.transforms import Augmentation, augment, normalize
+from datasets import decode
+from datasets.transforms import Augmentation, Draw, augment, normalize
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -132,20 +141,20 @@ def test_an_undecodable_image_is_named(tmp_path, case):
     with pytest.raises(DataError) as caught:
         load_images(images, height=8, width=4, workers=2, progress=False)
     assert f"{tmp_path / '33.jpg'} (named in idx/train_visible_1.txt:34)" in str(caught.value)
-    with pytest.raises(DataError, match=r"can't decode .*33.jpg: "):
+    with pytest.raises(DataError, match=r"cannot decode .*33.jpg: "):
         load_images(replace(images, origins=()), height=8, width=4, progress=False)
 
 
 def test_an_image_deleted_meanwhile_and_a_folder_are_named(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     for name in ("gone.jpg", "folder.jpg"):
-        with pytest.raises(DataError, match=f"can't decode .*{name}"):
+        with pytest.raises(DataError, match=f"cannot decode .*{name}"):
             load_images(image_list(tmp_path, name), height=8, width=4, progress=False)
 
 
 def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, monkeypatch):
     save_image(tmp_path / "a.png", 0, (10, 10))
-    monkeypatch.setattr(data_loader, "MAX_PIXELS", 99)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
     with pytest.raises(DataError, match=r"10 x 10 pixels, over 99"):
         load_images(image_list(tmp_path, "a.png"), height=8, width=4, progress=False)
 
@@ -154,8 +163,8 @@ def test_decoding_stops_at_the_first_bad_image(tmp_path, monkeypatch):
     save_image(tmp_path / "good.png", 0)
     (tmp_path / "bad.png").write_text("x")
     calls = []
-    plain = data_loader._decode
-    monkeypatch.setattr(data_loader, "_decode", lambda *a: (calls.append(a[1]), plain(*a)))
+    plain = decode._decode
+    monkeypatch.setattr(decode, "_decode", lambda *a: (calls.append(a[1]), plain(*a)))
     images = image_list(tmp_path, "bad.png", *["good.png"] * 5000)
     with pytest.raises(DataError, match="bad.png"):
         load_images(images, height=8, width=4, workers=1, progress=False)
@@ -168,7 +177,9 @@ def test_decoding_stops_at_the_first_bad_image(tmp_path, monkeypatch):
 def cached(root, pixels, rows=None):
     np.save(root / "train_rgb_resized_img.npy", pixels)
     n = np.zeros(len(pixels), dtype=np.int64)
-    images = ImageList(root, (), n, n, "visible", cache=root / "train_rgb_resized_img.npy")
+    command = f"python pre_process_sysu.py --data-path {root} --overwrite"
+    file = root / "train_rgb_resized_img.npy"
+    images = ImageList(root, (), n, n, "visible", cache=file, cache_command=command)
     return images if rows is None else images.take(rows)
 
 
@@ -177,7 +188,7 @@ def test_a_whole_cache_is_mapped_and_rows_of_it_are_copied(tmp_path, monkeypatch
     whole = load_images(cached(tmp_path, pixels), height=8, width=4)
     assert isinstance(whole, np.memmap) and not whole.flags.writeable
     assert np.array_equal(whole, pixels)
-    monkeypatch.setattr(data_loader, "COPY_CHUNK", 4)
+    monkeypatch.setattr(decode, "COPY_CHUNK", 4)
     rows = np.random.default_rng(0).permutation(50)[:13]
     some = load_images(cached(tmp_path, pixels, rows), height=8, width=4)
     assert np.array_equal(some, pixels[rows])
@@ -192,6 +203,42 @@ def test_a_cache_of_another_size_names_the_command(tmp_path):
         f"python pre_process_sysu.py --data-path {tmp_path} --overwrite --img_h 288 --img_w 144"
     )
     assert command in text
+
+
+def test_an_image_cache_keeps_the_two_lists_used_last(tmp_path, monkeypatch):
+    for i in range(4):
+        save_image(tmp_path / f"{i}.png", i)
+    calls, plain = [], decode.load_images
+    monkeypatch.setattr(
+        decode, "load_images", lambda images, **o: (calls.append(images), plain(images, **o))[1]
+    )
+    lists = [image_list(tmp_path, f"{i}.png") for i in range(4)]
+    cache = ImageCache(12, 6, workers=1)
+
+    def decoded(*numbers):
+        before = len(calls)
+        for i in numbers:
+            assert np.array_equal(cache(lists[i]), plain(lists[i], height=12, width=6))
+        return len(calls) - before
+
+    assert decoded(0, 1) == 2
+    assert decoded(0, 1, 1, 0) == 0
+    assert decoded(2) == 1  # in place of 1, which was used longest ago
+    assert decoded(0, 2) == 0
+    assert decoded(1) == 1
+    assert decoded(0) == 1
+    (tmp_path / "other").mkdir()
+    save_image(tmp_path / "other/0.png", 9)
+    lists[0] = image_list(tmp_path / "other", "0.png")  # the same names in another folder
+    assert decoded(0) == 1
+
+
+def test_an_image_cache_tells_rows_of_a_cache_apart(tmp_path):
+    pixels = noise(10, 8, 4)
+    cache = ImageCache(8, 4)
+    for rows in ([3, 1], [1, 3], [5]):
+        assert np.array_equal(cache(cached(tmp_path, pixels, rows)), pixels[rows])
+    assert np.array_equal(cache(cached(tmp_path, pixels)), pixels)
 
 
 # --- Sampler --------------------------------------------------------------------------------------
@@ -274,7 +321,8 @@ def test_the_global_generators_are_left_alone():
     make_sampler().batch(0, 0)
     images = torch.from_numpy(noise(4, 8, 4))
     everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
-    augment(images, everything, np.random.default_rng(0), modality="visible")
+    draws = np.random.default_rng(0).random((len(Draw), 4))
+    augment(images, everything, draws, modality="visible")
     assert np.array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
     assert torch.equal(before[1], torch.get_rng_state())
 
@@ -338,7 +386,7 @@ def numbered(n, height=8, width=4, start=0):
     return np.broadcast_to(numbers, (n, height, width, 3)).copy()
 
 
-def make_loader(prefetch=2, augmentation=None, seed=0, images=None):
+def make_loader(prefetch=2, augmentation=None, seed=0, images=None, **more):
     visible, infrared = images or (numbered(len(VISIBLE)), numbered(len(INFRARED), start=100))
     return TrainLoader(
         visible=ImageStore(visible, device=CPU),
@@ -348,6 +396,7 @@ def make_loader(prefetch=2, augmentation=None, seed=0, images=None):
         seed=seed,
         device=CPU,
         prefetch=prefetch,
+        **more,
     )
 
 
@@ -405,6 +454,36 @@ def test_the_two_modalities_are_cropped_apart():
     ]
     assert len({tuple(d) for d in draws}) == 3
     assert not torch.equal(loader.batch(0, 0).visible, loader.batch(0, 0).infrared)
+
+
+def test_a_transform_of_ones_own_is_a_function_of_seed_epoch_and_step_too():
+    images = noise(len(VISIBLE), 8, 4), noise(len(INFRARED), 8, 4, seed=1)
+    jitter = v2.ColorJitter(brightness=0.8, hue=0.4)
+
+    def run(prefetch=2, epoch=0, **more):
+        torch.manual_seed(prefetch)
+        loader = make_loader(prefetch, Augmentation(2), 0, images, transform=jitter, **more)
+        return list(loader.epoch(epoch))
+
+    plain = list(make_loader(0, Augmentation(2), 0, images).epoch(0))
+    found = run(0)
+    assert all(map(same, found, run(3)))
+    assert not same(found[0], plain[0]) and not same(run(epoch=1)[0], found[0])
+    halves = [run(rank=rank, world_size=2) for rank in range(2)]
+    for step, batch in enumerate(found):
+        for name in ("visible", "infrared"):
+            joined = torch.cat([getattr(half[step], name) for half in halves])
+            assert torch.equal(joined, getattr(batch, name))
+
+    def invert(image):
+        assert image.shape == (3, 8, 4) and image.dtype == torch.uint8
+        return 255 - image
+
+    loader = make_loader(0, Augmentation(pad=0, flip=0), 0, images, transform=invert)
+    rows = loader.sampler.batch(0, 0).visible
+    assert torch.equal(
+        loader.batch(0, 0).visible, normalize(torch.from_numpy(255 - images[0][rows]))
+    )
 
 
 def threads():

@@ -154,7 +154,7 @@ BAD_REGDB = {
     "infrared only": (drop_label("visible", 5), r"identity 2 .*one\s+modality only"),
     "empty list": (write(f"idx/{THERMAL}", " \n\n"), r"train_thermal_1.txt is empty"),
     "no list": (remove(f"idx/{THERMAL}"), r"train_thermal_1.txt does not exist"),
-    "list of bytes": (write(f"idx/{VISIBLE}", b"\xff\xfe\x00"), r"can't be read as text"),
+    "list of bytes": (write(f"idx/{VISIBLE}", b"\xff\xfe\x00"), r"cannot be read as text"),
     "image links out": (link_out(FIRST), r"31.bmp is a link to .*outside"),
     "folder links out": (link_out("Visible/4"), r"Visible/4 is a link to .*outside"),
     "tree links out": (link_out("Thermal"), r"Thermal/31 is a link to .*outside"),
@@ -377,7 +377,7 @@ BAD_LLCM = {
     "gap": (edit(TRAIN, 0, "nir/0020/000.jpg 9"), r"label 6 is not among them"),
     "empty list": (write(f"idx/{TRAIN}", ""), r"train_vis.txt is empty; expected `<folder>"),
     "no list": (remove(f"idx/{TRAIN}"), r"train_vis.txt does not exist"),
-    "binary list": (write(f"idx/{TRAIN}", b"\xff\xfe\x00"), r"can't be read as text"),
+    "binary list": (write(f"idx/{TRAIN}", b"\xff\xfe\x00"), r"cannot be read as text"),
     "link out": (link_out("vis"), r"link to .*outside"),
 }
 
@@ -393,7 +393,10 @@ def test_bad_llcm_training_data(tiny_llcm, case):
 BAD_LLCM_TEST = {
     "word": (write("idx/test_id.txt", "3,x"), r"test_id.txt holds 'x'"),
     "twice": (write("idx/test_id.txt", "3,3"), r"names an identity twice"),
-    "unknown": (write("idx/test_id.txt", "9999"), r"empty query: test_vis/, test_nir/ .*the 1 id"),
+    "unknown": (
+        write("idx/test_id.txt", "9999"),
+        r"empty query: .* no visible image .*idx/test_id.txt in test_vis/",
+    ),
     "no ids": (remove("idx/test_id.txt"), r"test_id.txt does not exist"),
 }
 
@@ -414,3 +417,48 @@ def test_llcm_folder_is_told_apart(tiny_llcm, tiny_regdb):
     assert data_manager.data_name("llcm", tiny_llcm) == "LLCM"
     write("stand_in.json", "{}")(tiny_llcm)
     assert data_manager.data_name("llcm", tiny_llcm) == "stand-in data in LLCM's layout"
+
+
+# --- A data set of one's own ----------------------------------------------------------------------
+
+
+class Own(data_manager.DataSet):
+    name, title, folders = "own", "Own", ("images",)
+    people = {"train": ((7, 3, 5), (5, 3, 7)), "test": ((1, 2), (2,))}
+
+    def items(self, root, role, trial):
+        def listed(pids, camid):
+            return [(f"images/{role}_{camid}_{pid}.png", pid, camid) for pid in pids]
+
+        return listed(self.people[role][0], 1), listed(self.people[role][1], 2)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own/images").mkdir(parents=True)
+    monkeypatch.setitem(data_manager.DATASETS, "own", Own())
+    return tmp_path / "own"
+
+
+def test_a_data_set_is_its_lists_of_images(own):
+    train = train_set("own", own)
+    assert train.pids.tolist() == [3, 5, 7]
+    assert train.visible_labels.tolist() == [2, 0, 1]
+    assert train.infrared.paths[2] == "images/train_2_7.png"
+    test = eval_set("own", own, direction="i2v")
+    assert (test.query.pids.tolist(), test.gallery.pids.tolist()) == ([2], [1, 2])
+    assert test.protocol == "Own, infrared to visible"
+    assert eval_set("own", own, subset="val").query.pids.tolist() == [3]
+    assert Own().default_folder == Path("data/Own")
+
+
+def test_its_lists_are_checked_and_no_stand_in_is_promised(own, monkeypatch):
+    with pytest.raises(DataError, match="does not exist") as caught:
+        train_set("own", own / "nowhere")
+    assert "stand_in.py" not in str(caught.value)
+    monkeypatch.setitem(Own.people, "train", ((7, 3), (3,)))
+    with pytest.raises(DataError, match="training identity 7 has no infrared image"):
+        train_set("own", own)
+    monkeypatch.setitem(Own.people, "test", ((), (2,)))
+    with pytest.raises(DataError, match="empty query: .* has no visible image"):
+        eval_set("own", own)

@@ -5,22 +5,22 @@ would be waited for; a wait of another kind, such as for a copy, does not show. 
 compares the numbers where there is a GPU.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-import loss
-import memory
-import model
-from engine.train import _float32, feature_spread, make_optimizer
-from networks import layers
-from networks import sparse_read as addressing
+from benchmarks.plain import term_weights
+from engine.train import Meter, feature_spread, make_optimizer, training_step
+from loss import Criterion
+from memory import MemoryHealth
+from model import TwoStreamNet
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
 WAITS = (fake.DynamicOutputShapeException, fake.DataDependentOutputException)
 CUDA = torch.device("cuda:0")
-IDS = 206
-ROWS, CHANNELS = 16, 512
+IDS, PEOPLE, ROWS = 206, 4, 16
 
 
 def on_gpu(net: nn.Module) -> nn.Module:
@@ -35,107 +35,49 @@ def on_gpu(net: nn.Module) -> nn.Module:
     return net
 
 
-def forward(net: nn.Module) -> dict[str, torch.Tensor]:
-    """What a step computes before its backward pass; every number that it reports."""
+def steps(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_centers: int | None = 2 * PEOPLE
+) -> dict[str, torch.Tensor]:
+    """Everything that two steps of an epoch compute, backward pass aside; what they report."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # it would look for CUDA
     net = on_gpu(net)
     make_optimizer(net)
+    optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None)
     images = [torch.randn(ROWS // 2, 3, 96, 48, device=CUDA) for _ in range(2)]
     labels = torch.zeros(ROWS, dtype=torch.int64, device=CUDA)
-    health = memory.MemoryHealth()
+    batch = SimpleNamespace(visible=images[0], infrared=images[1], labels=labels)
+    weights = term_weights(net) | ({"decorrelation": 0.01} if net.config["memory"] else {})
+    criterion = Criterion(weights, num_centers=num_centers, head=net.head)
+    order = [4, 0, 5, 2, 1, 3]
+    health, meter = MemoryHealth(), Meter(epoch=0)
     for _ in range(2):  # the second adds to the first's counters
-        out = {k: _float32(v) for k, v in net(*images, health).items()}
-    weights = {**loss.TERM_WEIGHTS, "decorrelation": 0.01}
-    terms = loss.Criterion(weights=weights)(out, labels, [4, 0, 5, 2, 1, 3])
-    terms["total"] = loss.weighted_total(terms, weights)
-    terms["spread"] = feature_spread(out["feat"].detach())
-    counters = {k: v for level in health._levels.values() for k, v in level.items()}
-    return {**terms, **counters}
+        terms, feat, addressing = training_step(
+            net, criterion, optimizer, batch, order=order, weights=weights
+        )
+        terms["spread"] = feature_spread(feat)
+        meter.update(terms)
+        health.update(addressing or {})
+    counters = {f"{level}/counters": value for level, value in health.counters.items()}
+    return {**terms, **counters, **{f"{k}/used": v for k, v in health.used.items()}}
 
 
 @pytest.mark.parametrize("head", ["pcb", "agw"])
 @pytest.mark.parametrize(
     ("kind", "variant"), [(None, "paper"), ("sg", "paper"), ("mg", "paper"), ("mg", "released")]
 )
-def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant):
-    net = model.TwoStreamNet(IDS, head, kind, variant, arch="resnet18").train()
+def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant, monkeypatch):
+    net = TwoStreamNet(IDS, head, kind, variant, arch="resnet18").train()
     with fake.FakeTensorMode():
-        results = forward(net)
+        results = steps(net, monkeypatch)
     assert all(value.device == CUDA for value in results.values())
-    assert ("used" in results) == (kind is not None)
+    assert {"total", "spread"} <= results.keys()
+    assert ("part/used" in results) == (kind is not None)
 
 
 def test_waiting_would_be_noticed(monkeypatch):
-    monkeypatch.setattr("networks.sparse_read.ON_CPU", ("cpu", "cuda"))
-    net = model.TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
+    net = TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
     with fake.FakeTensorMode(), pytest.raises(WAITS):
-        forward(net)
-
-
-class Context:
-    """Takes the place of a custom function's context."""
-
-    def __init__(self, needs):
-        self.needs_input_grad = needs
-
-    def save_for_backward(self, *tensors):
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *tensors):
-        pass
-
-    def set_materialize_grads(self, value):
-        pass
-
-
-def rows(width=CHANNELS):
-    return torch.randn(ROWS * 18, width, device=CUDA)
-
-
-def maps():
-    return torch.randn(ROWS, CHANNELS, 6, 3, device=CUDA)
-
-
-def entries():
-    """Offsets, columns and weights of 700 survivors."""
-    offsets = torch.zeros(ROWS * 18 + 1, dtype=torch.int64, device=CUDA)
-    return offsets, torch.zeros(700, dtype=torch.int64, device=CUDA), torch.rand(700, device=CUDA)
-
-
-def bank():
-    return torch.randn(6180, CHANNELS, device=CUDA)
-
-
-DENSE = (0.0025, ROWS, torch.bfloat16)
-FUNCTIONS = {  # with what each is called, and which of its results have gradients
-    "sparse": (addressing._SparseRead, lambda: (rows(), bank(), *entries(), ROWS), (0, 1)),
-    "sparse map": (addressing._SparseRead, lambda: (rows(), bank(), *entries(), ROWS), (0,)),
-    "dense": (addressing._DenseRead, lambda: (rows(), bank(), *DENSE), (0, 1)),
-    "dense sums": (addressing._DenseRead, lambda: (rows(), bank(), *DENSE), (1,)),
-    "constant": (addressing._OfAll, lambda: (maps()[:1, :, :1, :1].expand(ROWS, -1, 6, 3),), (0,)),
-    "gates": (
-        memory._GatedMean,
-        lambda: (bank().view(-1, 6, CHANNELS), rows(6)[:6], rows(6)[0]),
-        (0,),
-    ),
-    "gem": (layers._GeneralizedMean, lambda: (maps(), 10.0, (2, 3)), (0,)),
-    "alignment": (loss._StripeDifferences, lambda: (maps(), 6, [(0, 1), (2, 4)]), (0,)),
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_own_backward_passes_stay_on_the_gpu_and_never_wait(name):
-    function, arguments, with_gradient = FUNCTIONS[name]
-    with fake.FakeTensorMode(), torch.no_grad():
-        arguments = arguments()
-        tensors = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in arguments]
-        context = Context(tensors)
-        results = function.forward(context, *arguments)
-        results = results if isinstance(results, tuple) else (results,)
-        above = [torch.randn_like(r) if i in with_gradient else None for i, r in enumerate(results)]
-        grads = function.backward(context, *above)
-    grads = grads if isinstance(grads, tuple) else (grads,)
-    assert len(grads) == len(arguments)
-    for argument, grad in zip(arguments, grads, strict=True):
-        if grad is not None:
-            assert (grad.device, grad.shape, grad.dtype) == (CUDA, argument.shape, argument.dtype)
-    assert any(grad is not None for grad in grads)
+        steps(net, monkeypatch, num_centers=None)  # counted in each batch
+    monkeypatch.setattr("networks.sparse_read.pays_off", lambda *_: True)
+    with fake.FakeTensorMode(), pytest.raises(WAITS):
+        steps(net, monkeypatch)

@@ -11,23 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
-from short_run import (
-    EPOCHS,
-    NarrowResNet,
-    arguments,
-    differences,
-    log_lines,
-    outcome,
-    write_data,
-)
+from short_run import NARROW, arguments, differences, log_lines, outcome, write_data
 
-import pre_process_sysu
 import test
 import train_MGMRA
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
 from engine import distributed
+from networks.backbone import BACKBONES
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -70,7 +61,10 @@ def test_parameters_and_statistics_are_equal_on_all_ranks(count, reports):
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_sharded_evaluation_has_the_bits_of_one_process(count, reports):
-    assert reports[count]["evaluation"] == reports[1]["evaluation"]
+    one, several = (reports[n]["evaluation"] for n in (1, count))
+    assert len(one["results"]) == 4
+    assert several["results"] == one["results"]
+    assert all(map(torch.equal, several["features"], one["features"]))
 
 
 def test_each_rank_loads_its_share_of_the_one_batch():
@@ -82,7 +76,7 @@ def test_each_rank_loads_its_share_of_the_one_batch():
     ]
     sampler = IdentitySampler(labels, labels, ids_per_batch=6, images_per_id=2, seed=3)
 
-    def loader(share=(0, 1)):
+    def loader(rank=0, world_size=1):
         settings = Augmentation(pad=2, grey=0.5, erase=0.5, tone=0.2)
         return TrainLoader(
             visible=stores[0],
@@ -91,19 +85,20 @@ def test_each_rank_loads_its_share_of_the_one_batch():
             augmentation=settings,
             seed=5,
             device=torch.device("cpu"),
-            share=share,
+            rank=rank,
+            world_size=world_size,
         )
 
     whole = loader().batch(1, 1)
     for count in (2, 3, 6):
-        shares = [loader((i, count)).batch(1, 1) for i in range(count)]
+        shares = [loader(i, count).batch(1, 1) for i in range(count)]
         for name in ("visible", "infrared"):
             assert torch.equal(torch.cat([getattr(s, name) for s in shares]), getattr(whole, name))
         halves = [share.labels.chunk(2) for share in shares]
         joined = torch.cat([half[i] for i in range(2) for half in halves])
         assert torch.equal(joined, whole.labels)
-    with pytest.raises(ValueError, match=r"6 identities don't divide among 4.*multiple of 4"):
-        loader((0, 4))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        loader(0, 4)
 
 
 def test_alone_everything_is_the_identity():
@@ -112,20 +107,22 @@ def test_alone_everything_is_the_identity():
     assert distributed.gather_rows(rows) is rows
     assert distributed.gather_objects(3) == [3]
     assert distributed.from_main("x") == "x"
-    assert distributed.any_of(True)
-    assert distributed.share_of(10, 4) == (0, 10)
+    assert distributed.shard_of(10, 4) == (0, 10)
+    assert distributed.mean_of({"a": rows}) == {"a": rows}
+    distributed.sum_in_place([rows])
+    assert torch.equal(rows, torch.ones(4, 2))
     net = torch.nn.Linear(2, 2)
     assert distributed.parallel(net) is net
 
 
-def test_shares_are_whole_batches_that_cover_all(monkeypatch):
+def test_shards_are_whole_batches_that_cover_all(monkeypatch):
     for size in (1, 2, 3, 5):
         monkeypatch.setattr(distributed, "size", lambda size=size: size)
         for count in (0, 1, 7, 8, 64, 65, 300):
             bounds = []
             for rank in range(size):
                 monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                bounds.append(distributed.share_of(count, 8))
+                bounds.append(distributed.shard_of(count, 8))
             assert bounds[0][0] == 0
             assert bounds[-1][1] == count
             assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
@@ -153,14 +150,14 @@ def wait_for(condition, process):
 
 @pytest.mark.slow
 def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_path):
-    data = write_data(tmp_path / "data")
-    flags = ("--save-every-steps", 1, "--resume")
+    data, epochs = write_data(tmp_path / "data"), 30
+    flags = ("--epochs", epochs, "--eval-every", 10, "--resume")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = torchrun(2, "train_MGMRA", arguments(data, whole, *flags))
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
-    assert output.count("INFO MGMRA_regdb") == 1  # only rank 0 speaks
-    assert [line["epoch"] for line in log_lines(whole)] == list(range(1, EPOCHS + 1))
+    assert output.count("INFO MGMRA_regdb") == 1  # only rank 0 logs
+    assert [line["epoch"] for line in log_lines(whole)] == list(range(1, epochs + 1))
 
     process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     wait_for((broken / "last.pt").exists, process)
@@ -169,14 +166,15 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
 
-    # SIGTERM to the launcher: all ranks stop after the same step, and rank 0 saves.
+    # SIGTERM to the launcher, which passes it on to all ranks.
     process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     before = (broken / "last.pt").stat().st_mtime
     wait_for(lambda: (broken / "last.pt").stat().st_mtime > before, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode != 0
-    assert "stopped by SIGTERM: " in output
+    assert f"stopped by SIGTERM: complete epochs are in {broken / 'last.pt'}" in output
+    assert 0 < len(log_lines(broken)) < epochs
 
     process = torchrun(2, "train_MGMRA", arguments(data, broken, *flags))
     output = process.communicate(timeout=240)[0]
@@ -186,7 +184,7 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
 
 @pytest.mark.slow
 def test_torchrun_evaluates_to_the_bits_of_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torchvision.models, "get_model", NarrowResNet)
+    monkeypatch.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
     data = write_data(tmp_path / "data")
     train_MGMRA.main(arguments(data, tmp_path / "run", "--epochs", 1))
     flags = ("--dataset", "regdb", "--data-path", data, "--resume", tmp_path / "run" / "last.pt")
@@ -204,14 +202,3 @@ def children(pid):
     """Process ids of a process's children, oldest first."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return sorted(map(int, listed))
-
-
-@pytest.mark.slow
-def test_torchrun_shares_the_pre_processing(tiny_sysu, tmp_path):
-    flags = ("--data-path", tiny_sysu, "--img_h", 16, "--img_w", 8, "--workers", 1, "--output-dir")
-    assert pre_process_sysu.main([str(word) for word in (*flags, tmp_path / "one")]) == 0
-    process = torchrun(3, "pre_process_sysu", (*flags, tmp_path / "three"))
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    files = [{p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "three")]
-    assert files[0] == files[1]

@@ -134,7 +134,7 @@ def test_excluded_images_by_rule():
     assert excluded("sysu", *case).tolist() == [[True, True, False], [False] * 3]
     assert excluded("same", *case).tolist() == [[False] * 3, [False, True, False]]
     assert excluded("sysu", q_pids, g_pids, [6, 6], g_camids) is None
-    with pytest.raises(ValueError, match="camera rule 'all'; expected none, sysu or same"):
+    with pytest.raises(ValueError, match="camera rule 'all'; expected one of none, sysu, same"):
         excluded("all", *case)
 
 

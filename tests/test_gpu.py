@@ -1,19 +1,20 @@
 """CPU against CUDA, in float32 and bf16: run on a machine with a GPU by ``pytest -m gpu``."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.plain import PlainNet, plain_training_step
+from benchmarks.plain import PlainNet, plain_training_step, term_weights
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
-from engine.evaluate import extract_features
+from engine.evaluate import embed
 from engine.train import make_optimizer, set_learning_rate, training_step
-from loss import TERM_WEIGHTS, Criterion
-from memory import MemoryHealth
+from loss import Criterion
+from memory import MemoryHealth, read
 from model import TwoStreamNet
 from networks.layers import gem
-from networks.sparse_read import read
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,10 +40,8 @@ def relative(ours, truth):
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
 @pytest.mark.parametrize("ids", [100, 900, 4500])
-@pytest.mark.parametrize("entries", [1 << 27, 0])
-def test_read_and_its_gradients(ids, scale, entries, monkeypatch):
-    """From no survivor to few; whole products, and the sparse route of very large banks."""
-    monkeypatch.setattr("networks.sparse_read.DENSE_ENTRIES", entries)
+def test_read_and_its_gradients(ids, scale):
+    """From no survivor to few; on the CPU large banks take the sparse form."""
     generator = torch.Generator().manual_seed(0)
     x = scale * torch.randn(4, 32, 6, 3, generator=generator)
     bank = torch.randn(ids, 32, generator=generator)
@@ -50,8 +49,9 @@ def test_read_and_its_gradients(ids, scale, entries, monkeypatch):
     results = []
     for device in ("cpu", "cuda"):
         inputs = [t.to(device).requires_grad_() for t in (x, bank)]
+        out, weights = read(*inputs, 0.0025)
         health = MemoryHealth()
-        out = read(*inputs, 0.0025, level="part", health=health)
+        health.update({"part": weights})
         gradients = torch.autograd.grad((out * toward.to(device)).sum(), inputs)
         results.append(((out, *gradients), health.summary()))
     (expected, counted), (ours, counted_there) = results
@@ -81,21 +81,24 @@ def step(device, memory, amp, plain=False):
     if memory is not None:
         with torch.no_grad():
             net.memory.part_bank.mul_(3)
-    batch = {
+    images = {
         "visible": torch.randn(8, 3, 96, 48).to(device),
         "infrared": torch.randn(8, 3, 96, 48).to(device),
         "labels": torch.tensor([3, 1, 149, 7], device=device).repeat_interleave(2).repeat(2),
-        "order": [4, 0, 5, 2, 1, 3],
-        "weights": TERM_WEIGHTS,
     }
+    weights = term_weights(net)
+    settings = {"order": [4, 0, 5, 2, 1, 3], "weights": weights}
     if plain:
         net = PlainNet(net).to(device)
-        terms = plain_training_step(net, make_optimizer(net), **batch)
+        terms = plain_training_step(net, make_optimizer(net), **images, **settings)
         return terms, net.gradients()
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.01)
-    terms, _ = training_step(net, Criterion(), optimizer, **batch, amp=amp, health=MemoryHealth())
+    criterion = Criterion(weights, num_centers=8)
+    terms, _, _ = training_step(
+        net, criterion, optimizer, SimpleNamespace(**images), amp=amp, **settings
+    )
     return terms, {name: p.grad for name, p in net.named_parameters()}
 
 
@@ -129,11 +132,11 @@ def test_features(amp):
     net = TwoStreamNet(10, memory="mg", arch="resnet18")
     images = torch.randn(6, 3, 96, 48)
     feats = [
-        extract_features(
+        embed(
             net.to(device),
             [images.to(device)],
-            modality="visible",
-            test_feats=("pcb", "memory"),
+            "visible",
+            ("pcb", "memory"),
             amp=amp and device == "cuda",
         )
         for device in ("cpu", "cuda")

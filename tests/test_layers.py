@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from networks.layers import NonLocal, gem
+from networks.backbone import NonLocal
+from networks.layers import gem
 
 
 def plain_gem(x, p, dims):

@@ -6,7 +6,6 @@ import torch
 from recipe import GOLDEN
 
 from loss import (
-    TERM_WEIGHTS,
     BatchHardTripletLoss,
     Criterion,
     HeteroCenterTripletLoss,
@@ -17,6 +16,9 @@ from loss import (
     weighted_total,
 )
 from memory import MemoryRead
+
+HCT = {"id": 1.0, "triplet": 1.0, "center_triplet": 2.0}
+MEMORY = {"memory_id": 0.1, "memory_triplet": 1.0}
 
 TRIPLETS = {
     "hetero_center_triplet": HeteroCenterTripletLoss(),
@@ -111,16 +113,13 @@ def test_gradcheck_of_triplets(name):
 
 
 @pytest.mark.parametrize("ids", [1, 2, 5])
-def test_hetero_centres_with_room_to_spare(ids, monkeypatch):
-    """As on a GPU, which is not asked how many centres there are."""
+def test_the_number_of_centres_handed_in_is_the_one_counted(ids):
     gen = torch.Generator().manual_seed(5)
-    labels = torch.arange(ids).repeat_interleave(3).repeat(2)
+    labels = (7 * torch.arange(ids)).repeat_interleave(3).repeat(2)
     features = torch.randn(6 * ids, 2, 7, generator=gen, dtype=torch.float64, requires_grad=True)
-    loss = HeteroCenterTripletLoss(margin=2.0)
     results = []
-    for unasked in ((), ("cpu",)):
-        monkeypatch.setattr("loss.UNASKED", unasked)
-        value = loss(features, labels)
+    for count in (None, 2 * ids):
+        value = HeteroCenterTripletLoss(margin=2.0, num_centers=count)(features, labels)
         results.append((value, *torch.autograd.grad(value, features)))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -255,26 +254,38 @@ def outputs(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "names"),
+    ("kind", "weights"),
     [
-        ("pcb", "id triplet center_triplet"),
-        ("pcb sg", "id triplet center_triplet memory_id memory_triplet"),
-        ("pcb mg", "id triplet center_triplet memory_id memory_triplet alignment"),
-        ("agw", "id triplet"),
-        ("agw mg", "id triplet memory_id memory_triplet alignment"),
+        ("pcb", HCT),
+        ("pcb sg", {**HCT, **MEMORY}),
+        ("pcb mg", {**HCT, **MEMORY, "alignment": 0.1}),
+        ("agw", {"id": 1.0, "triplet": 1.0}),
+        ("agw mg", {"id": 1.0, "triplet": 1.0, **MEMORY, "alignment": 0.1}),
     ],
 )
-def test_criterion_gives_each_methods_terms(kind, names):
+def test_criterion_gives_the_terms_it_was_given_weights_for(kind, weights):
     out, labels = outputs(kind)
-    terms = Criterion()(out, labels, list(range(6)))
-    assert " ".join(terms) == names
-    total = weighted_total(terms, TERM_WEIGHTS)
-    expected = sum(TERM_WEIGHTS[k] * v for k, v in terms.items())
+    head = "agw" if kind.startswith("agw") else "pcb"
+    terms = Criterion(weights, head=head)(out, labels, list(range(6)))
+    assert list(terms) == list(weights)
+    total = weighted_total(terms, weights)
+    expected = sum(weights[k] * v for k, v in terms.items())
     torch.testing.assert_close(total, expected - (0.01 if "alignment" in terms else 0))
+    triplet = TRIPLETS["weighted_regularized_triplet" if head == "agw" else "hetero_center_triplet"]
+    torch.testing.assert_close(terms["triplet"], triplet(out["feat"], labels))
 
 
-def test_a_weight_switches_decorrelation_on_and_others_off():
+def test_terms_of_weight_zero_are_left_out_and_unknown_ones_refused():
     out, labels = outputs("pcb mg")
-    weights = {**TERM_WEIGHTS, "decorrelation": 0.01, "alignment": 0.0, "center_triplet": 0.0}
-    terms = Criterion(weights=weights)(out, labels, list(range(6)))
-    assert set(terms) == {"id", "triplet", "memory_id", "memory_triplet", "decorrelation"}
+    weights = {**HCT, "center_triplet": 0.0, "alignment": 0.0, "decorrelation": 0.01}
+    terms = Criterion(weights)(out, labels, list(range(6)))
+    assert set(terms) == {"id", "triplet", "decorrelation"}
+    with pytest.raises(ValueError, match="there is no loss term .modality_gap."):
+        Criterion({"modality_gap": 1.0})
+
+
+def test_half_precision_reads_are_compared_in_float32():
+    out, labels = outputs("pcb mg")
+    half = {**out, "memory_read": MemoryRead(out["memory_read"].part.bfloat16())}
+    terms = Criterion({"alignment": 1.0, "decorrelation": 1.0})(half, labels, list(range(6)))
+    assert {t.dtype for t in terms.values()} == {torch.float32}

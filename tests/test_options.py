@@ -44,8 +44,7 @@ ANCESTORS_FLAGS = {
 
 
 def resolved(line=""):
-    args = options.train_parser("").parse_args(line.split())
-    return args, options.resolve(args)
+    return options.resolve(options.train_parser("").parse_args(line.split()))
 
 
 @pytest.mark.parametrize("line", PUBLISHED)
@@ -61,8 +60,7 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
     value = ANCESTORS_FLAGS[name]
     flag = "--" + name.replace("_", spelling).replace("-", spelling)
     extra = ["--method", "agw"] if name == "pcb" else []
-    args = options.train_parser("").parse_args([flag, value, *extra])
-    options.resolve(args)
+    args, _ = options.resolve(options.train_parser("").parse_args([flag, value, *extra]))
     found = getattr(args, name.replace("-", "_"))
     assert str(found) == value or found == float(value)
 
@@ -70,8 +68,8 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
 def test_switches_and_short_forms():
     args, _ = resolved("--tvsearch --test-only -r x")
     assert (args.direction, args.test_only, args.resume) == ("i2v", True, "x")
-    assert resolved("--resume")[0].resume is None
-    assert resolved("")[0].resume == ""
+    assert resolved("--resume")[0].resume == options.RESUME_LAST
+    assert resolved("")[0].resume is None
 
 
 @pytest.mark.parametrize(
@@ -96,7 +94,7 @@ def test_shrink_is_a_number_or_auto():
     args, _ = resolved("--shrink auto --shrink-scale 2")
     assert (args.shrink, args.shrink_scale) == ("auto", 2.0)
     assert resolved("--shrink auto")[0].shrink_scale == 1.0
-    with pytest.raises(ValueError, match="--shrink-scale is of --shrink auto"):
+    with pytest.raises(ValueError, match="--shrink-scale belongs to --shrink auto, and .* 0.0025"):
         resolved("--shrink-scale 2")
 
 
@@ -160,8 +158,8 @@ def test_illegal_values_name_the_legal_ones(line, capsys):
 
 
 def test_defaults_of_evaluation_are_the_same_for_training_and_testing():
-    train = vars(options.train_parser("").parse_args([]))
-    test = vars(options.test_parser("").parse_args([]))
+    train = vars(resolved()[0])
+    test = vars(options.resolve_evaluation(options.test_parser("").parse_args([])))
     for name in ("mode", "gallery", "shots", "trials", "direction", "re_rank", "test_feat"):
         assert train[name] == test[name], name
     assert train["re_rank"] == "no"
@@ -179,14 +177,85 @@ def test_description_and_json_hold_every_flag():
     assert resolved("--dataset sysu")[0].data_path == Path("data/SYSU-MM01")
 
 
+def test_resolving_changes_nothing_that_was_given():
+    given = options.train_parser("").parse_args(["--method", "agw", "--tvsearch"])
+    before = dict(vars(given))
+    args, _ = options.resolve(given)
+    assert vars(given) == before
+    assert (args.direction, args.pcb, args.epochs) == ("i2v", "off", 61)
+    given = options.test_parser("").parse_args(["--tvsearch"])
+    before = dict(vars(given))
+    args = options.resolve_evaluation(given)
+    assert vars(given) == before
+    assert (args.direction, args.data_path) == ("i2v", Path("data/RegDB"))
+
+
+def test_an_evaluation_keeps_what_it_was_trained_with_unless_told():
+    args = options.resolve_evaluation(options.test_parser("").parse_args([]))
+    assert [args.img_h, args.img_w, args.gem_p, args.memory_variant] == [None] * 4
+    assert (args.mode, args.trials, args.test_batch, args.subset) == ("all", 10, 64, "test")
+    line = ["--tvsearch", "--direction", "v2i"]
+    with pytest.raises(ValueError, match="--tvsearch asks for infrared to visible"):
+        options.resolve_evaluation(options.test_parser("").parse_args(line))
+
+
+def actions(*parsers):
+    """Each flag's action by its name."""
+    return {action.dest: action for parser in parsers for action in parser._actions}
+
+
+def shown(value):
+    """A value as one writes it on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def test_every_default_is_of_a_flag_and_shown_in_its_help():
+    """Every value of a preset too."""
+    train, test = (make("") for make in (options.train_parser, options.test_parser))
+    assert options.DEFAULTS.keys() <= actions(train, test).keys()
+    for parser in (train, test):
+        parser.format_help()  # no stray percent sign
+    for name, action in actions(train).items():
+        if name not in options.DEFAULTS or action.nargs == 0:
+            continue
+        assert f"default: {shown(options.DEFAULTS[name])}" in action.help, name
+        for preset, values in options.PRESETS.items():
+            if name in values:
+                assert f"{preset}: {shown(values[name])}" in action.help, name
+    for name in ("img_h", "img_w", "gem_p", "memory_variant"):
+        assert "(default: as trained)" in actions(test)[name].help
+
+
+def test_flags_without_a_default_say_so_in_words():
+    """Whatever takes a value, is no switch and stands in no table."""
+    for name, action in actions(options.train_parser("")).items():
+        if action.nargs != 0 and name not in options.DEFAULTS and name != "resume":
+            assert "default: " in action.help, name
+
+
+def test_a_memory_that_is_not_there_has_no_terms():
+    args, sources = resolved("--memory-levels none")
+    assert (args.w_alignment, args.w_decorrelation) == (0.0, 0.0)
+    assert sources["w_alignment"] == "no memory"
+    with pytest.raises(ValueError, match="--w_alignment needs a memory"):
+        resolved("--memory-levels none --w_alignment 0.1")
+    with pytest.raises(ValueError, match="--w_center weighs the stripes' triplets"):
+        resolved("--method agw --w_center 1")
+    assert resolved("--method agw")[0].w_center == 0.0
+
+
 def test_changes_on_resume_are_listed_and_some_refused():
     saved = {"lr": 0.1, "epochs": 61, "workers": 4, "trial": 1, "seed": 0, "gone": 3}
     now = {"lr": 0.05, "epochs": 61, "workers": 8, "trial": 1, "seed": 1, "new": 2}
-    assert options.changes(saved, now, within_epoch=False) == "lr 0.1 -> 0.05; seed 0 -> 1"
-    with pytest.raises(ValueError, match="inside an epoch with a changed seed 0 -> 1"):
-        options.changes(saved, now, within_epoch=True)
+    assert options.changes(saved, now) == "lr 0.1 -> 0.05; seed 0 -> 1"
     with pytest.raises(ValueError, match="changed trial 1 -> 2"):
-        options.changes(saved, {**now, "trial": 2}, within_epoch=False)
+        options.changes(saved, {**now, "trial": 2})
+
+
+def test_flags_named_in_tables_exist():
+    known = actions(options.train_parser(""), options.test_parser("")).keys()
+    for table in (options.PROTOCOL, options.FREE_ON_RESUME, options.FIXED_ON_RESUME):
+        assert set(table) <= known
 
 
 @pytest.mark.parametrize("flags", [("--lr", "inf"), ("--triplet-ramp", "5", "3")])
@@ -199,8 +268,8 @@ def test_numbers_that_make_no_schedule(flags, capsys):
 def test_a_protocol_has_every_option_of_an_evaluation_set():
     fields = {field.name for field in dataclasses.fields(EvalOptions)}
     assert {*options.PROTOCOL, "subset"} == fields | {"dataset", "data_path"}
-    args = options.test_parser("").parse_args(["--dataset", "sysu", "--shots", "10"])
-    options.resolve_protocol(args)
+    line = ["--dataset", "sysu", "--shots", "10"]
+    args = options.resolve_evaluation(options.test_parser("").parse_args(line))
     given = options.protocol(args, subset="val", trials=3)
     assert given["dataset"] == "sysu"
     assert given["shots"] == 10

@@ -1,15 +1,22 @@
 """The plain rendering of `benchmarks/plain.py` is the oracle of the fast code as a whole."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.plain import PlainNet, plain_evaluate, plain_k_reciprocal, plain_training_step
+from benchmarks.plain import (
+    PlainNet,
+    plain_evaluate,
+    plain_k_reciprocal,
+    plain_training_step,
+    term_weights,
+)
 from engine.train import make_optimizer, set_learning_rate, training_step
 from eval_metrics import eval_regdb, eval_sysu
-from loss import TERM_WEIGHTS, Criterion
+from loss import Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet
 from re_rank import k_reciprocal
@@ -17,7 +24,6 @@ from re_rank import k_reciprocal
 IDS = 150  # 4500 parts: the float32 reads take the sparse route
 BANK_SCALE = {"none": 1e-3, "few": 20.0, "many": 3.0}  # of the bank, sets how many survive
 SURVIVORS = {"none": (0, 0), "few": (1, 5), "many": (50, 400)}  # of 4500, per position
-WEIGHTS = {**TERM_WEIGHTS, "decorrelation": 0.01}
 
 
 def pair(memory, survivors, dtype):
@@ -33,17 +39,21 @@ def pair(memory, survivors, dtype):
         "infrared": torch.randn(8, 3, 96, 48, dtype=dtype),
         "labels": torch.tensor([3, 1, 149, 7]).repeat_interleave(2).repeat(2),
         "order": [4, 0, 5, 2, 1, 3],
-        "weights": WEIGHTS,
+        "weights": term_weights(net) | ({"decorrelation": 0.01} if memory == "mg" else {}),
     }
     return net, PlainNet(net), batch
 
 
-def our_step(net, batch, **options):
+def our_step(net, batch, health=None):
     """Terms and gradients of one step."""
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.01)
-    criterion = Criterion(label_smoothing=0.1, weights=WEIGHTS)
-    terms, _ = training_step(net, criterion, optimizer, **batch, **options)
+    criterion = Criterion(batch["weights"], label_smoothing=0.1)
+    images = SimpleNamespace(**{k: batch[k] for k in ("visible", "infrared", "labels")})
+    settings = {k: batch[k] for k in ("order", "weights")}
+    terms, _, addressing = training_step(net, criterion, optimizer, images, **settings)
+    if health is not None and addressing is not None:
+        health.update(addressing)
     return terms, {name: p.grad for name, p in net.named_parameters()}
 
 

@@ -147,9 +147,9 @@ def test_float32_decides_only_what_it_can():
     for width, noise in [(3, 1.0), (256, 0.3), (1536, 0.3), (2048, 3.0)]:
         feats = np.concatenate(clustered(rng, 100, 100, 20, width, noise / width**0.5))
         ranker = KReciprocal(feats.astype(np.float32))
-        images = ranker._images(np.empty((0, width), np.float32))
-        images.scan(0)
-        images.settle(())
+        images = ranker._neighbours(feats.astype(np.float32))
+        images.compare_from(0)
+        images.sort(())
         points = images.exact(np.arange(200))
         rows = np.arange(200)[:, None]
         true = ((points[rows] - points[images.ids]) ** 2).sum(axis=2)
@@ -157,14 +157,13 @@ def test_float32_decides_only_what_it_can():
         assert error.max() < re_rank.UNDECIDED / 2
 
 
-@pytest.mark.parametrize(("block", "rows", "pairs"), [(7, 3, 5), (16, 100, 1000), (1, 1, 1)])
-def test_blocks_do_not_matter(block, rows, pairs, monkeypatch):
+@pytest.mark.parametrize(("tile", "rows", "pairs"), [(7, 3, 5), (16, 100, 1000), (1, 1, 1)])
+def test_tile_sizes_do_not_matter(tile, rows, pairs, monkeypatch):
     q_feats, g_feats = clustered(np.random.default_rng(8), 23, 31)
     g_feats[::3] = g_feats[0]
     expected = naive_k_reciprocal(q_feats, g_feats)
-    monkeypatch.setattr(re_rank, "BLOCK", block)
-    monkeypatch.setattr(re_rank, "ROWS", rows)
-    monkeypatch.setattr(re_rank, "REDONE", rows)
+    monkeypatch.setattr(re_rank, "TILE", tile)
+    monkeypatch.setattr(re_rank, "EXACT_ROWS", rows)
     monkeypatch.setattr(re_rank, "PAIRS", pairs)
     assert_close(k_reciprocal(q_feats, g_feats), expected)
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import options
-import reproduce
 import stand_in
-from reproduce import main, plan
+from reproduce import main
+from reproduction import plan as plans
+from reproduction.plan import flags_of, given_options, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_STUB = """
@@ -23,11 +24,11 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import options
 args = options.train_parser("").parse_args()
-options.resolve(args)
+args, _ = options.resolve(args)
 out = args.output_dir
 with open({log!r}, "a") as stream:
     stream.write(" ".join(sys.argv) + "\\n")
-if (out / "last.pt").exists() and not (args.overwrite or args.resume is None):
+if (out / "last.pt").exists() and not (args.overwrite or args.resume is not None):
     sys.exit(2)
 if os.environ.get("STUB_FAILS", "nothing") in str(out):
     sys.exit(3)
@@ -46,7 +47,7 @@ import json, sys
 sys.path.insert(0, {root!r})
 import options
 args = options.test_parser("").parse_args()
-options.resolve_protocol(args)
+args = options.resolve_evaluation(args)
 with open({log!r}, "a") as stream:
     stream.write(" ".join(sys.argv) + "\\n")
 number = len(args.resume) % 5 / 10
@@ -87,7 +88,7 @@ def stubs(tmp_path, monkeypatch):
     for name in ("train_HCT.py", "train_SGMRA.py", "train_MGMRA.py"):
         (folder / name).write_text(TRAIN_STUB.format(**words))
     (folder / "test.py").write_text(TEST_STUB.format(**words))
-    monkeypatch.setattr(reproduce, "HERE", folder)
+    monkeypatch.setattr(plans, "ROOT", folder)
     return log
 
 
@@ -114,8 +115,19 @@ def table(tmp_path, *flags):
 # --- The plan -------------------------------------------------------------------------------------
 
 
-def planned(table, dataset="regdb", trials=10, extra=()):
+def planned(table, dataset="regdb", trials=10, flags=()):
+    extra = given_options(flags)
     return plan(table, dataset=dataset, runs=Path("runs"), trials=trials, extra=extra)
+
+
+def test_options_become_flags_and_flags_options():
+    given = {"preset": "scratch", "gem_p": 3.0, "triplet_ramp": [0, 2], "milestones": []}
+    given |= {"amp": True, "data_path": Path("here")}
+    flags = flags_of(given)
+    assert flags[:7] == ["--preset", "scratch", "--gem-p", "3.0", "--triplet-ramp", "0", "2"]
+    assert flags[7:] == ["--milestones", "--amp", "--data-path", "here"]
+    assert given_options(flags) == given
+    assert given_options([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +152,7 @@ def test_tables_have_the_runs_that_they_name(table, dataset, trainings, tests, f
         if step.trains:
             made.add(step.folder)
         else:
-            assert Path(step.resolved["resume"]).parent in made
+            assert Path(step.options["resume"]).parent in made
             assert step.resolved["dataset"] == dataset
     for row in rows:
         for file in row.files:
@@ -149,10 +161,10 @@ def test_tables_have_the_runs_that_they_name(table, dataset, trainings, tests, f
 
 def test_methods_and_protocols_of_the_tables():
     steps, rows = planned("regdb")
-    names = {row.name for row in rows}
+    names = {row.setting.name for row in rows}
     assert names == {"HCT", "SG-MRA", "MG-MRA", "AGW", "AGW + MG-MRA"}
-    assert {row.section for row in rows} == {"regdb v2i", "regdb i2v"}
-    assert [r.name for r in rows if r.re_rank != "no"] == ["MG-MRA"]
+    assert {row.section.key for row in rows} == {"regdb v2i", "regdb i2v"}
+    assert [r.setting.name for r in rows if r.re_rank != "no"] == ["MG-MRA"]
     trained = {(s.script, s.resolved["method"]) for s in steps if s.trains}
     assert trained == {
         *(("train_HCT.py", m) for m in ("base", "agw")),
@@ -167,14 +179,15 @@ def test_methods_and_protocols_of_the_tables():
     assert {t["trials"] for t in tests} == {3}
 
 
-@pytest.mark.parametrize("extra", [(), ("--preset", "scratch", "--epochs", "2")])
-def test_ablations_vary_one_thing_and_share_what_is_equal(extra):
-    steps, _ = planned("ablation", trials=1, extra=extra)
+@pytest.mark.parametrize("flags", [(), ("--preset", "scratch", "--epochs", "2")])
+def test_ablations_vary_one_thing_and_share_what_is_equal(flags):
+    steps, _ = planned("ablation", trials=1, flags=flags)
     trained = {s.folder.name: (s.script, s.resolved) for s in steps if s.trains}
     script, base = trained["MGMRA_regdb_trial1"]
     assert script == "train_MGMRA.py"
     related = {frozenset(("shrink", "shrink_scale")), frozenset(("shrink",))}
     related |= {frozenset(("instances_per_id", "parts_per_instance"))}
+    related |= {frozenset(("memory_levels", "w_alignment"))}  # without a memory nothing to align
     for name, (script, resolved) in trained.items():
         differing = {k for k in base if resolved[k] != base[k]} - {"output_dir"}
         if script == "train_HCT.py" or name == "MGMRA_regdb_trial1":
@@ -188,13 +201,14 @@ def test_ablations_vary_one_thing_and_share_what_is_equal(extra):
 
 def test_the_control_and_the_scaled_threshold_are_in_the_tables():
     for name in ("ablation", "memory"):
-        flags = [" ".join(step.flags) for step in planned(name, trials=1)[0] if step.trains]
+        steps, _ = planned(name, trials=1)
+        flags = [" ".join(flags_of(step.options)) for step in steps if step.trains]
         for wanted in ("--memory-levels none", "--shrink auto --shrink-scale 0.5", "released"):
             assert any(wanted in line for line in flags), wanted
     rows = planned("ablation", trials=1)[1]
     assert {row.re_rank for row in rows} == {"no", "k_reciprocal", "random_walk"}
-    assert {"memory", "both", "pcb"} <= {row.test_feat for row in rows}
-    assert all(row.training for row in rows if row.group == "lambda")
+    assert {"memory", "both", "pcb"} <= {row.setting.test.get("test_feat") for row in rows}
+    assert all(row.setting.health for row in rows if row.setting.group == "lambda")
 
 
 def test_each_command_is_one_a_user_could_type(capsys):
@@ -355,7 +369,7 @@ def test_a_missing_trial_is_shown_and_never_averaged_over(go, tmp_path, capsys):
     text = capsys.readouterr().out
     row = next(line for line in text.splitlines() if line.startswith("| HCT"))
     assert f"| {100 * np.mean(values):.2f} ± {100 * np.std(values):.2f} |" in row
-    assert "| 3 | 91.05 / 83.28 | arXiv 2109.08843, Table 1 |" in row
+    assert "| 3 | 91.05 / 83.28 | HCT's README; also in the abstract" in row
     assert text.startswith("# RegDB: stand-in data\n")
     assert "Data: stand-in data" in text and "say nothing of the real data set" in text
     assert "Code: abc." in text
@@ -410,7 +424,7 @@ def test_sysu_rows_average_over_draws(go, tmp_path, capsys):
     section = text.split("\n## SYSU-MM01, indoor-search, ten-shot, official gallery, last epoch")[1]
     row = next(x for x in section.splitlines() if x.startswith("| SG-MRA"))
     assert f"± {100 * np.std([0, 0.001, 0.002]):.2f}" in row
-    assert "the authors' own re-run" in text
+    assert "their own re-run" in text
     code, calls = go(*flags[:2], "--trials", 5, *flags[4:], dataset="sysu")
     assert (code, len(calls)) == (0, 2)  # more draws: evaluated anew, not trained
 

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from short_run import (
     EPOCHS,
+    NARROW,
     STEPS,
-    NarrowResNet,
     arguments,
     differences,
     log_lines,
@@ -27,11 +27,11 @@ from short_run import (
 import train_HCT
 import train_MGMRA
 import utils
-from engine import fit as fit_loop
-from engine import setup as training
-from engine import train as engine
-
-GET_MODEL = torchvision.models.get_model
+from data_loader import ImageCache, ImageStore
+from engine import distributed, evaluate, fit
+from engine import train as engine_train
+from memory import LEVELS, MultiGranularityMemory
+from networks.backbone import BACKBONES
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def narrow_backbone():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torchvision.models, "get_model", NarrowResNet)
+        patched.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
         yield
 
 
@@ -81,15 +81,18 @@ def interrupted(data, folder, *flags, code):
 @pytest.mark.parametrize(
     ("target", "name", "call", "saved"),
     [
-        (engine, "training_step", 0, (0, 1)),
-        (engine, "training_step", STEPS + 2, (1, 3)),
-        (engine, "training_step", STEPS - 1, (1, 0)),  # the last step: its epoch ends
-        (engine, "training_step", 2 * STEPS - 1, (1, STEPS)),  # the same, before an evaluation
-        (training, "score", 0, (1, STEPS)),  # during an evaluation
-        (fit_loop, "save_checkpoint", 0, (1, 0)),
+        (ImageCache, "__call__", 0, None),  # before training
+        (engine_train, "training_step", 0, None),
+        (engine_train, "training_step", STEPS - 1, None),  # the last step of an epoch
+        (engine_train, "training_step", STEPS + 2, 1),
+        (engine_train, "training_step", 2 * STEPS - 1, 1),  # the last one before an evaluation
+        (evaluate, "score", 0, 1),  # during an evaluation
+        (fit, "save_checkpoint", 0, None),
+        (fit, "save_checkpoint", 2, 1),  # best.pt of the second epoch is saved, last.pt is not
+        (fit, "write_reports", 2, 2),  # last.pt is saved, the reports are not
     ],
 )
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
+def test_a_signal_ends_a_run_at_once_and_it_goes_on_to_the_same_bits(
     target, name, call, saved, data, unbroken, tmp_path, monkeypatch, capsys
 ):
     folder = tmp_path / "run"
@@ -98,46 +101,39 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
         stop_at(patched, target, name, call, number)
         interrupted(data, folder, code=128 + number)
     message = capsys.readouterr().err.splitlines()[-1]
-    assert f"stopped by {number.name}: {saved[0]} epochs" in message
-    assert str(folder / "last.pt") in message
-    assert message.endswith("--resume")
-    content = torch.load(folder / "last.pt", weights_only=True)
-    assert (content["epoch"], content["underway"]["steps"]) == saved
+    begin = f"stopped by {number.name}"
+    if saved is None:
+        assert message.startswith(f"{begin}. Go on with: python ")
+        assert not (folder / "last.pt").exists()
+    else:
+        kept = f"{begin}: complete epochs are in {folder / 'last.pt'}. Go on with: python "
+        assert message.startswith(kept)
+        assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == saved
+    assert message.endswith(" --resume")
     assert train(data, folder, "--resume") == 0
     assert differences(outcome(unbroken), outcome(folder)) == []
 
 
-def test_a_run_in_many_pieces_and_saves_within_epochs(data, unbroken, tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    flags = ("--save-every-steps", 2, "--resume")  # nothing there yet: starts at the beginning
-    for _ in range(2 * EPOCHS):
+def test_the_command_that_goes_on_is_the_one_that_was_ended(data, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a run"
+    for flags in (("--overwrite",), ("--resume",), ("-r", folder / "last.pt")):
         with monkeypatch.context() as patched:
-            stop_at(patched, engine, "training_step", 1)
+            patched.setattr("sys.argv", ["somewhere/train_MGMRA.py"])
+            stop_at(patched, engine_train, "training_step", STEPS if len(flags) == 1 else 0)
             interrupted(data, folder, *flags, code=143)
-    assert train(data, folder, *flags) == 0
+        command = capsys.readouterr().err.splitlines()[-1].split("Go on with: python ")[1]
+        assert shlex.split(command) == ["train_MGMRA.py", *arguments(data, folder), "--resume"]
+
+
+def test_a_run_ended_in_every_epoch_reaches_the_same_bits(data, unbroken, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    for complete in range(1, EPOCHS):  # --resume: nothing there yet, it starts at the beginning
+        with monkeypatch.context() as patched:
+            stop_at(patched, engine_train, "training_step", STEPS + 1)
+            interrupted(data, folder, "--resume", code=143)
+        assert len(log_lines(folder)) == complete
+    assert train(data, folder, "--resume") == 0
     assert differences(outcome(unbroken), outcome(folder)) == []
-
-
-def test_signals_before_training_leave_at_once_and_handlers_are_given_back(
-    data, tmp_path, monkeypatch, capsys
-):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    stop_at(monkeypatch, training, "load_images", 0)
-    interrupted(data, tmp_path / "run", code=143)
-    assert "stopped by SIGTERM. Go on with" in capsys.readouterr().err
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_a_second_ctrl_c_is_not_put_off(monkeypatch):
-    with utils.StopSignals() as stop, stop.deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # a launcher's repetition
-        assert stop.received == signal.SIGINT
-        monkeypatch.setattr(utils, "INSIST_SECONDS", 0.0)
-        with pytest.raises(utils.Interrupted, match="SIGINT"):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(utils.Interrupted), stop.deferred(False):
-            pass
 
 
 def test_a_run_goes_on_in_another_folder_with_its_log_and_best(data, unbroken, tmp_path):
@@ -184,13 +180,22 @@ def test_changed_options_are_reported_or_refused(data, unbroken, tmp_path, capsy
     assert (folder / "last.pt").read_bytes() == before
 
 
-def test_inside_an_epoch_the_steps_stay_what_they_were(data, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patched:
-        stop_at(patched, engine, "training_step", 1)
-        interrupted(data, tmp_path / "run", code=143)
-    for flags in (("--seed", 1), ("--num_pos", 3)):
-        interrupted(data, tmp_path / "run", "--resume", *flags, code=2)
-        assert "inside an epoch" in capsys.readouterr().err
+def test_a_checkpoint_from_within_an_epoch_is_of_a_former_version(data, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    content = torch.load(folder / "last.previous.pt", weights_only=True)
+    last = folder / "last.pt"
+    torch.save({**content, "underway": {"steps": 3, "sums": {"total": 1.0}}}, last)
+    before = last.read_bytes()
+    interrupted(data, folder, "--resume", code=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {last} was saved within an epoch by a former version")
+    assert f"--weights {last}" in error
+    assert last.read_bytes() == before
+    # At an epoch's end the former version's files are as good as ours.
+    torch.save({**content, "underway": {"steps": 0, "sums": {}}}, last)
+    assert train(data, folder, "--resume") == 0
+    assert differences(outcome(unbroken), outcome(folder)) == []
 
 
 DAMAGES = {
@@ -233,7 +238,7 @@ def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(data, unbroken, tm
     temporary = folder / f".last.pt.{os.getpid()}.tmp"
     with pytest.MonkeyPatch.context() as patched:
         # Every write to this device fails for want of room.
-        patched.setattr(fit_loop, "remove_temporary_files", lambda f: None)
+        patched.setattr(fit, "remove_temporary_files", lambda f: None)
         temporary.symlink_to("/dev/full")
         interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -298,32 +303,33 @@ def test_an_end_between_any_two_renames_loses_nothing(data, unbroken, tmp_path, 
         assert differences(outcome(unbroken), outcome(folder)) == [], calls[-1]
 
 
+@pytest.mark.parametrize(
+    ("poisoned_step", "message"),
+    [(1, f"'id' is nan in epoch {EPOCHS}, step 1"), (STEPS, "'part_norm.bias' holds NaN")],
+)
 def test_a_loss_or_weight_that_is_not_finite_keeps_the_last_good_checkpoint(
-    data, unbroken, tmp_path, capsys, monkeypatch
+    poisoned_step, message, data, unbroken, tmp_path, capsys, monkeypatch
 ):
-    folder = tmp_path / "run"
+    folder, calls = tmp_path / "run", []
     shutil.copytree(unbroken, folder)
-    before = (folder / "last.pt").read_bytes()
-    step = engine.training_step
+    before = {name: (folder / name).read_bytes() for name in ("last.pt", "best.pt", "log.jsonl")}
+    step = engine_train.training_step
 
     def poisoned(net, *args, **kwargs):
         result = step(net, *args, **kwargs)
-        with torch.no_grad():  # as a gradient that overflows leaves it; the loss still was finite
-            net.part_norm.bias.fill_(torch.nan)
+        calls.append(1)
+        if len(calls) == poisoned_step:
+            with torch.no_grad():  # as a gradient that overflows leaves it; the loss was finite
+                net.part_norm.bias.fill_(torch.nan)
         return result
 
-    monkeypatch.setattr(engine, "training_step", poisoned)
-    flags = ("--resume", "--epochs", EPOCHS + 1)
-    interrupted(data, folder, *flags, code=2)
-    assert f"'id' is nan in epoch {EPOCHS}, step 1" in capsys.readouterr().err
-    interrupted(data, folder, *flags, "--save-every-steps", 1, code=2)
-    assert "'part_norm.bias' holds NaN or infinity" in capsys.readouterr().err
-    assert (folder / "last.pt").read_bytes() == before
+    monkeypatch.setattr(engine_train, "training_step", poisoned)
+    interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
+    assert message in capsys.readouterr().err
+    assert {name: (folder / name).read_bytes() for name in before} == before
 
 
 def test_a_loader_thread_that_dies_is_an_error(data, tmp_path, monkeypatch):
-    from data_loader import ImageStore
-
     monkeypatch.setattr(ImageStore, "gather", lambda self, rows: exec("raise MemoryError('full')"))
     with pytest.raises(MemoryError, match="full"):
         train(data, tmp_path / "run")
@@ -355,10 +361,11 @@ def test_what_several_processes_cannot_do_is_said_before_any_work(
 ):
     interrupted(data, tmp_path / "run", "--sync-bn", code=2)
     assert "--sync-bn needs CUDA" in capsys.readouterr().err
-    monkeypatch.setattr(training.distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "size", lambda: 3)
     interrupted(data, tmp_path / "run", "--batch-size", 4, code=2)
     error = capsys.readouterr().err
-    assert "4 identities don't divide among 3 processes; choose a multiple of 3" in error
+    assert "--batch-size 4" in error
+    assert "choose a multiple of 3" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -373,18 +380,88 @@ def test_test_only_evaluates_the_file_that_was_named_or_nothing(data, unbroken, 
     assert report["last"]["epoch"] == EPOCHS
 
 
-def test_other_methods_and_adam_resume_within_an_epoch(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.models, "get_model", GET_MODEL)
-    flags = ("--method", "agw", "--optim", "adam", "--epochs", 1, "--lr", 1e-4)
-    for name in ("whole", "parts"):
-        folder = tmp_path / name
-        if name == "parts":
-            with monkeypatch.context() as patched:
-                stop_at(patched, engine, "training_step", 2)
-                with pytest.raises(SystemExit):
-                    train_HCT.main(arguments(data, folder, *flags))
-        train_HCT.main(arguments(data, folder, *flags, *(["--resume"] * (name == "parts"))))
-    assert differences(outcome(tmp_path / "whole"), outcome(tmp_path / "parts")) == []
+def whole_and_parts(main, data, folder, monkeypatch, *flags, **settings):
+    """Trains two epochs at once, and again in two runs; where the results differ."""
+    flags = ("--epochs", 2, *flags)
+    assert main(arguments(data, folder / "whole", *flags), **settings) == 0
+    with monkeypatch.context() as patched:
+        stop_at(patched, engine_train, "training_step", STEPS + 1)
+        with pytest.raises(SystemExit):
+            main(arguments(data, folder / "parts", *flags), **settings)
+    assert main(arguments(data, folder / "parts", *flags, "--resume"), **settings) == 0
+    assert [line["epoch"] for line in log_lines(folder / "parts")] == [1, 2]
+    return differences(outcome(folder / "whole"), outcome(folder / "parts"))
+
+
+def test_agw_and_adam_resume_to_the_same_bits(data, tmp_path, monkeypatch):
+    flags = ("--method", "agw", "--optim", "adam", "--lr", 1e-4)
+    assert whole_and_parts(train_HCT.main, data, tmp_path, monkeypatch, *flags) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("AdamW", {"amsgrad": True, "weight_decay": 0.1}),
+        ("RMSprop", {"momentum": 0.5, "centered": True}),
+        ("NAdam", {}),
+        ("Adafactor", {}),  # its state has fewer entries than the parameter
+    ],
+)
+def test_any_optimiser_resumes_to_the_same_bits(kind, settings, data, tmp_path, monkeypatch):
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"this version of torch has no {kind}")
+
+    def make(net, *_):
+        groups = [
+            {"params": net.head_parameters(), "lr_scale": 1.0},
+            {"params": [net.memory.part_bank, *net.shared.parameters()], "lr_scale": 0.1},
+        ]
+        return getattr(torch.optim, kind)(groups, lr=1e-3, **settings)
+
+    monkeypatch.setattr(train_MGMRA, "make_optimizer", make)
+    flags = ("--lr", 1e-3)
+    assert whole_and_parts(train_MGMRA.main, data, tmp_path, monkeypatch, *flags) == []
+    saved = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert saved
+
+
+class ThresholdPerLevel(MultiGranularityMemory):
+    """A user's memory whose threshold is a tuple: one for each level."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.shrink = (0.001, 0.002, 0.003)
+
+    def threshold(self, level, num_prototypes):
+        return self.shrink[LEVELS.index(level)]
+
+
+def test_a_tuple_in_the_network_s_configuration_survives(data, tmp_path, monkeypatch, capsys):
+    main, own = train_MGMRA.main, {"memory_class": ThresholdPerLevel}
+    assert whole_and_parts(main, data, tmp_path, monkeypatch, **own) == []
+    folder = tmp_path / "parts"
+    config = torch.load(folder / "last.pt", weights_only=True)["config"]
+    assert (config["memory"], config["shrink"]) == ("ThresholdPerLevel", (0.001, 0.002, 0.003))
+    capsys.readouterr()
+    interrupted(data, folder, "--epochs", 3, "--resume", code=2)  # the method's own memory
+    assert "memory 'ThresholdPerLevel' there, 'mg' here" in capsys.readouterr().err
+
+
+def test_an_optimiser_s_state_that_does_not_fit_is_refused(data, unbroken, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    content = torch.load(folder / "last.pt", weights_only=True)
+    state, groups = content["optimizer"]["state"], content["optimizer"]["param_groups"]
+    state[0] = {"momentum_buffer": state[0]["momentum_buffer"][:1, :2].clone()}
+    shorter = [{**groups[0], "params": groups[0]["params"][:-1]}, groups[1]]
+    for optimizer in (
+        {"state": state, "param_groups": groups},
+        {"state": {}, "param_groups": shorter},
+    ):
+        torch.save({**content, "optimizer": optimizer}, folder / "last.pt")
+        interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
+        error = capsys.readouterr().err
+        assert f"{folder / 'last.pt'} does not hold a run's state as expected" in error
 
 
 @pytest.mark.slow

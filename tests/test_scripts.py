@@ -1,5 +1,12 @@
-"""The scripts as a user runs them: subprocesses on tiny stand-in data."""
+"""The scripts as a user runs them, on tiny stand-in data.
 
+Each script runs in a process of its own at least once; where that adds nothing, `call` runs its
+`main` here, which spares the four seconds of its imports.
+"""
+
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -12,6 +19,9 @@ import pytest
 import torch
 
 import stand_in
+import test
+import train_MGMRA
+from memory import MemoryRead, MultiGranularityMemory
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -34,14 +44,41 @@ def run(script, *flags, cwd, code=0):
     return done.stdout, done.stderr
 
 
+def call(script, *flags, cwd, code=0):
+    """The same as `run`, in this process."""
+    main = importlib.import_module(script.removesuffix(".py")).main
+    output, error = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(error),
+    ):
+        patched.chdir(cwd)
+        try:
+            ended = main([*map(str, flags)])
+        except SystemExit as stop:
+            ended = stop.code
+    assert ended == code, error.getvalue()
+    return output.getvalue(), error.getvalue()
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Stand-in data in each layout: 12 training and 6 test identities."""
+    """Stand-in data in each layout: 8 training and 6 test identities."""
     root = tmp_path_factory.mktemp("data")
-    common = {"train_ids": 12, "test_ids": 6, "images_per_id": 8, "seed": 1, "workers": 1}
-    stand_in.generate(root / "regdb", layout="regdb", **common)
-    stand_in.generate(root / "sysu", layout="sysu", val_ids=4, **common)
-    stand_in.generate(root / "llcm", layout="llcm", **common)
+    common = {"train_ids": 8, "test_ids": 6, "seed": 1, "workers": 1}
+    stand_in.generate(root / "regdb", layout="regdb", images_per_id=8, **common)
+    stand_in.generate(root / "sysu", layout="sysu", images_per_id=2, val_ids=4, **common)
+    stand_in.generate(root / "llcm", layout="llcm", images_per_id=3, **common)
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The same of RegDB alone, as small as an epoch can be: 8 images in each modality."""
+    root = tmp_path_factory.mktemp("tiny")
+    counts = {"train_ids": 4, "test_ids": 3, "images_per_id": 2}
+    stand_in.generate(root / "regdb", layout="regdb", **counts, seed=1, workers=1)
     return root
 
 
@@ -49,16 +86,16 @@ def log_lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def train(script, data, folder, *flags, dataset="regdb", code=0):
+def train(script, data, folder, *flags, dataset="regdb", code=0, start=call):
     where = ("--dataset", dataset, "--data-path", data / dataset, "--output-dir", folder)
-    return run(script, *where, *QUICK, *flags, cwd=folder.parent, code=code)
+    return start(script, *where, *QUICK, *flags, cwd=folder.parent, code=code)
 
 
 METHODS = {
     "HCT": ("train_HCT.py", ()),
     "AGW": ("train_HCT.py", ("--method", "agw", "--lr", 0.005)),
     "SGMRA": ("train_SGMRA.py", ()),
-    "MGMRA": ("train_MGMRA.py", ("--amp",)),
+    "MGMRA": ("train_MGMRA.py", ()),
     "AGW + MGMRA released": (
         "train_MGMRA.py",
         ("--method", "agw", "--lr", 0.005, "--memory-variant", "released", "--share_net", 1),
@@ -70,7 +107,7 @@ METHODS = {
 def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     script, flags = METHODS[name]
     folder = tmp_path / "run"
-    train(script, data, folder, *flags, "--epochs", 2)
+    train(script, data, folder, *flags, "--epochs", 2, start=run)
     first, second = log_lines(folder)
     assert second["id"] < first["id"]
     assert second["total"] < first["total"] + 1.0
@@ -88,10 +125,9 @@ def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     train(script, data, folder, *flags, "--epochs", 3, "--resume")
     assert [line["epoch"] for line in log_lines(folder)] == [1, 2, 3]
 
-    output = run(
+    output = call(
         *("test.py", "--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu"),
         *("--resume", folder / "last.pt", "--output-dir", tmp_path / "test", "--quiet"),
-        *(("--amp",) if "--amp" in flags else ()),
         cwd=tmp_path,
     )[0]
     assert "stand-in data in RegDB's layout" in output
@@ -105,10 +141,10 @@ def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     )
 
 
-def test_resumed_run_equals_an_unbroken_one(data, tmp_path):
-    train("train_MGMRA.py", data, tmp_path / "whole", "--epochs", 2)
-    train("train_MGMRA.py", data, tmp_path / "parts", "--epochs", 1)
-    train("train_MGMRA.py", data, tmp_path / "parts", "--epochs", 2, "--resume")
+def test_resumed_run_equals_an_unbroken_one(tiny, tmp_path):
+    train("train_MGMRA.py", tiny, tmp_path / "whole", "--epochs", 2, start=run)
+    train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 1, start=run)
+    train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 2, "--resume", start=run)
     whole, parts = (
         torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")
     )
@@ -119,6 +155,22 @@ def test_resumed_run_equals_an_unbroken_one(data, tmp_path):
     ):
         for key in ("id", "triplet", "total", "alignment", "memory/part/survivors"):
             assert ours[key] == theirs[key], key
+
+
+def test_half_precision_trains_and_evaluates(tiny, tmp_path):
+    """On the smallest data: processors without bf16 take half a second an image."""
+    folder = tmp_path / "run"
+    train("train_MGMRA.py", tiny, folder, "--epochs", 1, "--amp")
+    (line,) = log_lines(folder)
+    assert all(np.isfinite(v) for v in line.values() if isinstance(v, float))
+    call(
+        *("test.py", "--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--amp"),
+        *("--resume", folder / "last.pt", "--output-dir", tmp_path / "test", "--quiet"),
+        cwd=tmp_path,
+    )
+    result = json.loads((tmp_path / "test" / "results.json").read_text())
+    for metric in ("rank1", "mAP", "mINP"):
+        assert result[metric] == pytest.approx(line["eval"][metric], abs=1e-6), metric
 
 
 def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(data, tmp_path):
@@ -135,7 +187,7 @@ def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(da
     report = json.loads((tmp_path / "val" / "training.json").read_text())
     assert report["best"]["selection"] == "best Rank-1 on the validation identities"
     for gallery, shots in (("seeded", 1), ("official", 10)):
-        output = run(
+        output = call(
             *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--mode", "indoor"),
             *("--gallery", gallery, "--shots", shots, "--resume", tmp_path / "jpg" / "last.pt"),
             *("--gpu", "cpu", "--re_rank", "k_reciprocal", "--output-dir", tmp_path / gallery),
@@ -184,34 +236,107 @@ def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
     assert result["rank1"] == pytest.approx(np.mean([t["rank1"] for t in per_trial]))
     assert result["rows"][0]["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in per_trial]))
     assert (tmp_path / "both" / "ranked_lists.png").stat().st_size > 10_000
-    _, error = run("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
+    _, error = call("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
     assert "1 of 3 checkpoints are missing" in error
     assert "trial3" in error
 
 
-def test_a_run_is_not_overwritten_and_test_only_evaluates(data, tmp_path):
+def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
     folder = tmp_path / "run"
-    train("train_HCT.py", data, folder, "--epochs", 1, "--save_epoch", 1)
+    train("train_HCT.py", tiny, folder, "--epochs", 1, "--save_epoch", 1)
     assert (folder / "epoch_001.pt").exists()
     before = (folder / "last.pt").read_bytes()
-    _, error = train("train_HCT.py", data, folder, "--epochs", 1, code=2)
+    _, error = train("train_HCT.py", tiny, folder, "--epochs", 1, code=2)
     assert "--overwrite" in error
     assert "--resume" in error
     assert (folder / "last.pt").read_bytes() == before
-    _, error = train("train_HCT.py", data, folder, "--test-only", "--resume", folder / "last.pt")
+    _, error = train("train_HCT.py", tiny, folder, "--test-only", "--resume", folder / "last.pt")
     assert "R1 " in error
     assert (folder / "last.pt").read_bytes() == before
-    _, error = train("train_HCT.py", data, folder, "--epochs", 1, "--resume")
+    _, error = train("train_HCT.py", tiny, folder, "--epochs", 1, "--resume")
     assert "nothing to train" in error
-    _, error = train("train_MGMRA.py", data, folder, "--resume", code=2)
+    _, error = train("train_MGMRA.py", tiny, folder, "--resume", code=2)
     assert "belongs to another network" in error
     # The same file starts another method's weights.
     train(
-        *("train_MGMRA.py", data, tmp_path / "fine", "--weights", folder / "last.pt"),
+        *("train_MGMRA.py", tiny, tmp_path / "fine", "--weights", folder / "last.pt"),
         *("--epochs", 1),
     )
-    train("train_HCT.py", data, folder, "--epochs", 1, "--overwrite", "--optim", "adam")
+    train("train_HCT.py", tiny, folder, "--epochs", 1, "--overwrite", "--optim", "adam")
     assert (folder / "last.pt").read_bytes() != before
+
+
+class OwnMemory(MultiGranularityMemory):
+    """A user's memory, which `test.py --memory test_scripts.OwnMemory` finds."""
+
+    def read(self, level, x, bank):
+        value, weights = super().read(level, x, bank)
+        return 2 * value, weights
+
+
+def test_a_memory_of_one_s_own_is_trained_and_evaluated(tiny, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    where = ("--dataset", "regdb", "--data-path", tiny / "regdb")
+    flags = (*where, *QUICK, "--epochs", 1, "--test-feat", "memory", "--output-dir", folder)
+    assert train_MGMRA.main([*map(str, flags)], memory_class=OwnMemory) == 0
+    trained = log_lines(folder)[-1]["eval"]
+    common = (*where, "--gpu", "cpu", "--quiet", "--resume", folder / "last.pt", "--output-dir")
+
+    def evaluated(*flags):
+        assert test.main([*map(str, (*common, tmp_path / "test", *flags))]) == 0
+        return json.loads((tmp_path / "test" / "results.json").read_text())
+
+    own = ("--memory", "test_scripts.OwnMemory", "--test-feat", "memory")
+    assert evaluated(*own)["mAP"] == pytest.approx(trained["mAP"])
+    features = []
+    for scale in (1, 0):  # it is this class that is run
+        with monkeypatch.context() as patched:
+            if scale == 0:
+                patched.setattr(OwnMemory, "forward", lambda self, x: MemoryRead(0 * x))
+            evaluated(*own, "--save-features", tmp_path / "f.npz")
+        with np.load(tmp_path / "f.npz") as saved:
+            features.append(saved["query_memory"])
+    assert not np.allclose(*features)
+    capsys.readouterr()
+    assert {row["test_feat"] for row in evaluated()["rows"]} == {"pcb"}  # without it
+    assert "has a memory of the class OwnMemory: loaded without it" in capsys.readouterr().err
+    for name, text in {
+        "nothing": "expected MODULE.CLASS",
+        "test_scripts.Other": "expected MODULE.CLASS",
+        "memory.MultiGranularityMemory": "its memory is 'OwnMemory', not 'MultiGranularityMemory'",
+    }.items():
+        with pytest.raises(SystemExit):
+            evaluated("--memory", name)
+        assert text in capsys.readouterr().err
+
+
+def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
+    train("train_HCT.py", tiny, tmp_path / "run", "--epochs", 1)
+    folders = [data / "regdb" / name for name in ("Visible", "Thermal")]
+    where = ("--gpu", "cpu", "--quiet", "--resume", tmp_path / "run" / "last.pt")
+    run(
+        *("test.py", "--query-dir", folders[0], "--gallery-dir", folders[1], *where),
+        cwd=tmp_path,
+    )
+    output = tmp_path / "run" / "search_Visible_Thermal"
+    ranks = json.loads((output / "ranks.json").read_text())
+    assert (ranks["query_modality"], ranks["gallery_modality"]) == ("visible", "infrared")
+    assert len(ranks["ranks"]) == len(list(folders[0].rglob("*.bmp")))
+    for entry in ranks["ranks"]:
+        scores = [answer["score"] for answer in entry["gallery"]]
+        assert [answer["rank"] for answer in entry["gallery"]] == list(range(1, 21))
+        assert scores == sorted(scores, reverse=True)
+        assert (folders[1] / entry["gallery"][0]["image"]).is_file()
+    lines = (output / "ranks.csv").read_text().splitlines()
+    assert lines[0] == "query,rank,gallery,score"
+    assert len(lines) == 1 + 20 * len(ranks["ranks"])
+    assert (output / "ranked_lists.png").stat().st_size > 10_000
+    for flags, message in (
+        (("--query-dir", folders[0]), "take three flags"),
+        (("--query-dir", folders[0], "--gallery-dir", tmp_path / "none"), "none"),
+    ):
+        _, error = call("test.py", *flags, *where, cwd=tmp_path, code=2)
+        assert message in error
 
 
 BAD_INPUT = {
@@ -232,14 +357,20 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_a_message_before_any_work(name, data, tmp_path):
+def test_bad_input_is_a_message_before_any_work(name, tiny, tmp_path):
     flags, message = BAD_INPUT[name]
-    _, error = train("train_MGMRA.py", data, tmp_path / "run", *flags, code=2)
+    _, error = train("train_MGMRA.py", tiny, tmp_path / "run", *flags, code=2)
     assert message in error
     assert "decode" not in error
-    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_gpu_0_without_cuda_falls_back_and_says_so(data, tmp_path):
-    _, error = train("train_HCT.py", data, tmp_path / "run", "--epochs", 1, "--gpu", 0)
+def test_bad_input_ends_the_process_with_its_code(tiny, tmp_path):
+    _, error = train("train_SGMRA.py", tiny, tmp_path / "run", "--img_h", 100, code=2, start=run)
+    assert error.startswith("error: an image height of 100")
+    assert error.count("\n") == 1
+
+
+def test_gpu_0_without_cuda_falls_back_and_says_so(tiny, tmp_path):
+    _, error = train("train_HCT.py", tiny, tmp_path / "run", "--epochs", 1, "--gpu", 0, start=run)
     assert "no CUDA device on this machine, running on the CPU" in error

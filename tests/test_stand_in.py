@@ -15,9 +15,10 @@ from PIL import Image
 from scipy.io import loadmat
 
 import stand_in
-from datasets import pedestrians
+from datasets import pedestrians, stand_in_layouts
 from datasets.pedestrians import make_person, render
-from stand_in import Settings, generate
+from datasets.stand_in_layouts import Settings
+from stand_in import generate
 
 ROOT = Path(stand_in.__file__).parent
 REGDB = {"layout": "regdb", "train_ids": 8, "test_ids": 5, "images_per_id": 3, "seed": 5}
@@ -108,18 +109,18 @@ def test_regdb_trials_differ(regdb):
 
 def test_all_possible_splits_are_found(tmp_path):
     settings = Settings("regdb", train_ids=3, test_ids=2, images_per_id=1, trials=10).resolved()
-    shots = stand_in._regdb_shots(settings)
-    texts = dict(stand_in._regdb_lists(settings, shots))
+    drawings = stand_in_layouts._regdb_drawings(settings)
+    texts = dict(stand_in_layouts._regdb_lists(settings, drawings))
     assert len({texts[f"idx/test_visible_{t}.txt"] for t in range(1, 11)}) == 10
 
 
 def test_regdb_full_counts():
     settings = Settings("regdb", full=True).resolved()
-    shots = stand_in._regdb_shots(settings)
-    assert len(shots) == 412
-    assert sum(map(len, shots.values())) == 8240
-    lists = dict(stand_in._regdb_lists(settings, shots))
-    assert {text.count("\n") for text in lists.values()} == {2060}
+    drawings = stand_in_layouts._regdb_drawings(settings)
+    assert len(drawings) == 412
+    assert sum(map(len, drawings.values())) == 8240
+    lists = dict(stand_in_layouts._regdb_lists(settings, drawings))
+    assert {text.count(b"\n") for text in lists.values()} == {2060}
 
 
 # ----------------------------------------------------------------------------------------- SYSU
@@ -176,16 +177,16 @@ def test_sysu_rand_perm_cam(sysu):
 
 def test_sysu_draws_differ_between_trials():
     settings = Settings("sysu", train_ids=4, test_ids=3, images_per_id=9).resolved()
-    shots = stand_in._sysu_shots(settings)
-    pid = next(pid for pid, own in shots.items() if any(shot.camera == 3 for shot in own))
-    draws = stand_in._rand_perm_cam(settings, shots)[2, 0][pid - 1, 0]
+    drawings = stand_in_layouts._sysu_drawings(settings)
+    pid = next(pid for pid, own in drawings.items() if any(drawing.camera == 3 for drawing in own))
+    draws = stand_in_layouts._rand_perm_cam(settings, drawings)[2, 0][pid - 1, 0]
     assert len({tuple(row) for row in draws.tolist()}) == 10
 
 
 def test_sysu_full_counts():
     settings = Settings("sysu", full=True).resolved()
-    shots = stand_in._sysu_shots(settings)
-    roles = stand_in._sysu_roles(settings)
+    drawings = stand_in_layouts._sysu_drawings(settings)
+    roles = stand_in_layouts._roles(settings, stand_in_layouts.SYSU_ROLES)
     assert {role: len(pids) for role, pids in roles.items()} == {
         "train": 296,
         "val": 99,
@@ -193,13 +194,13 @@ def test_sysu_full_counts():
     }
 
     def images(pids, cameras):
-        return sum(shot.camera in cameras for pid in pids for shot in shots[pid])
+        return sum(drawing.camera in cameras for pid in pids for drawing in drawings[pid])
 
     train = roles["train"] + roles["val"]
     assert images(train, {1, 2, 4, 5}) == 22258
     assert images(train, {3, 6}) == 11909
     assert [images(roles["test"], {c}) for c in range(1, 7)] == [1374, 1565, 1883, 1918, 1918, 1920]
-    pairs = {(pid, shot.camera) for pid in roles["test"] for shot in shots[pid]}
+    pairs = {(pid, drawing.camera) for pid in roles["test"] for drawing in drawings[pid]}
     assert sum(camera in (1, 2, 4, 5) for _, camera in pairs) == 301
     first = [{pid for pid, seen in pairs if seen == camera} for camera in (1, 2)]
     assert first[0] == first[1] and len(first[0]) == 56
@@ -210,10 +211,10 @@ def test_sysu_full_counts():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sysu_nobody_lacks_a_modality(train_ids, test_ids, seed):
     settings = Settings("sysu", train_ids, test_ids, images_per_id=1, seed=seed).resolved()
-    shots = stand_in._sysu_shots(settings)
-    assert len(shots) == train_ids + test_ids
-    for own in shots.values():
-        cameras = {shot.camera for shot in own}
+    drawings = stand_in_layouts._sysu_drawings(settings)
+    assert len(drawings) == train_ids + test_ids
+    for own in drawings.values():
+        cameras = {drawing.camera for drawing in own}
         assert cameras & {3, 6} and cameras & {1, 2, 4, 5}
 
 
@@ -487,14 +488,13 @@ def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, caplog):
+def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, capsys):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stand_in, "generate", interrupt)
-    with caplog.at_level("INFO"):
-        assert stand_in.main(["--layout", "regdb", "--out", str(tmp_path / "data")]) == 130
-    assert "the same command continues" in caplog.text
+    assert stand_in.main(["--layout", "regdb", "--out", str(tmp_path / "data")]) == 130
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def llcm_lists(folder: Path) -> dict[str, list[tuple[str, int]]]:
@@ -520,16 +520,16 @@ def test_llcm_lists_and_folders(tmp_path, images_per_id):
             images = [p.relative_to(folder) for p in folder.glob(f"test_{word}/*/{pid:04d}/*.jpg")]
             assert len(images) == images_per_id
             cameras = {image.parts[1] for image in images}
-            assert cameras <= {f"cam{c}" for c in stand_in.LLCM_CAMERAS[word]}
+            assert cameras <= {f"cam{c}" for c in stand_in_layouts.LLCM_CAMERAS[word]}
     assert not (folder / "test_nir/cam3").exists()
     spread = np.ptp(np.asarray(Image.open(next(folder.glob("nir/*/*.jpg"))), float), axis=2)
     assert spread.max() == 0  # grey
 
 
 def test_llcm_full_counts():
-    shots = stand_in._llcm_shots(Settings("llcm", full=True).resolved())
-    assert len(shots) == 713 + 351
-    paths = [shot.path for of_person in shots.values() for shot in of_person]
+    drawings = stand_in_layouts._llcm_drawings(Settings("llcm", full=True).resolved())
+    assert len(drawings) == 713 + 351
+    paths = [drawing.path for of_person in drawings.values() for drawing in of_person]
     assert len(set(paths)) == len(paths)
     assert [sum(p.startswith(w) for p in paths) for w in ("vis/", "nir/")] == [16946, 13975]
 
@@ -539,6 +539,6 @@ def test_sheet(tmp_path, layout):
     path = tmp_path / "sheet.png"
     assert stand_in.main(["--layout", layout, "--sheet", str(path), "--sheet-ids", "2"]) == 0
     page = np.asarray(Image.open(path))
-    height, width = stand_in.SIZES[layout]
+    height, width = stand_in_layouts.SIZES[layout]
     assert page.shape[0] > 2 * height and page.shape[1] > 8 * width
     assert page[20:, 36:].std() > 20

@@ -7,16 +7,15 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room or module imports what stands below it, and modules of its own room.
 FLOORS = (
     "utils",
-    "eval_metrics re_rank loss datasets",
+    "eval_metrics re_rank datasets",
     "data_manager data_loader",
     "networks",
-    "memory",
+    "memory loss",
     "model",
     "options",
     "engine",
     "figures reproduction",
-    "search visualize",
-    "train_HCT train_SGMRA train_MGMRA test pre_process_sysu stand_in reproduce",
+    "train_HCT train_SGMRA train_MGMRA test pre_process_sysu stand_in reproduce visualize",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 ROOMS = ("datasets", "networks", "engine", "figures", "reproduction")

@@ -1,6 +1,5 @@
 """Tests of sysu_mm01.py."""
 
-import io
 import json
 import os
 import pickle
@@ -63,7 +62,9 @@ def test_sysu_fit_leaves_the_validation_list_out(tiny_sysu):
     assert fit.pids[fit.infrared_labels].tolist() == fit.infrared.pids.tolist()
     val = eval_set("sysu", tiny_sysu, subset="val", trials=2)
     assert set(val.query.pids) == {12, 20} == set(val.gallery.pids)
-    with pytest.raises(DataError, match="empty gallery: cam1/, cam2/.*val_id.txt"):
+    with pytest.raises(
+        DataError, match="empty gallery: .*val_id.txt .*indoor.* gallery in cam1/, cam2/"
+    ):
         eval_set("sysu", tiny_sysu, subset="val", mode="indoor")
 
 
@@ -153,42 +154,11 @@ def test_official_galleries(tiny_sysu, mode, shots):
     assert "official gallery, 10 trials" in test.protocol
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.float32, np.float64, np.uint16])
-@pytest.mark.parametrize("compressed", [False, True])
-def test_permutations_are_read_as_scipy_reads_them(kind, compressed):
-    rng = np.random.default_rng(0)
-    cells = np.empty((3, 1), dtype=object)
-    for i, shape in enumerate([(10, 7), (0, 0), (1, 1)]):
-        cells[i, 0] = np.empty((2, 1), dtype=object)
-        cells[i, 0][0, 0] = rng.integers(0, 200, shape).astype(kind)
-        cells[i, 0][1, 0] = rng.integers(0, 200, (2, 3)).astype(kind)
-    stream = io.BytesIO()
-    variables = {"note": "text", "other": {"a": 1}, "rand_perm_cam": cells}
-    savemat(stream, variables, do_compression=compressed)
-    found = sysu_mm01._read_mat(stream.getvalue(), "rand_perm_cam")
-    expected = loadmat(stream)["rand_perm_cam"]
-    assert found.shape == expected.shape == (3, 1)
-    for mine, theirs in zip(found[:, 0], expected[:, 0], strict=True):
-        assert mine.shape == theirs.shape == (2, 1)
-        for one, other in zip(mine[:, 0], theirs[:, 0], strict=True):
-            assert np.array_equal(one, other) and one.shape == other.shape
-
-
-def test_damaged_permutations_never_raise_anything_else(tiny_sysu):
+def test_a_file_far_too_large_for_permutations_is_not_read(tiny_sysu, monkeypatch):
     write_permutations(tiny_sysu, SYSU_COUNTS["test"])
-    file = tiny_sysu / "exp/rand_perm_cam.mat"
-    good, rng = file.read_bytes(), random.Random(0)
-    refused = 0
-    for _ in range(150):
-        bad = bytearray(good)
-        for _ in range(3):
-            bad[rng.randrange(120, len(bad))] = rng.randrange(256)
-        file.write_bytes(bad[: rng.choice([None, None, rng.randrange(len(bad))])])
-        try:
-            eval_set("sysu", tiny_sysu, gallery="official", trials=1)
-        except DataError:
-            refused += 1
-    assert refused > 50
+    monkeypatch.setattr(sysu_mm01, "OFFICIAL_DRAW_LIMIT", 100)
+    with pytest.raises(DataError, match=r"rand_perm_cam.mat cannot be read .*bytes, over 100"):
+        eval_set("sysu", tiny_sysu, gallery="official")
 
 
 def test_official_numbers_count_files_in_sorted_order(tiny_sysu):
@@ -260,7 +230,7 @@ BAD_SYSU_TRAIN = {
     "negative": (write("exp/train_id.txt", "1,-2"), r"train_id.txt holds '-2'"),
     "path": (write("exp/train_id.txt", "1,../../9"), r"train_id.txt holds '../../9'"),
     "huge": (write("exp/train_id.txt", "1," + "9" * 50), r"train_id.txt holds '9999"),
-    "bytes": (write("exp/train_id.txt", b"\xff\x00"), r"can't be read as text"),
+    "bytes": (write("exp/train_id.txt", b"\xff\x00"), r"cannot be read as text"),
     "twice": (write("exp/train_id.txt", "1,2,2"), r"train_id.txt names an identity twice"),
     "in train and val": (write("exp/val_id.txt", "12,5"), r"identity 5 is in .*train.*val_id"),
     "in train and test": (write("exp/test_id.txt", "3,5"), r"identity 5 is in .*train.*test_id"),
@@ -311,27 +281,27 @@ def put(value):
 
 BAD_OFFICIAL = {
     "absent": (lambda r: None, r"rand_perm_cam.mat does not exist; .*--gallery seeded"),
-    "text": (write("exp/rand_perm_cam.mat", "hello" * 100), r"rand_perm_cam.mat can't be read"),
-    "nothing": (write("exp/rand_perm_cam.mat", ""), r"rand_perm_cam.mat can't be read"),
+    "text": (write("exp/rand_perm_cam.mat", "hello" * 100), r"rand_perm_cam.mat cannot be read"),
+    "nothing": (write("exp/rand_perm_cam.mat", ""), r"rand_perm_cam.mat cannot be read"),
     "hdf5": (
         write(
             "exp/rand_perm_cam.mat",
             b"MATLAB 7.3 MAT-file" + b" " * 105 + b"\x00\x02IM" + b"x" * 512,
         ),
-        r"rand_perm_cam.mat can't be read",
+        r"rand_perm_cam.mat cannot be read",
     ),
     "other variable": (
         lambda r: savemat(r / "exp/rand_perm_cam.mat", {"perm": np.ones(3)}),
-        r"rand_perm_cam.mat can't be read",
+        r"rand_perm_cam.mat cannot be read",
     ),
     "no cells": (permutations(lambda c: np.ones((6, 1))), r"camera 1, identity 3, trial 1"),
-    "four cameras": (permutations(lambda c: c[:4]), r"rand_perm_cam.mat can't be read"),
+    "four cameras": (permutations(lambda c: c[:4]), r"rand_perm_cam.mat cannot be read"),
     "zero": (put([[0, 1, 2]] * 10), r"has \[0, 1, 2\] for camera 1, identity 3, trial 1"),
     "past the end": (put([[*range(1, 13), 13]] * 10), r"different numbers in 1\.\.12"),
     "fraction": (put([[1.5, 2]] * 10), r"camera 1, identity 3"),
     "nan": (put([[np.nan, 2]] * 10), r"camera 1, identity 3"),
     "repeated": (put([[2, 2, 1]] * 10), r"camera 1, identity 3"),
-    "strings": (put("permutation"), r"rand_perm_cam.mat can't be read"),
+    "strings": (put("permutation"), r"camera 1, identity 3"),
     "few trials": (put([list(range(1, 13))] * 4), r"identity 3, trial 5"),
     "empty": (put(np.zeros((0, 0))), r"identity 3, trial 1"),
     "few identities": (
@@ -362,10 +332,12 @@ def test_permutations_too_short_for_ten_shots(tiny_sysu):
 
 def test_empty_query_and_gallery(tiny_sysu):
     (tiny_sysu / "exp/test_id.txt").write_text("777")
-    with pytest.raises(DataError, match="empty query: cam3/, cam6/ .*1 identities in exp/test_id"):
+    with pytest.raises(
+        DataError, match="empty query: .* no infrared image of .*exp/test_id.*cam3/, cam6/"
+    ):
         eval_set("sysu", tiny_sysu)
     (tiny_sysu / "exp/test_id.txt").write_text("30")
-    with pytest.raises(DataError, match="empty gallery: cam1/, cam2/ .*mode indoor"):
+    with pytest.raises(DataError, match="empty gallery: .*mode indoor.* gallery in cam1/, cam2/"):
         eval_set("sysu", tiny_sysu, mode="indoor")
     (tiny_sysu / "exp/test_id.txt").unlink()
     with pytest.raises(DataError, match="test_id.txt does not exist"):
@@ -474,12 +446,12 @@ BAD_CACHES = {
     ),
     "gap": (resave("ir_resized_label", replace_pid), r"5 values in 0\.\.5; expected each"),
     "few ids": (write("exp/train_id.txt", "1,2"), r"6 values in 0\.\.5; expected each of 0\.\.3"),
-    "not numpy": (write("train_rgb_resized_img.npy", "hello"), r"can't be read"),
-    "nothing": (write("train_rgb_resized_img.npy", ""), r"can't be read"),
-    "cut off": (lambda r: os.truncate(r / "train_rgb_resized_img.npy", 300), r"can't be read"),
+    "not numpy": (write("train_rgb_resized_img.npy", "hello"), r"cannot be read"),
+    "nothing": (write("train_rgb_resized_img.npy", ""), r"cannot be read"),
+    "cut off": (lambda r: os.truncate(r / "train_rgb_resized_img.npy", 300), r"cannot be read"),
     "pickle": (
         lambda r: np.save(r / "train_ir_resized_label.npy", np.array([{}], dtype=object)),
-        r"can't be read",
+        r"cannot be read",
     ),
 }
 
@@ -511,7 +483,7 @@ def test_nothing_in_a_cache_is_executed(tiny_sysu, tmp_path, name):
         else:
             array = np.array([Payload(tmp_path / "ran")], dtype=object)
             np.save(tiny_sysu / f"train_{name}.npy", array, allow_pickle=True)
-        with pytest.raises(DataError, match="can't be read"):
+        with pytest.raises(DataError, match="cannot be read"):
             train_set("sysu", tiny_sysu)
         assert not (tmp_path / "ran").exists()
 

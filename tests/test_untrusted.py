@@ -5,30 +5,28 @@ Hundreds of cases by default; `pytest -m slow tests/test_untrusted.py` tries tho
 
 import contextlib
 import io
+import json
 import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy.io import savemat
-from short_run import NarrowResNet, arguments, write_data
+from short_run import NARROW, arguments, write_data
 
 import options
 import stand_in
 import train_MGMRA
 from data_manager import DataError, eval_set, train_set
-from engine import evaluate as retrieval
-from engine import fit as fit_loop
 from engine import resume
-from engine import train as engine
+from engine.evaluate import format_result
+from engine.fit import RunFiles, write_reports
 from engine.train import Schedule, make_optimizer
-from model import TwoStreamNet, load_network
-from test import describe_checkpoint, image_size
+from model import TwoStreamNet, load_network, trained_size
+from networks.backbone import BACKBONES
+from test import describe_checkpoint
 from utils import CheckpointError, load_checkpoint
 
 SETTINGS = {
@@ -91,7 +89,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torchvision.models, "get_model", NarrowResNet)
+        patched.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
         yield Place(tmp_path_factory.mktemp("untrusted"))
 
 
@@ -182,34 +180,6 @@ def test_identity_lists(place, data):
                 inside(getattr(found, "gallery", None) or found.visible, place.sysu)
 
 
-def permutations(place):
-    """A legal rand_perm_cam.mat for the stand-in's layout."""
-    cells = np.empty((6, 1), dtype=object)
-    for camera in range(6):
-        cells[camera, 0] = np.empty((6, 1), dtype=object)
-        for pid in range(1, 7):
-            count = len(list((place.sysu / f"cam{camera + 1}/{pid:04d}").glob("*.jpg")))
-            rows = [np.random.default_rng(t).permutation(count) + 1 for t in range(10)]
-            cells[camera, 0][pid - 1, 0] = np.array(rows).reshape(10, count)
-    stream = io.BytesIO()
-    savemat(stream, {"rand_perm_cam": cells})
-    return stream.getvalue()
-
-
-@cases(150, 4000)
-@given(st.data())
-def test_split_files(place, data):
-    file = place.sysu / "exp/rand_perm_cam.mat"
-    content = data.draw(mutated(permutations(place)) | st.binary(max_size=300))
-    with replaced(file, content):
-        try:
-            found = eval_set("sysu", place.sysu, gallery="official")
-        except DataError as error:
-            assert "rand_perm_cam.mat" in str(error)
-        else:
-            inside(found.gallery, place.sysu)
-
-
 FLAG_VALUES = st.one_of(
     st.integers(-3, 200).map(str),
     st.floats().map(str),
@@ -234,13 +204,12 @@ def test_option_combinations(place, data):
     argv = [word for flag, values in words for word in (flag, *values)]
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            args = parser.parse_args(argv)
-            options.resolve(args)
+            args, sources = options.resolve(parser.parse_args(argv))
         except (ValueError, SystemExit):
             return
     saved = options.to_json(args)
-    assert options.changes(saved, saved, within_epoch=True) == ""
-    options.describe(args, {})
+    assert options.changes(saved, json.loads(json.dumps(saved))) == ""
+    options.describe(args, sources)
     schedule = Schedule(
         lr=args.lr,
         epochs=args.epochs,
@@ -287,76 +256,69 @@ def changed(draw, content, depth=4):
     return content
 
 
-def try_resume(place, content, folder):
-    """Restores a dictionary as a run would; returns whether it was taken."""
-    net = TwoStreamNet(**place.content["config"])
-    with contextlib.suppress(CheckpointError):
-        progress = resume.restore(
-            {**content, "path": place.checkpoint},
-            net,
-            make_optimizer(net),
-            steps_per_epoch=5,
-            identities=place.identities,
-        )
-        fit_loop.write_reports(fit_loop.RunFiles(folder, folder, folder), progress)
-        engine.summarize_health(progress.underway.health)
-        if progress.last is not None:
-            retrieval.format_result(progress.last)
-        return True
-    return False
-
-
 @cases(100, 3000)
 @given(st.data())
 def test_checkpoint_dictionaries(place, data):
-    whole = {**place.content, "underway": data.draw(st.just(underway()) | st.just({"steps": 0}))}
-    content = data.draw(changed(whole) | st.dictionaries(st.text(max_size=6), VALUES, max_size=4))
+    content = data.draw(
+        changed(place.content) | st.dictionaries(st.text(max_size=6), VALUES, max_size=4)
+    )
     file = place.root / "stranger.pt"
     torch.save(content, file)
     with contextlib.suppress(CheckpointError):
         load_network(file)
         info = load_checkpoint(file)
         describe_checkpoint(str(file), info)
-        image_size(options.test_parser("").parse_args([]), info)
-    with contextlib.suppress(CheckpointError):
-        try_resume(place, resume.read(file, fall_back=False), place.root)
+        trained_size(info)
 
 
-def underway():
-    """An epoch under way as a checkpoint holds it."""
-    counter = lambda n: torch.tensor(n)  # noqa: E731
-    health = {
-        "rows": counter(8),
-        "zero_rows": counter(3),
-        "survivors": counter(9),
-        "entropy": torch.tensor(0.5, dtype=torch.float64),
-        "used": torch.ones(6, dtype=torch.bool),
-    }
-    sums = {"id": 1.0, "total": 2.0, "feature_spread": 0.5}
-    return {
-        "steps": 2,
-        "sums": sums,
-        "health": {"semantic": health},
-        "images": 16,
-        "seconds": 0.5,
-    }
-
-
-@pytest.mark.parametrize("name", ["config", "identities", "optimizer"])
-def test_tensors_in_place_of_plain_values_are_refused(place, name):
-    """Comparing such a tensor raises; found by the property-based test."""
-    content, tensor = dict(place.content), torch.ones(2, 2)
-    content[name] = {
-        "config": {**content["config"], "num_ids": tensor},
-        "identities": [tensor] * len(place.identities),
-        "optimizer": {**content["optimizer"], "param_groups": [tensor, tensor]},
-    }[name]
-    assert not try_resume(place, content, place.root)
+def resumed(place, **entries):
+    """Restores a run from its checkpoint, some entries of which are others."""
+    net = TwoStreamNet(**place.content["config"])
+    content = {**place.content, **entries, "path": place.checkpoint}
+    progress = resume.restore(content, net, make_optimizer(net), identities=place.identities)
+    write_reports(RunFiles(place.root, place.root, place.root), progress)
+    format_result(progress.last)
+    return progress
 
 
 def test_what_is_in_order_is_taken(place):
-    assert try_resume(place, place.content, place.root)
-    assert try_resume(place, {**place.content, "underway": underway()}, place.root)
+    assert resumed(place).epoch == 1
+
+
+def test_a_run_s_checkpoint_that_is_out_of_order_is_refused(place):
+    content, tensor = place.content, torch.ones(2, 2)
+    groups = content["optimizer"]["param_groups"]
+    first = next(iter(content["net"]))
+    for entries in (
+        {"net": {**content["net"], first: tensor}},
+        {"net": {}},
+        {"config": {**content["config"], "num_ids": tensor}},
+        {"config": {**content["config"], "num_ids": 7}},
+        {"config": None},
+        {"identities": [tensor] * len(place.identities)},
+        {"identities": place.identities[::-1]},
+        {"identities": None},
+        {"optimizer": {**content["optimizer"], "param_groups": [None, None]}},
+        {"optimizer": {"state": {0: {"momentum_buffer": tensor}}, "param_groups": groups}},
+        {"optimizer": {"state": {}, "param_groups": groups[:1]}},
+        {"optimizer": []},
+        {"epoch": 3},
+        {"epoch": "1"},
+        {"log": 5},
+        {"torch_generator": tensor},
+        {"underway": {"steps": 3}},
+        {"underway": [3]},
+    ):
+        with pytest.raises(CheckpointError, match=str(place.checkpoint)):
+            resumed(place, **entries)
+
+
+@pytest.mark.parametrize("missing", resume.ENTRIES)
+def test_a_file_that_is_no_run_s_checkpoint_is_refused(missing, place):
+    file = place.root / "other.pt"
+    torch.save({k: v for k, v in place.content.items() if k != missing}, file)
+    with pytest.raises(CheckpointError, match=f"{file} is no checkpoint .*without {missing}"):
+        resume.read(file, fall_back=False)
 
 
 @cases(150, 3000)

@@ -1,8 +1,11 @@
+import io
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,13 @@ import torch
 import utils
 from utils import (
     CheckpointError,
+    Interrupted,
     load_checkpoint,
     make_writable_dir,
     resolve_device,
     save_checkpoint,
     state_dict_of,
+    stop_signals,
     user_errors,
     write_atomic,
     write_json,
@@ -169,6 +174,75 @@ def test_user_errors_are_one_paragraph_and_others_keep_their_traceback(capsys):
     assert capsys.readouterr().err == "error: what to mend\n"
     with pytest.raises(KeyError), user_errors():
         raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_signals_are_raised_at_once_and_handlers_given_back(number):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"^stopped by {number.name}$") as stop, stop_signals():
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on after the signal")
+    with pytest.raises(Interrupted, match=number.name), stop_signals():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # a launcher's repetition
+    assert stop.value.exit_code == 128 + number
+    assert isinstance(stop.value, KeyboardInterrupt)  # `except Exception` does not swallow it
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_stop_signals_are_the_main_thread_s():
+    done = []
+
+    def elsewhere():
+        with stop_signals():  # setting a handler here would raise ValueError
+            done.append(1)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+@pytest.mark.parametrize("allowed", range(4))
+def test_an_interruption_within_torch_s_save_is_no_failed_write(allowed, tmp_path, monkeypatch):
+    """A signal between two writes of torch.save, which then raises an error of its own."""
+    path, calls = tmp_path / "a.pt", []
+    save_checkpoint(path, {"epoch": 1})
+
+    class Stream(io.BufferedWriter):
+        def write(self, data):
+            calls.append(1)
+            if len(calls) == allowed + 1:
+                raise Interrupted(signal.SIGTERM)
+            return super().write(data)
+
+    monkeypatch.setattr(
+        utils, "open", lambda path, mode: Stream(io.FileIO(path, mode)), raising=False
+    )
+    with pytest.raises(Interrupted):
+        save_checkpoint(path, {"net": {str(i): torch.randn(1 << 17) for i in range(4)}, "epoch": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_an_interruption_within_a_write_leaves_a_whole_file(moment, tmp_path, monkeypatch):
+    path, former = tmp_path / "a.pt", tmp_path / "former.pt"
+    path.write_bytes(b"first")
+
+    def interrupted(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    if moment != "write":
+        monkeypatch.setattr(utils.os, moment, interrupted)
+    write = interrupted if moment == "write" else lambda stream: stream.write(b"second")
+    with pytest.raises(Interrupted):
+        write_atomic(path, write, keep=former)
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of the GNU C library")

@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import search
 import stand_in
 import visualize
+from data_loader import EvalLoader, ImageCache
 from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
-from engine.evaluate import distances, extract_features
+from engine.evaluate import distances, embed
 from eval_metrics import eval_regdb
-from figures import charts as figures
-from figures import image_grids as pictures
+from figures import charts, evaluation, image_grids
 from model import TwoStreamNet
 from utils import save_checkpoint
 
@@ -125,7 +124,7 @@ def test_sysu_and_other_networks(name, checkpoint, place, tmp_path):
 
 def test_numbered_prototypes_of_another_level(place, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(pictures, "prototypes", lambda path, rows, **_: seen.extend(rows))
+    monkeypatch.setattr(image_grids, "prototypes", lambda path, rows, **_: seen.extend(rows))
     where = ("--level", "semantic", "--numbers", 2, 0, "--out", tmp_path / "a.png")
     draw("prototypes", *flags(place), *where)
     assert [row.name.split("\n")[0] for row in seen] == ["semantic 2", "semantic 0"]
@@ -207,24 +206,36 @@ def test_pairs_against_a_naive_loop_and_the_camera_rule():
                 continue
             value = 1 - features["query"][q] @ features["gallery"][g]
             (within if query.pids[q] == gallery.pids[g] else between).append(value)
-    found = visualize.pair_distances(protocol, features)
+    trial = evaluation.first_trial(protocol)
+    features["gallery"] = features["gallery"][rows]
+    found = evaluation.pair_distances(trial, features)
     np.testing.assert_allclose(found[0], within)
     np.testing.assert_allclose(found[1], between)
-    same = visualize.ignored(replace(protocol, camera_rule="same"))
+    same = evaluation.ignored(replace(trial, camera_rule="same"))
     naive = [
         [(p, c) == (gallery.pids[g], gallery.camids[g]) for g in rows]
         for p, c in zip(query.pids, query.camids, strict=True)
     ]
     assert same.tolist() == naive
     with pytest.raises(ValueError, match="camera rule 'other'"):
-        visualize.ignored(replace(protocol, camera_rule="other"))
+        evaluation.ignored(replace(trial, camera_rule="other"))
+
+
+def test_the_first_of_several_trials_is_drawn_and_named():
+    images = listed([4, 5, 6], [1, 2, 3], "visible")
+    protocol = EvalSet("sysu", images, images, (np.array([2, 0]), np.array([1])), "none", "p")
+    trial = evaluation.first_trial(protocol)
+    assert trial.gallery.pids.tolist() == [6, 4] and trial.query is images
+    assert trial.protocol == "p; first trial's gallery"
+    only = replace(protocol, gallery_trials=protocol.gallery_trials[:1])
+    assert evaluation.first_trial(only).protocol == "p"
 
 
 def test_identities_are_chosen_among_those_in_both_modalities(place):
     protocol = eval_set("regdb", place / "regdb")
     shown = set(protocol.query.pids.tolist())
-    assert set(visualize.chosen_identities(protocol, 9, 0).tolist()) == shown
-    some = {tuple(visualize.chosen_identities(protocol, 2, seed)) for seed in range(20)}
+    assert set(evaluation.chosen_identities(protocol, 9, 0).tolist()) == shown
+    some = {tuple(evaluation.chosen_identities(protocol, 2, seed)) for seed in range(20)}
     assert all(len(pids) == 2 and set(pids) <= shown for pids in some) and len(some) > 2
 
 
@@ -232,16 +243,16 @@ def test_pca_keeps_planar_distances_and_names_their_share():
     rng = np.random.default_rng(0)
     plane = rng.normal(size=(20, 2)) * (5, 2)
     turned = plane @ np.linalg.qr(rng.normal(size=(6, 6)))[0][:2] + 3
-    points, names, words = visualize.project(turned, "pca", 0)
+    points, names, words = evaluation.project(turned, "pca", 0)
     gaps = lambda x: np.linalg.norm(x[:, None] - x, axis=2)  # noqa: E731
     np.testing.assert_allclose(gaps(points), gaps(plane), atol=1e-9)
     shares = np.linalg.eigvalsh(np.cov(plane.T))[::-1]
     assert names[0] == f"component 1 ({100 * shares[0] / shares.sum():.0f} % of the variance)"
     assert np.ptp(points[:, 0]) > np.ptp(points[:, 1])
-    again = visualize.project(turned[::-1], "pca", 0)[0][::-1]
+    again = evaluation.project(turned[::-1], "pca", 0)[0][::-1]
     np.testing.assert_allclose(points, again, atol=1e-9)  # signs too
     with pytest.raises(ValueError, match="2 images are too few"):
-        visualize.project(turned[:2], "pca", 0)
+        evaluation.project(turned[:2], "pca", 0)
 
 
 def test_tsne_is_scikit_learns(monkeypatch):
@@ -257,7 +268,7 @@ def test_tsne_is_scikit_learns(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "sklearn.manifold", SimpleNamespace(TSNE=Tsne))
     points = np.random.default_rng(0).normal(size=(31, 4))
-    plane, names, words = visualize.project(points, "tsne", 7)
+    plane, names, words = evaluation.project(points, "tsne", 7)
     np.testing.assert_allclose(plane, points[:, :2])
     assert calls == [{"perplexity": 10, "init": "pca", "random_state": 7}]
     assert names == ("", "") and "perplexity 10" in words
@@ -289,7 +300,7 @@ def result(folder, re_rank="no", **change):
 def test_cmc_names_runs_by_what_differs_and_says_what_is_re_ranked(tmp_path, monkeypatch):
     runs = [result(tmp_path / "HCT/test"), result(tmp_path / "MG/test", "k_reciprocal")]
     seen = {}
-    monkeypatch.setattr(figures, "cmc_curves", lambda path, runs, **_: seen.update(runs))
+    monkeypatch.setattr(charts, "cmc_curves", lambda path, runs, **_: seen.update(runs))
     draw("cmc", *runs, "--out", tmp_path / "a.png")
     assert seen == {"HCT": ([0.5, 1.0], 0.4), "MG, k_reciprocal": ([0.5, 1.0], 0.4)}
     seen.clear()
@@ -306,7 +317,7 @@ def test_results_that_cannot_be_drawn(tmp_path, capsys):
     assert "tell them apart with --names" in capsys.readouterr().err
     draw("cmc", run, "--names", "a", "b", code=2)
     assert "2 --names for 1 results" in capsys.readouterr().err
-    for text, message in (("{", "can't be read"), ("[]", "has no cmc"), ('{"cmc": 1}', "has no")):
+    for text, message in (("{", "cannot be read"), ("[]", "has no cmc"), ('{"cmc": 1}', "has no")):
         (run / "results.json").write_text(text)
         draw("cmc", run, code=2)
         assert message in capsys.readouterr().err
@@ -409,9 +420,8 @@ def test_own_images_are_ranked_as_their_features_say(place, folders, tmp_path):
     features = []
     for name, modality in (("people", "visible"), ("night", "infrared")):
         images = folder_images(folders / name, modality)
-        pixels = search.load_images(images, height=SIZE[0], width=SIZE[1], progress=False)
-        batches = search.EvalLoader(pixels, batch_size=1, device=torch.device("cpu"))
-        features.append(extract_features(net, batches, modality=modality, test_feats=("pcb",)))
+        batches = EvalLoader(ImageCache(*SIZE)(images), batch_size=1, device=torch.device("cpu"))
+        features.append(embed(net, batches, modality, ("pcb",)))
         features[-1]["paths"] = images.paths
     similarity = features[0]["pcb"] @ features[1]["pcb"].T
     lines = ["query,rank,gallery,score"]
@@ -449,4 +459,4 @@ def test_own_folders_that_cannot_be_searched(place, folders, capsys):
     (folders / "night/broken.png").write_bytes(b"\x89PNG not quite")
     evaluate(*own(place, folders), code=2)
     error = capsys.readouterr().err
-    assert "can't decode" in error and "broken.png" in error
+    assert "cannot decode" in error and "broken.png" in error

@@ -1,4 +1,4 @@
-"""Tests of augmentation.py: each transform against Pillow or torchvision."""
+"""Tests of datasets/transforms.py: each transform against Pillow or torchvision."""
 
 from dataclasses import replace
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from datasets.transforms import Augmentation, augment, normalize
+from datasets.transforms import Augmentation, Draw, augment, normalize, transform_each
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -17,6 +18,10 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def noise(n, height, width, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8)
+
+
+def draws(n, seed=0):
+    return np.random.default_rng(seed).random((len(Draw), n))
 
 
 def reference(pixels):
@@ -40,7 +45,7 @@ def test_each_image_is_padded_cropped_flipped_and_normalised_like_torchvision():
     pad, n = 2, 400
     originals = noise(4, 9, 6)
     images = torch.from_numpy(originals).repeat(n // 4, 1, 1, 1)
-    out = augment(images, Augmentation(pad=pad), np.random.default_rng(1), modality="visible")
+    out = augment(images, Augmentation(pad=pad), draws(n, 1), modality="visible")
     assert out.shape == (n, 3, 9, 6) and out.dtype == torch.float32
     assert out.is_contiguous(memory_format=torch.channels_last)
     tables = [list(candidates(pixels, pad)) for pixels in originals]
@@ -63,8 +68,8 @@ def test_each_image_is_padded_cropped_flipped_and_normalised_like_torchvision():
 @pytest.mark.parametrize(("flip", "pad"), [(0.0, 0), (1.0, 0), (0.0, 10)])
 def test_the_ends_of_the_ranges(flip, pad):
     pixels = noise(6, 5, 4)
-    rng = np.random.default_rng(0)
-    out = augment(torch.from_numpy(pixels), Augmentation(pad, flip), rng, modality="infrared")
+    images = torch.from_numpy(pixels)
+    out = augment(images, Augmentation(pad, flip), draws(6), modality="infrared")
     if pad == 0:
         expected = pixels[:, :, ::-1] if flip else pixels
         assert torch.equal(out, normalize(torch.from_numpy(expected.copy())))
@@ -88,7 +93,7 @@ def test_grey_equals_pillow_and_spares_infrared():
     always = Augmentation(pad=0, flip=0, grey=1)
 
     def run(augmentation, modality):
-        return augment(images, augmentation, np.random.default_rng(0), modality=modality)
+        return augment(images, augmentation, draws(400), modality=modality)
 
     assert torch.equal(run(always, "visible"), normalize(torch.from_numpy(grey)))
     assert torch.equal(run(always, "infrared"), normalize(images))
@@ -105,7 +110,7 @@ def test_switching_one_augmentation_on_leaves_the_other_draws_alone():
 
     def run(**options):
         augmentation = Augmentation(pad=2, **options)
-        return augment(images, augmentation, np.random.default_rng(3), modality="infrared")
+        return augment(images, augmentation, draws(50, 3), modality="infrared")
 
     assert torch.equal(run(), run(grey=1.0))
     erased, plain = run(erase=1.0), run()
@@ -115,7 +120,7 @@ def test_switching_one_augmentation_on_leaves_the_other_draws_alone():
 def test_erase_blanks_one_rectangle_of_legal_size():
     images = torch.full((300, 40, 20, 3), 255, dtype=torch.uint8)
     augmentation = Augmentation(pad=0, flip=0, erase=0.5)
-    out = augment(images, augmentation, np.random.default_rng(0), modality="visible")
+    out = augment(images, augmentation, draws(300), modality="visible")
     gone = (out == 0).all(1)
     assert torch.equal((out == 0).any(1), gone)
     erased = gone.flatten(1).any(1)
@@ -134,7 +139,7 @@ def test_erase_blanks_one_rectangle_of_legal_size():
 def test_tone_is_one_monotone_curve_per_image_and_keeps_black():
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(200, 1, 1, 3)
     augmentation = Augmentation(pad=0, flip=0, tone=0.4)
-    out = augment(ramp, augmentation, np.random.default_rng(0), modality="infrared")
+    out = augment(ramp, augmentation, draws(200), modality="infrared")
     curve = (out * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).flatten(2)
     assert torch.allclose(curve[:, 0], curve[:, 1], atol=1e-5)
     assert abs(curve[..., 0]).max() < 1e-6
@@ -152,3 +157,27 @@ def test_tone_is_one_monotone_curve_per_image_and_keeps_black():
 def test_bad_augmentations(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Augmentation(**options)
+
+
+JITTER = v2.Compose([v2.ColorJitter(brightness=0.5, hue=0.3), v2.RandomGrayscale(0.5)])
+
+
+def test_a_transform_of_torchvision_draws_from_each_images_seed_alone():
+    pixels = torch.from_numpy(noise(5, 8, 6))
+    state = torch.get_rng_state()
+    found = transform_each(pixels, JITTER, range(5))
+    assert found.shape == pixels.shape and found.dtype == torch.uint8
+    assert torch.equal(torch.get_rng_state(), state)
+    for i in range(5):
+        torch.manual_seed(i)
+        assert torch.equal(found[i], JITTER(pixels[i].permute(2, 0, 1)).permute(1, 2, 0))
+    assert torch.equal(transform_each(pixels[3:], JITTER, [3, 4]), found[3:])
+    assert not torch.equal(transform_each(pixels, JITTER, range(1, 6)), found)
+
+
+@pytest.mark.parametrize(
+    "transform", [v2.Resize((4, 3)), v2.ToDtype(torch.float32), v2.Grayscale()]
+)
+def test_a_transform_must_keep_shape_and_type(transform):
+    with pytest.raises(ValueError, match="expected the same type and shape"):
+        transform_each(torch.from_numpy(noise(2, 8, 6)), transform, [0, 1])

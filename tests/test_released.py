@@ -7,7 +7,7 @@ import torchvision
 from recipe import METHODS, numbered
 
 from model import TwoStreamNet, load_network
-from networks import released as weights
+from networks.backbone import is_backbone
 from networks.released import convert_released_state_dict, is_released, released_config
 from utils import CheckpointError, save_checkpoint
 
@@ -131,4 +131,4 @@ def test_own_checkpoints_carry_their_architecture(tmp_path):
 
 def test_methods_cover_the_golden_files():
     assert {method for method, _, _ in METHODS.values()} == {"AGW", "HCT", "MGMRA", "SGMRA"}
-    assert weights.is_backbone(["conv1.weight", "fc.bias"])
+    assert is_backbone(["conv1.weight", "fc.bias"])

@@ -1,0 +1,121 @@
+"""Decoding: an `ImageList` becomes one uint8 array, whatever its images' sizes and formats."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.base import DataError, ImageList
+
+FORMATS = ("BMP", "JPEG", "PNG")  # the only Pillow decoders that are tried
+MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million
+DECODE_CHUNK = 32  # images a thread decodes between two progress updates
+COPY_CHUNK = 1024  # images copied at once from a memory map
+
+
+def load_images(
+    images: ImageList, *, height: int, width: int, workers: int = 4, progress: bool = True
+) -> np.ndarray:
+    """Decodes images of any size, grey or colour, and resizes them (Lanczos).
+
+    Args:
+        images: n images; those of a cache are opened, not decoded.
+        height: Of the result, pixels.
+        width: Of the result, pixels.
+        workers: Decoding threads.
+        progress: Show a progress bar.
+
+    Returns:
+        (n, height, width, 3) uint8 RGB; a read-only memory map where a whole cache is asked for.
+
+    Raises:
+        DataError: An image cannot be decoded (names the file and the line that asked for it), or
+            the cache has another size.
+    """
+    if images.cache is not None:
+        return _load_cache(images, height, width)
+    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
+
+    def decode(start: int) -> int:
+        stop = min(start + DECODE_CHUNK, len(images))
+        for index in range(start, stop):
+            _decode(images, index, out[index])
+        return stop - start
+
+    hidden = None if progress else True
+    bar = tqdm(total=len(images), desc=f"decode {images.modality}", unit="img", disable=hidden)
+    with ThreadPoolExecutor(max(1, workers)) as pool, bar:
+        futures = [pool.submit(decode, start) for start in range(0, len(images), DECODE_CHUNK)]
+        try:
+            for future in futures:
+                bar.update(future.result())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return out
+
+
+def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
+    height, width, _ = out.shape
+    try:
+        with Image.open(images.root / images.paths[index], formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode != "L":
+                image = image.convert("RGB")
+            pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+    except Exception as error:  # a damaged image makes Pillow raise nearly anything
+        raise DataError(
+            f"cannot decode {images.describe(index)}: {error}; expected an intact"
+            f" {', '.join(FORMATS)} image: copy it again from the data set"
+        ) from error
+    out[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
+    cache = np.load(images.cache, mmap_mode="r", allow_pickle=False)
+    if cache.shape[1:] != (height, width, 3):
+        raise DataError(
+            f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), and"
+            f" {height} x {width} is asked for. Rebuild it:"
+            f" {images.cache_command} --img_h {height} --img_w {width}; or pass"
+            f" --img_h {cache.shape[1]} --img_w {cache.shape[2]}"
+        )
+    if images.cache_rows is None:
+        return cache
+    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for start in range(0, len(images), COPY_CHUNK):
+        rows = images.cache_rows[start : start + COPY_CHUNK]
+        out[start : start + len(rows)] = cache[rows]
+    return out
+
+
+class ImageCache:
+    """Decodes an image list once and keeps the two lists used last: queries and gallery.
+
+    Args:
+        height: Of the decoded images, pixels.
+        width: Of the decoded images, pixels.
+        workers: Decoding threads.
+        progress: Show a progress bar.
+    """
+
+    def __init__(
+        self, height: int, width: int, *, workers: int = 4, progress: bool = False
+    ) -> None:
+        self._settings = {"height": height, "width": width}
+        self._settings |= {"workers": workers, "progress": progress}
+        self._held: dict[tuple, np.ndarray] = {}
+
+    def __call__(self, images: ImageList) -> np.ndarray:
+        """Returns the list's images, (n, H, W, 3) uint8."""
+        rows = None if images.cache_rows is None else images.cache_rows.tobytes()
+        key = (images.root, images.paths, images.cache, rows)
+        found = self._held.pop(key, None)
+        self._held = dict(list(self._held.items())[-1:])  # the other one; the last is the newest
+        self._held[key] = load_images(images, **self._settings) if found is None else found
+        return self._held[key]

@@ -1,0 +1,87 @@
+"""LLCM: its layout, training lists and gallery draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets.base import (
+    DataSet,
+    EvalOptions,
+    EvalSet,
+    Item,
+    TrainSet,
+    check_not_empty,
+    drawn_gallery,
+    image_list,
+    seeded_draw,
+)
+from datasets.folders import find_images, paired_lists, read_ids, read_list
+from datasets.sysu_mm01 import Sysu
+
+CAMERAS = {"vis": (1, 2, 3, 4, 5, 6, 7, 8, 9), "nir": (1, 2, 4, 5, 6, 7, 8, 9)}
+
+
+class Llcm(DataSet):
+    """LLCM: nine cameras in low light; seven hundred identities to train on, one split.
+
+    `idx/train_{vis,nir}.txt` hold lines `<folder>/<file> <label>` with labels 0..L-1 shared by the
+    two modalities; they name no raw identity, and the label stands for it. Test images lie in
+    `test_vis/cam1..cam9/<pid>/` and `test_nir/cam{1,2,4..9}/<pid>/`, of the identities in
+    `idx/test_id.txt`; `<pid>` may have leading zeros or none. Queries are all images of one
+    modality; the gallery has one seeded image of the other per identity and camera, drawn as
+    SYSU-MM01's. Images of the query's own person and camera do not count.
+
+    Deviation: the data set names no validation identities; every fifth training label is held out,
+    and since the training lists name no cameras either, these are evaluated as RegDB's.
+    """
+
+    name = "llcm"
+    title = "LLCM"
+    folders = ("idx", "test_vis", "test_nir")
+    how_to_get = (
+        "LLCM is given out by its authors against a signed form (https://github.com/ZYK100/LLCM)."
+    )
+    lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
+    has_stand_in = True
+    # No source we read trains these methods on LLCM; SYSU-MM01 too has several cameras, and one
+    # image per camera in the gallery.
+    preset = Sysu.preset
+    preset_source = "this project's guess, SYSU-MM01's values"
+    gallery_draws = 10
+    expected = {"train": (713, 16946, 13975), "test": (351, None, None)}
+
+    def train(self, root: Path, trial: int) -> TrainSet:
+        """Reads the two training lists."""
+        visible = read_list(root, "idx/train_vis.txt", modality="visible", camid=-1)
+        infrared = read_list(root, "idx/train_nir.txt", modality="infrared", camid=-1)
+        return paired_lists(visible, infrared, dataset=self.name, description=self.title)
+
+    def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
+        """Lists the images of the test identities."""
+        pids = sorted(read_ids(root, f"idx/{role}_id.txt"))
+        visible, infrared = (
+            find_images(
+                root,
+                pids,
+                cameras,
+                f"test_{word}/cam{{camera}}/{{pid:04d}}",
+                f"test_{word}/cam{{camera}}/{{pid}}",
+            )
+            for word, cameras in CAMERAS.items()
+        )
+        return visible, infrared
+
+    def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
+        """Makes one modality the queries and draws the galleries from the other."""
+        if options.subset == "val":
+            return super().evaluate(root, options)
+        sides = list(zip(("visible", "infrared"), self.items(root, "test", 1), strict=True))
+        (modality, asked), (other, sought) = sides if options.direction == "v2i" else sides[::-1]
+        query = image_list(root, asked, modality)
+        people = "the identities in idx/test_id.txt in test_vis/, test_nir/"
+        check_not_empty(query, image_list(root, sought, other), people)
+        draws = [seeded_draw(sought, trial, 1) for trial in range(options.trials)]
+        protocol = f"{self.title}, {self.describe(options)}, single-shot, seeded gallery"
+        protocol += f", {len(draws)} trials"
+        return EvalSet(self.name, query, *drawn_gallery(root, draws, other), "same", protocol)

@@ -1,0 +1,268 @@
+"""What stand-in data consists of: its settings, and each layout's images and lists.
+
+`stand_in.py` draws the images (`datasets.pedestrians`) and writes the folder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from scipy.io import savemat
+
+from datasets.llcm import CAMERAS as LLCM_CAMERAS
+from datasets.llcm import Llcm
+from datasets.pedestrians import LLCM_INFRARED, make_person
+from datasets.regdb import Regdb
+from datasets.sysu_mm01 import COUNTS as SYSU_COUNTS
+from datasets.sysu_mm01 import Sysu
+
+# Default (height, width), pixels.
+SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}
+FULL_COUNTS = {data.name: data.expected for data in (Regdb, Sysu, Llcm)}
+FULL_IMAGES_PER_ID = {"regdb": 10, "sysu": 20, "llcm": 22}
+LLCM_SEEN_BY = 4  # cameras that see an identity
+# The last word of (seed, 0, 0, stream): one stream of random numbers for each purpose.
+REGDB_SPLITS, SYSU_ROLES, SYSU_ABSENCES, LLCM_ROLES, LLCM_SPREAD = range(1, 6)
+
+
+def _setting(meaning: str, default: Any = MISSING) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+def flag(name: str) -> str:
+    """Returns a setting's flag."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything the written files depend on, kept in the finished folder's `stand_in.json`.
+
+    Each field is a flag as well; its `help` says what it means. None: see `resolved`.
+    """
+
+    layout: str = _setting("regdb, sysu or llcm")
+    train_ids: int = _setting("identities to train on, SYSU's validation ones included", 150)
+    test_ids: int = _setting("other identities", 40)
+    images_per_id: int = _setting("per modality (RegDB, LLCM), per camera that sees it (SYSU)", 10)
+    seed: int = _setting("of everything", 0)
+    val_ids: int | None = _setting("SYSU's validation identities; default 1/4 of --train-ids", None)
+    trials: int = _setting("RegDB's splits, SYSU's official gallery draws", 10)
+    img_h: int | None = _setting("largest height, pixels; default RegDB 128, others 160", None)
+    img_w: int | None = _setting("largest width, pixels; default RegDB 64, others 72", None)
+    tone_correlation: float = _setting("of infrared and visible tones of cloth, 0 to 1", 0.5)
+    full: bool = _setting("the counts of the real data set in place of those above", False)
+
+    def resolved(self) -> Settings:
+        """Returns these settings with every default filled in.
+
+        Raises:
+            ValueError: A value makes no data; names the flag.
+        """
+        if self.layout not in SIZES:
+            raise ValueError(f"--layout {self.layout}: expected one of {', '.join(SIZES)}")
+        s, has_val = self, self.layout == "sysu"
+        if s.full:
+            expected = FULL_COUNTS[s.layout]
+            ids = {
+                f"{role}_ids": expected[role][0]
+                for role in ("train", "val", "test")
+                if role in expected
+            }
+            s = replace(s, **ids, images_per_id=FULL_IMAGES_PER_ID[s.layout])
+        val_ids = max(1, round(s.train_ids / 4)) if s.val_ids is None else s.val_ids
+        height, width = SIZES[s.layout]
+        s = replace(
+            s,
+            val_ids=val_ids if has_val else 0,
+            img_h=height if s.img_h is None else s.img_h,
+            img_w=width if s.img_w is None else s.img_w,
+        )
+        least = {"train_ids": 2 if has_val else 1, "test_ids": 1, "images_per_id": 1}
+        least |= {"seed": 0, "trials": 1, "img_h": 32, "img_w": 16}
+        for name, minimum in least.items():
+            if getattr(s, name) < minimum:
+                raise ValueError(f"{flag(name)} {getattr(s, name)}: expected {minimum} or more")
+        if has_val and not 1 <= s.val_ids < s.train_ids:
+            raise ValueError(
+                f"--val-ids {s.val_ids}: expected 1 to {s.train_ids - 1}, as some of the"
+                f" --train-ids {s.train_ids} must remain"
+            )
+        if not 0 <= s.tone_correlation <= 1:
+            raise ValueError(f"--tone-correlation {s.tone_correlation}: expected 0 to 1")
+        splits = math.comb(s.train_ids + s.test_ids, s.train_ids)
+        if s.layout == "regdb" and s.trials > splits:
+            raise ValueError(
+                f"--trials {s.trials}: expected {splits} or fewer, the ways to split"
+                f" {s.train_ids} + {s.test_ids} identities"
+            )
+        return s
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image to write: its path in the folder, the camera, and its number there from 1 on."""
+
+    path: str
+    camera: int
+    number: int
+
+
+Drawings = dict[int, list[Drawing]]  # of each identity
+
+
+def _roles(settings: Settings, stream: int) -> dict[str, list[int]]:
+    """Returns the identities for "train", "val" and "test", each ascending."""
+    total = settings.train_ids + settings.test_ids
+    order = np.random.default_rng((settings.seed, 0, 0, stream)).permutation(total) + 1
+    cuts = [settings.train_ids - settings.val_ids, settings.train_ids]
+    groups = zip(("train", "val", "test"), np.split(order, cuts), strict=True)
+    return {role: sorted(pids.tolist()) for role, pids in groups}
+
+
+def _regdb_drawings(settings: Settings) -> Drawings:
+    drawings: Drawings = {}
+    for pid in range(1, settings.train_ids + settings.test_ids + 1):
+        style = make_person(settings.seed, pid).style
+        for camera, folder in ((1, "Visible"), (2, "Thermal")):
+            start = np.random.default_rng((settings.seed, pid, camera)).integers(1, 90_000)
+            for number in range(1, settings.images_per_id + 1):
+                name = f"{style['gender']}_{style['view']}_{folder[0].lower()}"
+                name += f"_{start + 7 * number:05d}_{pid}.bmp"
+                drawing = Drawing(f"{folder}/{pid}/{name}", camera, number)
+                drawings.setdefault(pid, []).append(drawing)
+    return drawings
+
+
+def _regdb_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, bytes]]:
+    """Yields names and contents of the idx lists; each trial splits the identities another way."""
+    seen: set[frozenset[int]] = set()
+    rng = np.random.default_rng((settings.seed, 0, 0, REGDB_SPLITS))
+    while len(seen) < settings.trials:
+        train = frozenset((rng.permutation(len(drawings))[: settings.train_ids] + 1).tolist())
+        if train in seen:
+            continue
+        seen.add(train)
+        for role, pids in (("train", train), ("test", drawings.keys() - train)):
+            for camera, modality in ((1, "visible"), (2, "thermal")):
+                lines = [
+                    f"{drawing.path} {label}\n"
+                    for label, pid in enumerate(sorted(pids))
+                    for drawing in drawings[pid]
+                    if drawing.camera == camera
+                ]
+                yield f"idx/{role}_{modality}_{len(seen)}.txt", "".join(lines).encode()
+
+
+def _sysu_counts(settings: Settings, role: str, n: int) -> np.ndarray:
+    """Returns the images of `n` identities at each camera, (n, 6); absences as in the real data.
+
+    Cameras 1, 2 and 6 see the head of one random order; 3, 4 and 5 each miss a few others of that
+    head: so nobody lacks a modality. Less than the full data keeps its proportions.
+    """
+    real_ids, present, images = SYSU_COUNTS[role]
+    rng = np.random.default_rng((settings.seed, 0, 0, SYSU_ABSENCES, real_ids))
+    order, missed = rng.permutation(n), 0
+    counts = np.zeros((n, 6), np.int64)
+    for camera in range(6):
+        seen = round(n * present[camera] / real_ids)
+        rows = order[:seen]
+        if camera in (2, 3, 4):
+            rows = np.delete(order, slice(missed, missed + n - seen))
+            missed += n - seen
+        counts[rows, camera] = settings.images_per_id
+        if settings.full and seen:  # the real total, spread at random above a least
+            least = images[camera] // seen // (2 if camera < 2 else 1)  # 1 and 2 vary most
+            spare = images[camera] - least * seen
+            counts[rows, camera] = least + rng.multinomial(spare, np.full(seen, 1 / seen))
+    return counts
+
+
+def _sysu_drawings(settings: Settings) -> Drawings:
+    drawings: Drawings = {}
+    for role, pids in _roles(settings, SYSU_ROLES).items():
+        for pid, row in zip(pids, _sysu_counts(settings, role, len(pids)).tolist(), strict=True):
+            drawings[pid] = [
+                Drawing(f"cam{camera}/{pid:04d}/{number:04d}.jpg", camera, number)
+                for camera, count in enumerate(row, start=1)
+                for number in range(1, count + 1)
+            ]
+    return drawings
+
+
+def _rand_perm_cam(settings: Settings, drawings: Drawings) -> np.ndarray:
+    """Returns the official gallery draws: cells (cameras) of cells (identities) of (trials, n)."""
+    cameras = np.empty((6, 1), object)
+    for camera in range(1, 7):
+        cameras[camera - 1, 0] = cell = np.empty((max(drawings), 1), object)
+        for pid in range(1, max(drawings) + 1):
+            count = sum(drawing.camera == camera for drawing in drawings[pid])
+            rng = np.random.default_rng((settings.seed, pid, camera, 0, 1))
+            rows = np.tile(np.arange(1.0, count + 1), (settings.trials if count else 0, 1))
+            cell[pid - 1, 0] = rng.permuted(rows, axis=1)
+    return cameras
+
+
+def _sysu_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, bytes]]:
+    """Yields names and contents of the identity lists and of the official gallery draws."""
+    for role, pids in _roles(settings, SYSU_ROLES).items():
+        yield f"exp/{role}_id.txt", _comma_separated(pids)
+    buffer = BytesIO()
+    savemat(buffer, {"rand_perm_cam": _rand_perm_cam(settings, drawings)})
+    header = b"MATLAB 5.0 MAT-file, stand-in data".ljust(116)  # scipy's own holds the time of day
+    yield "exp/rand_perm_cam.mat", header + buffer.getvalue()[len(header) :]
+
+
+def _comma_separated(pids: Sequence[int]) -> bytes:
+    return (",".join(map(str, pids)) + "\n").encode()
+
+
+def _llcm_drawings(settings: Settings) -> Drawings:
+    """A few cameras see each identity, in turn; visible and infrared begin with another one."""
+    drawings: Drawings = {}
+    _, *real_images = FULL_COUNTS["llcm"]["train"]  # visible, infrared
+    for role, pids in _roles(settings, LLCM_ROLES).items():
+        for modality, word in enumerate(LLCM_CAMERAS):
+            counts = np.full(len(pids), settings.images_per_id)
+            if settings.full and role == "train":  # the real total, half of it spread at random
+                total = real_images[modality]
+                least = total // (2 * len(pids))
+                rng = np.random.default_rng((settings.seed, 0, 0, LLCM_SPREAD, modality))
+                spread = rng.multinomial(total - least * len(pids), [1 / len(pids)] * len(pids))
+                counts = least + spread
+            for pid, count in zip(pids, counts.tolist(), strict=True):
+                rng = np.random.default_rng((settings.seed, pid, 0, 4))
+                seen = np.roll(rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY], modality)
+                if word == "vis" and rng.random() < 0.5:
+                    seen[-1] = 3  # the camera without infrared images
+                for number in range(1, count + 1):
+                    camera = int(seen[(number - 1) % len(seen)])
+                    folder = f"test_{word}/cam{camera}" if role == "test" else word
+                    path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
+                    drawing = Drawing(path, camera + modality * LLCM_INFRARED, number)
+                    drawings.setdefault(pid, []).append(drawing)
+    return drawings
+
+
+def _llcm_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, bytes]]:
+    """Yields names and contents of the idx lists; test lists number the test identities from 0."""
+    roles = _roles(settings, LLCM_ROLES)
+    for role in ("train", "test"):
+        for word in LLCM_CAMERAS:
+            lines = [
+                f"{drawing.path} {label}\n"
+                for label, pid in enumerate(roles[role])
+                for drawing in drawings[pid]
+                if drawing.path.endswith(f"_{word}.jpg")
+            ]
+            yield f"idx/{role}_{word}.txt", "".join(lines).encode()
+        yield f"idx/{role}_id.txt", _comma_separated(roles[role])
+
+
+DRAWINGS = {"regdb": _regdb_drawings, "sysu": _sysu_drawings, "llcm": _llcm_drawings}
+LISTS = {"regdb": _regdb_lists, "sysu": _sysu_lists, "llcm": _llcm_lists}

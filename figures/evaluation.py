@@ -1,0 +1,228 @@
+"""Figures of an evaluation: from a protocol and the features of its images to what is drawn.
+
+Test identities only, and one gallery: that of the protocol's first trial (`first_trial`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_manager import EvalSet, ImageList
+from engine.evaluate import distances
+from eval_metrics import excluded
+from figures import charts, image_grids
+
+Features = Mapping[str, np.ndarray]  # "query" (Q, D) and "gallery" (G, D), rows of norm 1
+MAX_IMAGES = 20  # of an identity and modality in the plane
+PERPLEXITY = 20  # of t-SNE, for a few hundred points
+
+
+def first_trial(protocol: EvalSet) -> EvalSet:
+    """Returns a protocol whose gallery is that of its first trial, which its words then say."""
+    if len(protocol.gallery_trials) == 1:
+        words = protocol.protocol
+    else:
+        words = f"{protocol.protocol}; first trial's gallery"
+    gallery = protocol.gallery.take(protocol.gallery_trials[0])
+    rows = (np.arange(len(gallery)),)
+    return replace(protocol, gallery=gallery, gallery_trials=rows, protocol=words)
+
+
+def ignored(trial: EvalSet) -> np.ndarray:
+    """Returns which gallery images the protocol ignores for a query: (Q, G) bool.
+
+    Args:
+        trial: From `first_trial`.
+
+    Raises:
+        ValueError: An unknown camera rule.
+    """
+    query, gallery = trial.query, trial.gallery
+    mask = excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
+    return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
+
+
+def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cosine distances across modalities within identities, and between them."""
+    distmat = 1 + distances(features["query"], features["gallery"])
+    same = trial.query.pids[:, None] == trial.gallery.pids
+    counts = ~ignored(trial)
+    return distmat[same & counts], distmat[~same & counts]
+
+
+def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
+    """Returns random test identities, ascending, among those with images in both modalities."""
+    pids = np.intersect1d(trial.query.pids, trial.gallery.pids)
+    rng = np.random.default_rng(seed)
+    return np.sort(rng.choice(pids, min(count, len(pids)), replace=False))
+
+
+def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str], str]:
+    """Projects features (n, D) onto a plane.
+
+    Args:
+        points: The features.
+        method: "pca" or "tsne".
+        seed: Of t-SNE.
+
+    Returns:
+        Points (n, 2), names of the axes, and what was done, in words.
+
+    Raises:
+        ValueError: Under three points, or t-SNE without scikit-learn.
+    """
+    if len(points) < 3:
+        raise ValueError(f"{len(points)} images are too few for a plane, expected at least 3")
+    if method == "tsne":
+        perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
+        tsne = tsne_class()(perplexity=perplexity, init="pca", random_state=seed)
+        note = f"t-SNE, perplexity {perplexity:.3g}, seed {seed}: distances in it mean little."
+        return tsne.fit_transform(points), ("", ""), note
+    centered = points.astype(np.float64) - points.mean(axis=0)
+    _, scale, axes = np.linalg.svd(centered, full_matrices=False)
+    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
+    shares = 100 * scale**2 / max((scale**2).sum(), 1e-300)
+    names = tuple(f"component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
+    return centered @ axes[:2].T, names, "Principal components of the features shown."
+
+
+def tsne_class() -> Any:
+    """Returns scikit-learn's t-SNE.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ValueError(
+            "--method tsne needs scikit-learn, which is not among this project's requirements: "
+            "pip install scikit-learn, or take --method pca"
+        ) from error
+    return TSNE
+
+
+def draw_ranked(
+    path: Path,
+    trial: EvalSet,
+    images: Mapping[str, np.ndarray],
+    features: Features,
+    *,
+    title: str,
+    ranking: str = "no",
+    **choice: int,
+) -> None:
+    """Draws ranked lists.
+
+    Args:
+        path: File to write.
+        trial: From `first_trial`.
+        images: "query" (Q, H, W, 3) and "gallery" (G, H, W, 3), uint8.
+        features: Of these images.
+        title: Data and protocol.
+        ranking: As `engine.evaluate.distances` takes it.
+        **choice: `num_queries`, `top` and `seed` of `image_grids.ranked_lists`.
+    """
+    ranked = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
+    image_grids.ranked_lists(
+        path,
+        query_images=images["query"],
+        gallery_images=images["gallery"],
+        distmat=distances(features["query"], features["gallery"], ranking),
+        q_pids=trial.query.pids,
+        g_pids=trial.gallery.pids,
+        excluded=ignored(trial),
+        title=f"{title}; {ranked}",
+        **choice,
+    )
+
+
+def draw_distances(
+    path: Path, trial: EvalSet, features: Mapping[str, Features], *, title: str
+) -> None:
+    """Draws distances across modalities, a panel for each of several features by name."""
+    charts.distance_histograms(
+        path,
+        {name: pair_distances(trial, each) for name, each in features.items()},
+        title=title,
+        note=f"Pairs of {trial.query.modality} queries and {trial.gallery.modality} gallery "
+        "images of test identities.",
+    )
+
+
+def draw_embedding(
+    path: Path,
+    trial: EvalSet,
+    features: Features,
+    *,
+    title: str,
+    ids: int = charts.MAX_CURVES,
+    method: str = "pca",
+    seed: int = 0,
+) -> None:
+    """Draws a few test identities' features in the plane; see `project`."""
+    wanted = chosen_identities(trial, ids, seed)
+    points, pids, infrared = [], [], []
+    for role, images in (("query", trial.query), ("gallery", trial.gallery)):
+        rows = [np.flatnonzero(images.pids == pid)[:MAX_IMAGES] for pid in wanted]
+        kept = np.concatenate(rows)
+        points.append(features[role][kept])
+        pids.append(images.pids[kept])
+        infrared.append(np.full(len(kept), images.modality == "infrared"))
+    plane, axis_names, note = project(np.concatenate(points), method, seed)
+    charts.embedding(
+        path,
+        plane,
+        np.concatenate(pids),
+        np.concatenate(infrared),
+        axis_names=axis_names,
+        title=title,
+        note=f"{note} {len(wanted)} test identities, drawn at random (seed {seed}).",
+    )
+
+
+def evaluation_figures(
+    folder: Path,
+    protocol: EvalSet,
+    load: Callable[[ImageList], np.ndarray],
+    features: Features,
+    results: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Draws ranked lists, CMC, distances and an embedding of an evaluation.
+
+    Args:
+        folder: Where to.
+        protocol: What was evaluated.
+        load: From an image list to its images (n, H, W, 3).
+        features: Of all query and gallery images, of the last result's kind.
+        results: As in ``results.json``; the last one's ranking is what the ranked lists show.
+
+    Returns:
+        Names of the files.
+    """
+    rows = protocol.gallery_trials[0]
+    trial = first_trial(protocol)
+    images = {"query": load(protocol.query), "gallery": load(protocol.gallery)[rows]}
+    features = {"query": features["query"], "gallery": features["gallery"][rows]}
+    data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
+    title = f"{data}: {trial.protocol}"
+    names = ("ranked_lists.png", "cmc.png", "distances.png", "embedding.png")
+    ranked, cmc, histograms, plane = (folder / name for name in names)
+    draw_ranked(ranked, trial, images, features, title=title, ranking=ranking)
+    curves = {
+        each["test_feat"] + re_ranked_suffix(each): (each["cmc"], each["mAP"]) for each in results
+    }
+    charts.cmc_curves(cmc, curves, title=f"{data}: {protocol.protocol}")
+    draw_distances(histograms, trial, {"after training": features}, title=title)
+    draw_embedding(plane, trial, features, title=title)
+    return list(names)
+
+
+def re_ranked_suffix(result: Mapping[str, Any]) -> str:
+    """Returns what a curve's name says of re-ranking: nothing, or its kind."""
+    return "" if result["re_rank"] == "no" else f", {result['re_rank']}"

@@ -1,0 +1,136 @@
+"""Evaluation: features, distances, scores, and how they are printed."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from small_training import small
+
+from data_manager import ImageList
+from engine import distributed
+from engine.evaluate import RE_RANKINGS, distances, embed, evaluate, format_result, score
+from eval_metrics import METRICS
+
+
+def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0))):
+    images = lambda pids, cams: SimpleNamespace(pids=np.array(pids), camids=np.array(cams))  # noqa: E731
+    return SimpleNamespace(
+        query=images([1, 2], [3, 6]),
+        gallery=images([1, 2, 1, 3], [2, 1, 4, 2]),
+        gallery_trials=tuple(np.array(t) for t in trials),
+        camera_rule=rule,
+        protocol="a test",
+    )
+
+
+def test_scores_are_means_over_trials_and_follow_the_camera_rule():
+    query = np.eye(3, dtype=np.float32)[:2]
+    gallery = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.8, 0, 0.6]], dtype=np.float32)
+    plain = score(protocol(), query, gallery)
+    assert [t["rank1"] for t in plain["per_trial"]] == [1.0, 1.0]
+    ruled = score(protocol("sysu", trials=((0, 1, 2, 3),)), query, gallery)
+    # Query 0 (camera 3) may not use gallery 0 and 3 (camera 2): its one match is image 2.
+    assert ruled["mAP"] <= plain["per_trial"][0]["mAP"]
+    assert ruled["re_rank"] == "no"
+    # No gallery image has person and camera of its query.
+    assert score(protocol("same"), query, gallery)["mAP"] == pytest.approx(plain["mAP"])
+    struck = protocol("same", trials=((0, 1, 2, 3),))
+    struck.query.camids[0] = 2
+    # Query 0 loses its nearest image, 0; 3 and 1 stay ahead of 2, its one match.
+    assert score(struck, query, gallery)["rank1"] == 0.5
+    expected = np.mean([t["mAP"] for t in plain["per_trial"]])
+    assert plain["mAP"] == pytest.approx(expected)
+    assert plain["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in plain["per_trial"]]))
+
+
+def test_distances_name_the_legal_rankings():
+    feats = np.eye(4, dtype=np.float32)
+    np.testing.assert_allclose(distances(feats, feats), -np.eye(4))
+    for ranking in ("k_reciprocal", "random_walk"):
+        assert distances(feats, feats, ranking).shape == (4, 4)
+    with pytest.raises(ValueError, match="no, k_reciprocal, random_walk, got 'yes'"):
+        distances(feats, feats, "yes")
+
+
+def test_features_are_extracted_in_order_for_each_kind():
+    net = small(memory="mg")
+    images = torch.randn(5, 3, 96, 32)
+    batches = images.split(2)
+    result = embed(net, batches, "infrared", ("pcb", "both"))
+    assert not net.training
+    with torch.no_grad():
+        np.testing.assert_allclose(result["pcb"], net(None, images).numpy(), atol=1e-6)
+    assert result["both"].shape == (5, 48 + 512)
+    assert result["both"].dtype == np.float32
+    with torch.no_grad():
+        net.part_reduce.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="visible features 'pcb' hold NaN"):
+        embed(net, batches, "visible", ("pcb",))
+
+
+def image_list(modality, pids, camids):
+    return ImageList(Path("nowhere"), (), np.array(pids), np.array(camids), modality)
+
+
+def noise(images):
+    """In place of the cache of decoded images: pixels that follow from person and camera."""
+    seeds = zip(images.pids.tolist(), images.camids.tolist(), strict=True)
+    drawn = [np.random.default_rng(s).integers(0, 256, (96, 32, 3), np.uint8) for s in seeds]
+    return np.stack(drawn)
+
+
+def small_eval_set():
+    found = protocol()
+    found.query = image_list("visible", [1, 2, 3], [1, 1, 2])
+    found.gallery = image_list("infrared", [1, 2, 1, 3, 2], [3, 4, 5, 3, 6])
+    return found
+
+
+def test_an_evaluation_gives_features_and_a_result_for_each_feature_and_ranking():
+    net, eval_set = small(memory="mg"), small_eval_set()
+    features, results = evaluate(
+        net,
+        eval_set,
+        noise,
+        test_feats=("pcb", "memory"),
+        rankings=RE_RANKINGS,
+        batch_size=2,
+    )
+    assert {role: kinds.keys() for role, kinds in features.items()} == {
+        role: {"pcb", "memory"} for role in ("query", "gallery")
+    }
+    assert features["query"]["pcb"].shape == (3, 48)
+    assert features["gallery"]["memory"].shape == (5, 512)
+    for kinds in features.values():
+        for feats in kinds.values():
+            np.testing.assert_allclose(np.linalg.norm(feats, axis=1), 1, rtol=1e-5)
+    named = [(r["test_feat"], r["re_rank"]) for r in results]
+    assert named == [(feat, ranking) for feat in ("pcb", "memory") for ranking in RE_RANKINGS]
+    for result in results:
+        feat = result.pop("test_feat")
+        pair = features["query"][feat], features["gallery"][feat]
+        assert result == score(eval_set, *pair, result["re_rank"])
+
+
+def test_without_a_protocol_there_are_features_alone(monkeypatch):
+    net, eval_set = small(), small_eval_set()
+    settings = {"test_feats": ("pcb",), "batch_size": 2}
+    features, results = evaluate(net, eval_set, noise, rankings=(), **settings)
+    assert results == []
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    again, results = evaluate(net, eval_set, noise, **settings)
+    assert results == []  # rank 0 scores, all have the features
+    np.testing.assert_array_equal(again["gallery"]["pcb"], features["gallery"]["pcb"])
+    eval_set.query = image_list("visible", [], [])
+    with pytest.raises(ValueError, match="no visible images to embed"):
+        evaluate(net, eval_set, noise, **settings)
+
+
+def test_printed_results_name_protocol_and_re_ranking():
+    result = {**dict.fromkeys(METRICS, 0.25), "protocol": "p", "re_rank": "no"}
+    assert "R1 25.00" in format_result(result)
+    assert "(p; not re-ranked)" in format_result(result)
+    assert "re-ranked: k_reciprocal" in format_result({**result, "re_rank": "k_reciprocal"})

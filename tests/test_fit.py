@@ -1,0 +1,103 @@
+"""The loop over epochs; what survives an interruption is tested in test_resume.py."""
+
+import json
+import logging
+
+import pytest
+import torch
+from small_training import Loader, small
+
+from benchmarks.plain import term_weights
+from engine import fit as fit_module
+from engine.fit import RunFiles, fit
+from engine.train import NonFiniteLossError, Schedule, TrainSettings, feature_spread, make_optimizer
+from eval_metrics import METRICS
+from loss import Criterion
+
+
+def test_collapse_is_detected_and_said(caplog):
+    assert feature_spread(torch.ones(5, 3)) == 0
+    assert feature_spread(torch.randn(50, 30)) > 0.5
+    with caplog.at_level(logging.WARNING):
+        fit_module._warn_if_collapsed({"feature_spread": 0.3}, 0)
+        assert not caplog.text
+        fit_module._warn_if_collapsed({"feature_spread": 0.001}, 0)
+    assert "collapsed" in caplog.text
+    assert "--preset scratch" in caplog.text
+
+
+def test_the_last_epoch_is_always_evaluated():
+    for start, every, epochs, evaluated in (
+        (1, 2, 6, [3, 5, 6]),
+        (10, 2, 3, [3]),
+        (0, 1, 3, [1, 2, 3]),
+    ):
+        settings = TrainSettings(eval_start=start, eval_every=every)
+        assert [e for e in range(1, epochs + 1) if settings.evaluates(e, epochs)] == evaluated
+
+
+def short_fit(folder):
+    """Eight epochs of the small network, with these Rank-1 in its evaluations."""
+    net = small()
+    results = iter([0.5, 0.7, 0.7, 0.6])
+
+    def evaluate():
+        metrics = dict.fromkeys(METRICS, 0.1)
+        return {**metrics, "rank1": next(results), "re_rank": "no", "protocol": "p"}
+
+    return fit(
+        net,
+        Criterion(term_weights(net)),
+        make_optimizer(net),
+        Loader(),
+        schedule=Schedule(lr=0.001, epochs=8),
+        settings=TrainSettings(progress=False, eval_start=1, eval_every=2, save_every=4),
+        evaluate=evaluate,
+        files=RunFiles(folder, folder, folder / "board", {"method": "m"}),
+    )
+
+
+def test_fit_evaluates_logs_and_saves_as_scheduled(tmp_path):
+    state = short_fit(tmp_path)
+    # Epochs counted from 1: evaluation after 3, 5, 7 and, being the last, 8.
+    assert (state.best["epoch"], state.best["rank1"]) == (5, 0.7)  # the first of equals
+    assert (state.last["epoch"], state.last["rank1"]) == (8, 0.6)
+    names = {p.name for p in tmp_path.iterdir()}
+    checkpoints = {"last.pt", "last.previous.pt", "best.pt", "epoch_004.pt", "epoch_008.pt"}
+    assert names == {*checkpoints, "log.jsonl", "training.json", "board"}
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert (best["epoch"], best["selection"]) == (5, "best Rank-1 on the test set")
+    assert best["method"] == "m"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if "eval" in line] == [3, 5, 7, 8]
+    assert [line["epoch"] for line in lines] == list(range(1, 9))
+    report = json.loads((tmp_path / "training.json").read_text())
+    assert report["best"]["rank1"] == 0.7
+    assert report["last"]["selection"] == "last epoch"
+
+
+def test_collapsed_features_are_said_after_the_epoch(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(
+        fit_module, "train_epoch", lambda *a, **k: {"total": 1.0, "feature_spread": 0.01}
+    )
+    with caplog.at_level(logging.WARNING):
+        short_fit(tmp_path)
+    assert caplog.text.count("the features have collapsed") == 8
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    real = fit_module.train_epoch
+
+    def broken(net, *args, epoch, **kwargs):
+        numbers = real(net, *args, epoch=epoch, **kwargs)
+        if epoch == 2:  # as a last step's overflow leaves them: its loss still was finite
+            with torch.no_grad():
+                net.part_norm.running_var[3] = torch.inf
+        return numbers
+
+    monkeypatch.setattr(fit_module, "train_epoch", broken)
+    with pytest.raises(NonFiniteLossError, match="'part_norm.running_var' holds NaN or infinity"):
+        short_fit(tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["epoch"] == 2
+    assert not (tmp_path / "best.pt").exists()
