@@ -17,7 +17,7 @@ from engine.train import Schedule, make_optimizer
 from loss import Criterion
 from memory import SingleGranularityMemory
 from model import TwoStreamNet
-from networks.backbone import BACKBONES
+from networks.backbone import find_backbone
 from networks.settings import LABEL_SMOOTHING
 
 
@@ -41,7 +41,7 @@ def main(
             train.num_ids,
             args.instances_per_id,
             args.parts_per_instance,
-            dim=BACKBONES[args.arch].channels,
+            dim=find_backbone(args.arch).channels,
             **run.threshold,
         )
         net = TwoStreamNet(

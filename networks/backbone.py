@@ -46,9 +46,7 @@ def build_backbone(
         ValueError: When there is no such backbone.
         CheckpointError: When the weights do not fit.
     """
-    if arch not in BACKBONES:
-        raise ValueError(f"arch must be one of: {', '.join(BACKBONES)}; got {arch!r}")
-    return BACKBONES[arch].build(state, origin, non_local)
+    return find_backbone(arch).build(state, origin, non_local)
 
 
 def resnet_stages(
@@ -92,6 +90,13 @@ BACKBONES = {
         "resnet101": 2048,
     }.items()
 }
+
+
+def find_backbone(arch: str) -> Backbone:
+    """Returns an entry of `BACKBONES`; ValueError, naming all of them, where there is none."""
+    if arch not in BACKBONES:
+        raise ValueError(f"arch must be one of: {', '.join(BACKBONES)}; got {arch!r}")
+    return BACKBONES[arch]
 
 
 class NonLocal(nn.Module):
