@@ -7,7 +7,7 @@ visible first, identities in the sampler's order.
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,12 +36,8 @@ def is_main() -> bool:
 def processes(gpu: str) -> Iterator[torch.device]:
     """Joins the process group if ``torchrun`` started this process, and leaves it at the end.
 
-    Args:
-        gpu: ``--gpu``; under torchrun each process takes the CUDA device of its local rank (NCCL),
-            or the CPU (gloo).
-
-    Yields:
-        This process's device.
+    Yields this process's device: that of ``--gpu``, and under torchrun the CUDA device of its local
+    rank (NCCL), or the CPU (gloo).
 
     Raises:
         ValueError: When there is no such device.
@@ -60,20 +56,17 @@ def processes(gpu: str) -> Iterator[torch.device]:
 
 
 def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
-    """The module to train: `net`, or `net` in DistributedDataParallel.
+    """The module to train: `net`, on its device, or `net` in DistributedDataParallel.
 
-    Args:
-        net: On its device, states loaded; with `sync_bn` its batch norms are exchanged in place.
-        sync_bn: Batch statistics over all processes; CUDA only.
+    With `sync_bn` (CUDA only) its batch norms are exchanged in place for ones whose statistics are
+    those of all processes.
     """
     if size() == 1:
         return net
-    device = next(net.parameters()).device
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    ids = [device.index] if device.type == "cuda" else None
     # A term of weight 0 may leave parameters without gradient.
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, find_unused_parameters=True)
+    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
 
 
 def share_buffers(net: nn.Module) -> None:
@@ -83,46 +76,35 @@ def share_buffers(net: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-class _GatherRows(torch.autograd.Function):
-    """Rows of all processes; the gradient of a loss that every process computes from them alike."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(size())]
-        dist.all_gather(parts, rows)
-        both = torch.stack([part.unflatten(0, (2, -1)) for part in parts], dim=1)  # (2, n, PK, ..)
-        return both.flatten(0, 2)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        own = grad.unflatten(0, (2, size(), -1))[:, rank()]
-        # DistributedDataParallel divides by the number of processes; the loss is one, not a mean.
-        return size() * own.flatten(0, 1)
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """The whole batch's rows, visible first, from each process's (2PK, ...), visible first.
 
     Gradient flows to the own rows. It is exact under DistributedDataParallel, whose mean over
     processes it undoes, when every process computes the same loss from the result.
     """
-    return _GatherRows.apply(rows.contiguous()) if size() > 1 else rows
+    if size() == 1:
+        return rows
+    rows = rows.contiguous()
+    shares = [torch.empty_like(rows) for _ in range(size())]
+    dist.all_gather(shares, rows.detach())
+    if rows.requires_grad:
+        own = rows.clone()
+        own.register_hook(lambda grad: size() * grad)
+        shares[rank()] = own
+    return torch.stack([share.unflatten(0, (2, -1)) for share in shares], dim=1).flatten(0, 2)
 
 
 def gather_output(
-    out: Mapping[str, Any], labels: Tensor, *, whole_reads: bool = False
+    out: dict[str, Any], labels: Tensor, *, whole_reads: bool = False
 ) -> tuple[dict[str, Any], Tensor]:
-    """Gathers a training output and its labels for the whole batch.
+    """Gathers what `model.TwoStreamNet` returns in training, and the labels, for the whole batch.
 
-    Args:
-        out: What `model.TwoStreamNet` returns in training mode for the own rows.
-        labels: Of the own rows.
-        whole_reads: Whether the maps of the memory, which are large, are gathered too. Otherwise
-            they stay the own rows': a term that is a mean over rows has the whole batch's gradient
-            all the same, since gradients are averaged over processes.
+    With `whole_reads` the maps of the memory, which are large, too. Otherwise they stay the own
+    rows': a term that is a mean over rows has the whole batch's gradient all the same, since
+    gradients are averaged over processes.
     """
     if size() == 1:
-        return dict(out), labels
+        return out, labels
     whole = {k: gather_rows(v) if torch.is_tensor(v) else v for k, v in out.items()}
     read = whole.get("memory_read")
     if whole_reads and read is not None:
@@ -152,7 +134,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Every process's value, in order of rank; for plain values and arrays."""
     if size() == 1:
         return [value]
-    values: list[Any] = [None] * size()
+    values = [None] * size()
     dist.all_gather_object(values, value)
     return values
 

@@ -4,8 +4,8 @@
 `score` are its steps.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import re_rank
 from data_loader import EvalLoader
 from data_manager import EvalSet, ImageList
 from engine import distributed
 from eval_metrics import METRICS, RE_RANKINGS, evaluate_rule, mean_and_std, summarize
+from re_rank import KReciprocal, random_walk
 
 Features = dict[str, dict[str, np.ndarray]]
 
@@ -88,18 +88,11 @@ def embed(
     amp: bool = False,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Embeds images of one modality once for every kind of retrieval feature asked for.
-
-    Args:
-        net: A `TwoStreamNet`; put into evaluation mode.
-        batches: Normalised images (n, 3, H, W), at least one batch.
-        modality: "visible" or "infrared".
-        test_feats: Names of `TwoStreamNet.embed`.
-        amp: bf16 autocast.
-        progress: Whether to show a bar.
+    """Embeds normalised images of one modality, batches of (n, 3, H, W), at least one.
 
     Returns:
-        (n, D) float32 arrays by name, rows L2-normalised.
+        For each of `test_feats`, names of `TwoStreamNet.embed`, an (n, D) float32 array, rows
+        L2-normalised.
 
     Raises:
         ValueError: When a feature is not finite.
@@ -120,27 +113,22 @@ def embed(
 
 
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
-    """Distances (Q, G) of L2-normalised features, smaller is closer.
-
-    Args:
-        query: (Q, D).
-        gallery: (G, D).
-        ranking: "no": negative cosine similarity; "k_reciprocal"; "random_walk".
+    """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer.
 
     Raises:
-        ValueError: When `ranking` is unknown.
+        ValueError: When `ranking` is none of `RE_RANKINGS`.
     """
-    return _measure(query, ranking)(gallery)
+    return distance_to(query, ranking)(gallery)
 
 
-def _measure(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarray]:
+def distance_to(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarray]:
     """`distances` of one set of queries to any gallery; what is the queries' own is done once."""
     if ranking == "no":
-        return functools.partial(negative_similarity, query)
+        return partial(negative_similarity, query)
     if ranking == "k_reciprocal":
-        return re_rank.KReciprocal(query).distances
+        return KReciprocal(query).distances
     if ranking == "random_walk":
-        return functools.partial(re_rank.random_walk, query)
+        return partial(random_walk, query)
     raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
 
 
@@ -153,13 +141,7 @@ def negative_similarity(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 def score(
     eval_set: EvalSet, query: np.ndarray, gallery: np.ndarray, ranking: str = "no"
 ) -> dict[str, Any]:
-    """Scores features under a protocol.
-
-    Args:
-        eval_set: A `data_manager.EvalSet`.
-        query: Features of its query images, (Q, D).
-        gallery: Features of all its gallery images, (G, D).
-        ranking: See `distances`.
+    """Scores the features of a protocol's queries (Q, D) and of all its gallery images (G, D).
 
     Returns:
         ``rank1``, ``rank5``, ``rank10``, ``rank20``, ``mAP``, ``mINP`` as fractions, means over the
@@ -167,12 +149,12 @@ def score(
         by ranks 1 to 20; ``re_rank``; ``protocol``.
     """
     q, g = eval_set.query, eval_set.gallery
-    measure = _measure(query, ranking)
+    distance = distance_to(query, ranking)
     # Trials share images: all distances once, unless a ranking depends on the gallery.
-    whole = measure(gallery) if ranking == "no" and len(eval_set.gallery_trials) > 1 else None
+    whole = distance(gallery) if ranking == "no" and len(eval_set.gallery_trials) > 1 else None
     per_trial, curves = [], []
     for rows in eval_set.gallery_trials:
-        distmat = measure(gallery[rows]) if whole is None else whole[:, rows]
+        distmat = distance(gallery[rows]) if whole is None else whole[:, rows]
         cameras = q.camids, g.camids[rows]
         result = evaluate_rule(eval_set.camera_rule, distmat, q.pids, g.pids[rows], *cameras)
         per_trial.append(summarize(*result))

@@ -3,9 +3,10 @@
 Networks, criteria, data and numbers come in as arguments; nothing here knows the command line.
 """
 
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine import distributed
 from engine.evaluate import format_result
-from engine.train import NonFiniteLossError, Schedule, TrainSettings, train_epoch
+from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
 from loss import Criterion
-from utils import remove_temporary_files, save_checkpoint, write_json, write_json_lines
+from utils import save_checkpoint, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,9 @@ class Progress:
 
 @dataclass
 class RunFiles:
-    """Where a run writes.
+    """Where a run writes log lines and results, checkpoints, and TensorBoard events.
 
     Attributes:
-        output_dir: Log lines and results.
-        checkpoint_dir: Checkpoints.
-        tensorboard_dir: TensorBoard events.
         header: Entries stored in each checkpoint beside the state (options, versions, ...).
     """
 
@@ -75,77 +73,44 @@ def fit(
 ) -> Progress:
     """Trains to the last epoch, evaluating, logging and saving on the way.
 
-    Writes ``last.pt`` after each epoch (its predecessor stays as ``last.previous.pt``), ``best.pt``
-    when the evaluation's Rank-1 improves, ``epoch_NNN.pt`` every `settings.save_every` epochs,
-    one JSON line an epoch to ``log.jsonl``, TensorBoard events, and ``training.json`` with the
-    results of the last and the best epoch. Every random draw is a function of (seed, epoch, step):
-    a run that ended anywhere and resumes from ``last.pt`` writes what an unbroken one does, times
-    excepted, and on the CPU with the same bits.
-
-    Args:
-        net: On its device.
-        criterion: See `train_epoch`.
-        optimizer: See `train_epoch`.
-        loader: See `train_epoch`.
-        schedule: Rates, triplet ramp and number of epochs.
-        settings: Seed, precision, processes; when to evaluate and save.
-        evaluate: Returns the results of the present weights.
-        files: Where to write.
-        progress: Of an interrupted run whose states are loaded already.
-
-    Returns:
-        The final progress.
+    Every random draw is a function of (seed, epoch, step): a run that ended anywhere and resumes
+    from ``last.pt`` writes what an unbroken one does, times excepted, and on the CPU with the same
+    bits. `evaluate` returns the results of the present weights, `progress` is an interrupted run's
+    whose states are loaded already; the other arguments are those of `train_epoch`. Returns the
+    final progress.
 
     Raises:
-        NonFiniteLossError: See `train_epoch`; nothing broken is saved.
+        NonFiniteLossError: A loss term or a weight is NaN or infinite; nothing broken is saved.
         OSError: A file cannot be written; the former ones are untouched.
     """
     progress = progress or Progress()
     writer = None
     if distributed.is_main():
-        remove_temporary_files(files.checkpoint_dir)
-        remove_temporary_files(files.output_dir)
         # Events of later epochs than the resumed one are hidden.
         writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
     write_reports(files, progress)
     trained = distributed.parallel(net, sync_bn=settings.sync_bn)
     for epoch in range(progress.epoch, schedule.epochs):
         start = time.perf_counter()
-        numbers = train_epoch(
-            trained,
-            criterion,
-            optimizer,
-            loader,
-            epoch=epoch,
-            schedule=schedule,
-            settings=settings,
+        line: dict[str, Any] = {"epoch": epoch + 1}
+        line |= train_epoch(
+            trained, criterion, optimizer, loader, epoch=epoch, schedule=schedule, settings=settings
         )
         check_weights(net, epoch=epoch + 1)
-        _warn_if_collapsed(numbers, epoch)
         progress.epoch = epoch + 1
-        line: dict[str, Any] = {"epoch": progress.epoch, **numbers}
-        improved = False
         if settings.evaluates(progress.epoch, schedule.epochs):
-            improved = _record_result(progress, evaluate(), settings.selection)
-            line["eval"] = progress.last
+            result = {**evaluate(), "epoch": progress.epoch}
+            if progress.best is None or result["rank1"] > progress.best["rank1"]:
+                progress.best = {**result, "selection": f"best Rank-1 on {settings.selection}"}
+            progress.last = line["eval"] = {**result, "selection": "last epoch"}
         line["seconds"] = time.perf_counter() - start
         progress.log.append(line)
         if writer is not None:
             _report(line, schedule.epochs, writer)
-        _save(net, optimizer, progress, files, settings.save_every, improved=improved)
+            _save(net, optimizer, progress, files, settings.save_every)
     if writer is not None:
         writer.close()
     return progress
-
-
-def _record_result(progress: Progress, result: dict[str, Any], selection: str) -> bool:
-    """Records an evaluation in the progress; returns whether it is the best so far."""
-    result = {**result, "epoch": progress.epoch}
-    progress.last = {**result, "selection": "last epoch"}
-    if progress.best is not None and result["rank1"] <= progress.best["rank1"]:
-        return False
-    progress.best = {**result, "selection": f"best Rank-1 on {selection}"}
-    return True
 
 
 def _save(
@@ -153,13 +118,13 @@ def _save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     files: RunFiles,
-    save_every: int,
-    *,
-    improved: bool,
+    every: int,
 ) -> None:
-    """Writes checkpoints and reports of a complete epoch, on rank 0."""
-    if not distributed.is_main():
-        return
+    """Writes the checkpoints and reports of a complete epoch.
+
+    ``best.pt`` when Rank-1 has improved, ``epoch_NNN.pt`` after `every` epochs (0: never), and
+    ``last.pt``, whose predecessor stays as ``last.previous.pt``.
+    """
     checkpoint = {
         **files.header,
         "net": net.state_dict(),
@@ -172,22 +137,24 @@ def _save(
         "torch_generator": torch.get_rng_state(),
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
-    if improved:
-        best = {**checkpoint, "selection": progress.best["selection"]}
-        save_checkpoint(files.checkpoint_dir / BEST, best)
-    if save_every and progress.epoch % save_every == 0:
-        numbered = {**checkpoint, "selection": f"epoch {progress.epoch}, fixed beforehand"}
-        save_checkpoint(files.checkpoint_dir / f"epoch_{progress.epoch:03d}.pt", numbered)
-    # last.pt last: a resumed run never finds less than it claims.
-    last = {**checkpoint, "selection": "last epoch"}
-    save_checkpoint(files.checkpoint_dir / LAST, last, keep=files.checkpoint_dir / PREVIOUS)
+    folder = files.checkpoint_dir
+    if progress.best is not None and progress.best["epoch"] == progress.epoch:
+        checkpoint["selection"] = progress.best["selection"]
+        save_checkpoint(folder / BEST, checkpoint)
+    if every and progress.epoch % every == 0:
+        checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
+        save_checkpoint(folder / f"epoch_{progress.epoch:03d}.pt", checkpoint)
+    # Last, so that a resumed run never finds less than it claims.
+    checkpoint["selection"] = "last epoch"
+    save_checkpoint(folder / LAST, checkpoint, keep=folder / PREVIOUS)
     write_reports(files, progress)
 
 
 def write_reports(files: RunFiles, progress: Progress) -> None:
     """Writes log.jsonl and training.json anew on rank 0: both follow from the progress."""
     if distributed.is_main():
-        write_json_lines(files.output_dir / "log.jsonl", progress.log)
+        lines = "".join(json.dumps(line) + "\n" for line in progress.log)
+        write_atomic(files.output_dir / "log.jsonl", lambda stream: stream.write(lines.encode()))
         results = {"last": progress.last, "best": progress.best}
         write_json(files.output_dir / "training.json", results)
 
@@ -195,35 +162,29 @@ def write_reports(files: RunFiles, progress: Progress) -> None:
 def check_weights(net: nn.Module, *, epoch: int) -> None:
     """Raises `NonFiniteLossError` when an epoch has left a weight that is not finite."""
     for name, value in net.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if not bool(value.isfinite().all()):
             raise NonFiniteLossError(
-                f"{name!r} holds NaN or infinity after epoch {epoch}; the last checkpoint is "
-                f"untouched. A smaller --lr or a longer --warmup-epochs usually helps"
+                f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}"
             )
 
 
-def _warn_if_collapsed(numbers: Mapping[str, float], epoch: int) -> None:
-    """Logs a warning when all features of an epoch's batches were nearly the same."""
-    if numbers["feature_spread"] < COLLAPSED_SPREAD:
-        log.warning(
-            "epoch %d: the features have collapsed, all images look alike to the network (spread "
-            "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
-            "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
-            epoch + 1,
-            numbers["feature_spread"],
-        )
-
-
-def _report(line: Mapping[str, Any], epochs: int, writer: SummaryWriter) -> None:
+def _report(line: dict[str, Any], epochs: int, writer: SummaryWriter) -> None:
     """Writes an epoch's numbers to the log and to TensorBoard."""
     numbers = {k: v for k, v in line.items() if isinstance(v, float)}
     for name, value in numbers.items():
         writer.add_scalar(name if "/" in name else f"train/{name}", value, line["epoch"])
     terms = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if "/" not in k)
     log.info("epoch %d/%d  %s", line["epoch"], epochs, terms)
-    memory = {k.removeprefix("memory/"): v for k, v in numbers.items() if k.startswith("memory/")}
+    memory = [f"{k.split('/', 1)[1]} {v:.3g}" for k, v in numbers.items() if "/" in k]
     if memory:
-        log.info("  memory: %s", "  ".join(f"{k} {v:.3g}" for k, v in memory.items()))
+        log.info("  memory: %s", "  ".join(memory))
+    if line["feature_spread"] < COLLAPSED_SPREAD:
+        log.warning(
+            "epoch %d: the features have collapsed, all images look alike to the network (spread "
+            "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
+            "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
+            *(line["epoch"], line["feature_spread"]),
+        )
     if "eval" in line:
         for name in METRICS:
             writer.add_scalar(f"eval/{name}", line["eval"][name], line["epoch"])

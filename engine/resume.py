@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from engine.fit import BEST, LAST, PREVIOUS, Progress
 from model import TwoStreamNet
-from utils import CheckpointError, load_checkpoint
+from utils import CheckpointError, load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -20,17 +19,12 @@ ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "option
 
 
 def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
-    """Reads the checkpoint of an interrupted run.
+    """Reads the checkpoint of an interrupted run; `path` is added to its entries.
 
-    Args:
-        path: The checkpoint.
-        fall_back: Whether a damaged or missing ``last.pt`` may be replaced by ``last.previous.pt``.
-
-    Returns:
-        Its entries, and ``path``, where they come from.
+    With `fall_back` a damaged or missing ``last.pt`` is replaced by ``last.previous.pt``.
 
     Raises:
-        CheckpointError: When it cannot be read, nor its predecessor, or is no such checkpoint.
+        CheckpointError: When neither can be read, or it is no such checkpoint.
     """
     try:
         content = load_checkpoint(path)
@@ -59,20 +53,16 @@ def set_damaged_aside(content: Mapping[str, Any], folder: Path) -> None:
 
 def carry_best(content: Mapping[str, Any], folder: Path) -> None:
     """Brings ``best.pt`` along when a run goes on in another folder; warns when it is lost."""
-    path, best = content["path"], content["best"]
+    path, best = content["path"].with_name(BEST), content["best"]
     if best is None or (folder / BEST).exists():
         return
-    source = path.with_name(BEST)
     try:
-        fits = load_checkpoint(source).get("epoch") == best["epoch"]
+        found = load_checkpoint(path)
+        if found.get("epoch") != best["epoch"]:
+            raise CheckpointError(f"the best epoch so far, {best['epoch']}, is not that of {path}")
+        save_checkpoint(folder / BEST, found)
     except CheckpointError as error:
-        log.warning("%s", error)
-        fits = False
-    if fits:
-        shutil.copyfile(source, folder / f".{BEST}.tmp")
-        os.replace(folder / f".{BEST}.tmp", folder / BEST)
-    else:
-        log.warning("the best epoch so far, %d, has no %s in %s", best["epoch"], BEST, path.parent)
+        log.warning("going on without the best checkpoint so far: %s", error)
 
 
 def restore(
@@ -93,49 +83,37 @@ def restore(
     Raises:
         CheckpointError: When it belongs to another network or other data, or is damaged.
     """
-    path, config = content["path"], content["config"]
+    path = content["path"]
     try:
         differing = [
-            f"{key} {config.get(key)!r} there, {value!r} here"
+            f"{key} {content['config'].get(key)!r} there, {value!r} here"
             for key, value in net.config.items()
-            if config.get(key) != value
+            if content["config"].get(key) != value
         ]
-        other_data = list(content["identities"]) != list(identities)
-        inside = content.get("underway", {}).get("steps")  # of a former version
-    except Exception as error:  # anything may stand where plain values are expected
-        raise CheckpointError(f"{path} does not hold a run's state as expected: {error}") from error
-    if differing:
-        raise CheckpointError(
-            f"{path} belongs to another network ({'; '.join(differing)}); to start from its "
-            f"weights use --weights"
-        )
-    if other_data:
-        raise CheckpointError(
-            f"{path} was trained on other identities than this data set and split hold: go on with "
-            f"the same --data-path, --trial and --select-on, or use --weights {path}"
-        )
-    if inside:
-        raise CheckpointError(
-            f"{path} was saved within an epoch by a former version: go on from its weights with "
-            f"--weights {path} and another --output-dir"
-        )
-    try:
+        if differing:
+            raise CheckpointError(
+                f"{path} belongs to another network ({'; '.join(differing)}); to start from its "
+                f"weights use --weights"
+            )
+        if list(content["identities"]) != list(identities):
+            raise CheckpointError(
+                f"{path} was trained on other identities than this data set and split hold: go on "
+                f"with the same --data-path, --trial and --select-on, or use --weights {path}"
+            )
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
         torch.set_rng_state(content["torch_generator"])
         generators = content["cuda_generators"]
         if torch.cuda.is_available() and len(generators) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(generators)
-        lines = list(content["log"])
-        epochs = [line["epoch"] for line in lines]
-        if epochs != list(range(1, content["epoch"] + 1)):
-            raise ValueError(f"its log has the epochs {epochs[:5]}...")
+        return Progress(*(content[name] for name in ("epoch", "best", "last", "log")))
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = " ".join(str(error).split())[:300] or repr(error)
         raise CheckpointError(
             f"{path} does not hold a run's state as expected: {reason}"
         ) from error
-    return Progress(content["epoch"], content["best"], content["last"], lines)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

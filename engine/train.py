@@ -19,7 +19,8 @@ from engine import distributed
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from memory import MemoryHealth
 
-CHECK_EVERY = 10  # steps between two looks at the losses: each look waits for the device
+CHECK_EVERY = 10  # steps between two looks at the losses: a look waits for the device
+REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"
 STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
 
 
@@ -32,7 +33,7 @@ class TrainSettings:
     """How to train, beside network, criterion, optimiser and schedule; epochs counted from 1.
 
     Attributes:
-        seed: Seed for the stripe permutations.
+        seed: For the stripe permutations.
         num_strips: Stripes S.
         amp: bf16 autocast in the network; the losses never run under it.
         sync_bn: With several processes, batch statistics over all of them (CUDA only).
@@ -64,10 +65,7 @@ def parameter_groups(net: nn.Module, backbone_lr_scale: float) -> list[dict[str,
     head = net.head_parameters()
     in_head = {id(p) for p in head}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in in_head]
-    return [
-        {"params": head, "lr_scale": 1.0},
-        {"params": rest, "lr_scale": backbone_lr_scale},
-    ]
+    return [{"params": head, "lr_scale": 1.0}, {"params": rest, "lr_scale": backbone_lr_scale}]
 
 
 def make_optimizer(
@@ -77,33 +75,17 @@ def make_optimizer(
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Optimiser with two groups: the head at the base rate, all else at a share of it.
-
-    Args:
-        net: A `TwoStreamNet`.
-        name: "sgd" (Nesterov) or "adam".
-        backbone_lr_scale: The share, `lr_scale` of the second group.
-        weight_decay: On every parameter.
-        momentum: SGD's.
-
-    Returns:
-        An optimiser whose rates are zero until `set_learning_rate`.
+    """SGD (Nesterov) or Adam, by name, of the `parameter_groups`; its rates are zero until set.
 
     Raises:
-        ValueError: When `name` is unknown.
+        ValueError: When `name` is neither "sgd" nor "adam".
     """
     groups = parameter_groups(net, backbone_lr_scale)
+    settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
-        return torch.optim.SGD(
-            groups,
-            lr=0.0,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            nesterov=momentum > 0,
-            fused=True,
-        )
+        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
     if name == "adam":
-        return torch.optim.Adam(groups, lr=0.0, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(groups, **settings)
     raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
 
 
@@ -159,12 +141,12 @@ def training_step(
     weights: Mapping[str, float],
     amp: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
-    """One optimisation step.
+    """One optimisation step, at the rates already set.
 
     Args:
         net: In training mode.
         criterion: Gives the loss terms.
-        optimizer: Rates already set.
+        optimizer: Of the network's parameters.
         batch: ``visible`` and ``infrared`` images (PK, 3, H, W), ``labels`` (2PK,), visible first.
         order: Random order of the stripes.
         weights: Weight of each term in the total.
@@ -177,20 +159,17 @@ def training_step(
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.visible.device.type, dtype=torch.bfloat16, enabled=amp):
         out = net(batch.visible, batch.infrared)
-    out = {k: v.float() if _is_half(v) else v for k, v in out.items()}
+    if amp:
+        out = {k: v.float() if torch.is_tensor(v) else v for k, v in out.items()}
     whole_reads = any(criterion.weights.get(name) for name in criterion.whole_batch_reads)
     out, labels = distributed.gather_output(out, batch.labels, whole_reads=whole_reads)
     terms = criterion(out, labels, order)
-    total = weighted_total(terms, weights)
-    total.backward()
+    terms["total"] = weighted_total(terms, weights)
+    terms["total"].backward()
     optimizer.step()
-    terms = {name: term.detach() for name, term in {**terms, "total": total}.items()}
+    terms = {name: term.detach() for name, term in terms.items()}
     read = out.get("memory_read")
     return terms, out["feat"].detach(), None if read is None else read.weights
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def feature_spread(feat: Tensor) -> Tensor:
@@ -202,14 +181,24 @@ def feature_spread(feat: Tensor) -> Tensor:
     return (feat - center).norm(dim=1).mean() / feat.norm(dim=1).mean().clamp_min(1e-12)
 
 
-def check_finite(terms: Mapping[str, float], *, epoch: int, step: int) -> None:
-    """Raises `NonFiniteLossError` naming the first term that is not finite."""
-    for name, value in terms.items():
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"loss term {name!r} is {value} in epoch {epoch}, step {step}; the last checkpoint "
-                f"is untouched. A smaller --lr or a longer --warmup-epochs usually helps"
-            )
+def read_finite(
+    waiting: Sequence[Mapping[str, Tensor]], *, epoch: int, first_step: int
+) -> list[dict[str, float]]:
+    """Reads the numbers of consecutive steps from the device.
+
+    Raises:
+        NonFiniteLossError: Naming the first one that is not finite.
+    """
+    steps = []
+    for step, numbers in enumerate(waiting, first_step):
+        values = torch.stack(list(numbers.values())).tolist()
+        steps.append(dict(zip(numbers, values, strict=True)))
+        for name, value in steps[-1].items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"loss term {name!r} is {value} in epoch {epoch}, step {step}; {REMEDY}"
+                )
+    return steps
 
 
 def train_epoch(
@@ -222,16 +211,10 @@ def train_epoch(
     schedule: Schedule,
     settings: TrainSettings,
 ) -> dict[str, float]:
-    """Trains one epoch.
+    """Trains one epoch, counted from 0, on the batches of a `data_loader.TrainLoader`.
 
-    Args:
-        net: The network, on the loader's device, or `distributed.parallel` of it.
-        criterion: Gives the terms and, as `criterion.weights`, their weights.
-        optimizer: With `lr_scale` in its groups.
-        loader: A `data_loader.TrainLoader`.
-        epoch: Counted from 0.
-        schedule: Rate and triplet ramp.
-        settings: Seed, precision, progress bar.
+    `net`, on the loader's device, may be `distributed.parallel` of the network; the optimiser's
+    groups have an `lr_scale`, and `criterion.weights` says how much each term counts.
 
     Returns:
         Means over the steps: each loss term, ``total``, ``feature_spread``; ``lr``;
@@ -245,74 +228,36 @@ def train_epoch(
     lr, scale = schedule.learning_rate(epoch), schedule.triplet_scale(epoch)
     set_learning_rate(optimizer, lr)
     weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
-    health, meter = MemoryHealth(), Meter(epoch)
-    images = 0
-    bar = tqdm(
-        loader.epoch(epoch),
-        f"epoch {epoch}",
-        len(loader),
-        disable=None if settings.progress else True,
-        leave=False,
-    )
+    health, images = MemoryHealth(), 0
+    waiting: list[dict[str, Tensor]] = []  # numbers of the steps since the last look
+    steps: list[dict[str, float]] = []
+    hidden = None if settings.progress else True
+    bar = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader), disable=hidden, leave=False)
     for step, batch in enumerate(bar):
-        order = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
+        random = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
         terms, feat, addressing = training_step(
             net,
             criterion,
             optimizer,
             batch,
-            order=order.permutation(settings.num_strips).tolist(),
+            order=random.permutation(settings.num_strips).tolist(),
             weights=weights,
             amp=settings.amp,
         )
         terms["feature_spread"] = feature_spread(feat)
         if addressing is not None:
             health.update(addressing)
-        meter.update(distributed.mean_of(terms))
+        waiting.append(distributed.mean_of(terms))
         images += len(batch.labels) * distributed.size()
-        if (step + 1) % CHECK_EVERY == 0:
-            bar.set_postfix_str(f"loss={meter.flush()['total']:.3f}, lr={lr:.2g}")
-    meter.flush()
+        if len(waiting) == CHECK_EVERY or step + 1 == len(loader):
+            steps += read_finite(waiting, epoch=epoch, first_step=len(steps))
+            waiting.clear()
+            bar.set_postfix_str(f"loss={steps[-1]['total']:.3f}, lr={lr:.2g}")
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])
     distributed.share_buffers(net)
     return {
         "lr": lr,
-        **{name: total / len(loader) for name, total in meter.totals.items()},
-        "images_per_second": images / max(time.perf_counter() - start, 1e-9),
+        **{name: sum(numbers[name] for numbers in steps) / len(steps) for name in steps[0]},
+        "images_per_second": images / (time.perf_counter() - start),
         **{f"memory/{name}": value for name, value in health.summary().items()},
     }
-
-
-class Meter:
-    """Sums of an epoch's numbers; they are read from the device when flushed.
-
-    Attributes:
-        totals: Sum of each number over the steps flushed so far.
-    """
-
-    def __init__(self, epoch: int) -> None:
-        self.totals: dict[str, float] = {}
-        self._epoch, self._flushed = epoch, 0
-        self._waiting: list[dict[str, Tensor]] = []
-
-    def update(self, numbers: Mapping[str, Tensor]) -> None:
-        """Takes a step's scalars."""
-        self._waiting.append(dict(numbers))
-
-    def flush(self) -> dict[str, float]:
-        """Adds the waiting steps' numbers, checks them, and returns the last step's.
-
-        Raises:
-            NonFiniteLossError: When one of them is not finite.
-        """
-        numbers: dict[str, float] = {}
-        if self._waiting:
-            rows = torch.stack([torch.stack(list(n.values())) for n in self._waiting]).tolist()
-            for row in rows:
-                numbers = dict(zip(self._waiting[0], row, strict=True))
-                check_finite(numbers, epoch=self._epoch, step=self._flushed)
-                for name, value in numbers.items():
-                    self.totals[name] = self.totals.get(name, 0.0) + value
-                self._flushed += 1
-            self._waiting.clear()
-        return numbers

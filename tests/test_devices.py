@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.plain import term_weights
-from engine.train import Meter, feature_spread, make_optimizer, training_step
+from engine.train import feature_spread, make_optimizer, training_step
 from loss import Criterion
 from memory import MemoryHealth
 from model import TwoStreamNet
@@ -49,13 +49,12 @@ def steps(
     weights = term_weights(net) | ({"decorrelation": 0.01} if net.config["memory"] else {})
     criterion = Criterion(weights, num_centers=num_centers, head=net.head)
     order = [4, 0, 5, 2, 1, 3]
-    health, meter = MemoryHealth(), Meter(epoch=0)
+    health = MemoryHealth()
     for _ in range(2):  # the second adds to the first's counters
         terms, feat, addressing = training_step(
             net, criterion, optimizer, batch, order=order, weights=weights
         )
         terms["spread"] = feature_spread(feat)
-        meter.update(terms)
         health.update(addressing or {})
     counters = {f"{level}/counters": value for level, value in health.counters.items()}
     return {**terms, **counters, **{f"{k}/used": v for k, v in health.used.items()}}

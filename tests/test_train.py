@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from small_training import Loader, small
@@ -7,11 +5,9 @@ from small_training import Loader, small
 from benchmarks.plain import term_weights
 from engine import train
 from engine.train import (
-    Meter,
     NonFiniteLossError,
     Schedule,
     TrainSettings,
-    check_finite,
     make_optimizer,
     set_learning_rate,
     train_epoch,
@@ -133,24 +129,6 @@ def test_a_loss_that_is_not_finite_stops_with_term_epoch_and_step(step, steps, m
     with pytest.raises(NonFiniteLossError, match=f"'id' is nan in epoch 3, step {step};"):
         one_epoch(small(), Loader(poison_step=step, steps=steps), epoch=3)
     assert len(done) == min(3, steps)  # no later than the next look
-
-
-def test_a_meter_sums_what_it_has_checked():
-    meter = Meter(epoch=2)
-    assert meter.flush() == {}
-    for value in (1.0, 2.0, 4.0):
-        meter.update({"a": torch.tensor(value), "b": torch.tensor(-value, dtype=torch.float64)})
-        if value == 2.0:
-            assert meter.flush() == {"a": 2.0, "b": -2.0}
-    assert meter.totals == {"a": 3.0, "b": -3.0}
-    assert meter.flush() == {"a": 4.0, "b": -4.0}
-    assert meter.flush() == {}
-    assert meter.totals == {"a": 7.0, "b": -7.0}
-    meter.update({"a": torch.tensor(1.0), "b": torch.tensor(math.nan)})
-    with pytest.raises(NonFiniteLossError, match="'b' is nan in epoch 2, step 3;"):
-        meter.flush()
-    with pytest.raises(NonFiniteLossError, match="'b' is inf"):
-        check_finite({"a": 1.0, "b": math.inf}, epoch=0, step=0)
 
 
 def test_the_ramp_scales_triplets_and_nothing_else(monkeypatch):

@@ -1,11 +1,9 @@
-import io
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -192,56 +190,18 @@ def test_stop_signals_are_raised_at_once_and_handlers_given_back(number):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_stop_signals_are_the_main_thread_s():
-    done = []
-
-    def elsewhere():
-        with stop_signals():  # setting a handler here would raise ValueError
-            done.append(1)
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert done == [1]
-
-
-@pytest.mark.parametrize("allowed", range(4))
-def test_an_interruption_within_torch_s_save_is_no_failed_write(allowed, tmp_path, monkeypatch):
-    """A signal between two writes of torch.save, which then raises an error of its own."""
-    path, calls = tmp_path / "a.pt", []
+@pytest.mark.parametrize("moment", ["torch.save", "utils.os.fsync", "utils.os.replace"])
+def test_an_interruption_within_a_save_leaves_a_whole_file(moment, tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
     save_checkpoint(path, {"epoch": 1})
-
-    class Stream(io.BufferedWriter):
-        def write(self, data):
-            calls.append(1)
-            if len(calls) == allowed + 1:
-                raise Interrupted(signal.SIGTERM)
-            return super().write(data)
-
-    monkeypatch.setattr(
-        utils, "open", lambda path, mode: Stream(io.FileIO(path, mode)), raising=False
-    )
-    with pytest.raises(Interrupted):
-        save_checkpoint(path, {"net": {str(i): torch.randn(1 << 17) for i in range(4)}, "epoch": 2})
-    monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_an_interruption_within_a_write_leaves_a_whole_file(moment, tmp_path, monkeypatch):
-    path, former = tmp_path / "a.pt", tmp_path / "former.pt"
-    path.write_bytes(b"first")
 
     def interrupted(*_):
         raise Interrupted(signal.SIGTERM)
 
-    if moment != "write":
-        monkeypatch.setattr(utils.os, moment, interrupted)
-    write = interrupted if moment == "write" else lambda stream: stream.write(b"second")
+    monkeypatch.setattr(moment, interrupted)
     with pytest.raises(Interrupted):
-        write_atomic(path, write, keep=former)
-    assert path.read_bytes() == b"first"
+        save_checkpoint(path, {"epoch": 2}, keep=tmp_path / "former.pt")
+    assert load_checkpoint(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -250,12 +210,12 @@ def test_freed_memory_is_kept():
     """A large block, freed and allocated again, costs no page faults; a process of its own."""
     code = (
         "import resource, torch, utils\n"
-        "kept = utils.keep_freed_memory()\n"
+        "utils.keep_freed_memory()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20):\n"
         "    before = faults()\n"
         "    torch.ones(1 << 24)\n"
-        "print(kept, faults() - before)\n"
+        "print(faults() - before)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -263,7 +223,4 @@ def test_freed_memory_is_kept():
         text=True,
         cwd=Path(utils.__file__).parent,
     )
-    kept, faults = done.stdout.split()
-    if kept == "False":
-        pytest.skip("this C library has no mallopt")
-    assert int(faults) < 1000  # of 16,384 pages
+    assert int(done.stdout) < 1000  # of 16,384 pages
