@@ -58,8 +58,7 @@ def processes(gpu: str) -> Iterator[torch.device]:
 def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
     """The module to train: `net`, on its device, or `net` in DistributedDataParallel.
 
-    With `sync_bn` (CUDA only) its batch norms are exchanged in place for ones whose statistics are
-    those of all processes.
+    With `sync_bn` (CUDA only) the statistics of its batch norms become those of all processes.
     """
     if size() == 1:
         return net
@@ -79,8 +78,8 @@ def share_buffers(net: nn.Module) -> None:
 def gather_rows(rows: Tensor) -> Tensor:
     """The whole batch's rows, visible first, from each process's (2PK, ...), visible first.
 
-    Gradient flows to the own rows. It is exact under DistributedDataParallel, whose mean over
-    processes it undoes, when every process computes the same loss from the result.
+    Gradient flows to the own rows, times the number of processes: every process computes the same
+    loss from the result, and DistributedDataParallel divides by that number.
     """
     if size() == 1:
         return rows
@@ -140,12 +139,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, in every process."""
-    if size() == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+    """Rank 0's value, in every process; a plain value."""
+    return gather_objects(value)[0]
 
 
 def shard_of(count: int, unit: int) -> tuple[int, int]:

@@ -62,7 +62,7 @@ def evaluate(
         if not len(whole):
             raise ValueError(f"no {whole.modality} images to embed")
         first, last = distributed.shard_of(len(whole), batch_size)
-        own = whole if last - first == len(whole) else whole.take(range(first, last))
+        own = whole.take(range(first, last))
         shard = {}
         if len(own):
             device = next(net.parameters()).device

@@ -30,33 +30,22 @@ LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 
 @dataclass
 class Progress:
-    """How far a run is; saved in each checkpoint.
+    """How far a run is; saved in each checkpoint."""
 
-    Attributes:
-        epoch: Epochs completed.
-        best: Results of the best epoch so far, with its ``epoch``; None before an evaluation.
-        last: Results of the latest evaluation, with its ``epoch``.
-        log: The lines of ``log.jsonl``, one for each epoch completed.
-    """
-
-    epoch: int = 0
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    log: list[dict[str, Any]] = field(default_factory=list)
+    epoch: int = 0  # epochs completed
+    best: dict[str, Any] | None = None  # results of the best epoch so far, with its ``epoch``
+    last: dict[str, Any] | None = None  # results of the latest evaluation, with its ``epoch``
+    log: list[dict[str, Any]] = field(default_factory=list)  # lines of log.jsonl, one an epoch
 
 
 @dataclass
 class RunFiles:
-    """Where a run writes log lines and results, checkpoints, and TensorBoard events.
+    """Where a run writes."""
 
-    Attributes:
-        header: Entries stored in each checkpoint beside the state (options, versions, ...).
-    """
-
-    output_dir: Path
+    output_dir: Path  # log.jsonl, results
     checkpoint_dir: Path
     tensorboard_dir: Path
-    header: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
 
 
 def fit(

@@ -74,11 +74,8 @@ def restore(
 ) -> Progress:
     """Loads the states of network, optimiser and generators.
 
-    Args:
-        content: From `read`.
-        net: As the flags describe it.
-        optimizer: Of its parameters; keeps its own settings and takes over the state alone.
-        identities: Raw identity of each label.
+    The network is as the flags describe it, the optimiser keeps its settings; `identities` has the
+    raw identity of each label.
 
     Raises:
         CheckpointError: When it belongs to another network or other data, or is damaged.
@@ -103,10 +100,9 @@ def restore(
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
         torch.set_rng_state(content["torch_generator"])
-        generators = content["cuda_generators"]
-        if torch.cuda.is_available() and len(generators) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(generators)
-        return Progress(*(content[name] for name in ("epoch", "best", "last", "log")))
+        for device, state in enumerate(content["cuda_generators"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+        return Progress(content["epoch"], content["best"], content["last"], content["log"])
     except CheckpointError:
         raise
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
@@ -119,9 +115,7 @@ def restore(
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Takes over the state alone: rates, decay and momentum are the flags'.
 
-    Raises:
-        ValueError: When the state is not of this optimiser's parameters.
-        RuntimeError: When a tensor of it does not fit its parameter.
+    Raises ValueError or RuntimeError when the state is not of this optimiser's parameters.
     """
     ours = optimizer.state_dict()["param_groups"]
     theirs = [group["params"] for group in saved["param_groups"]]

@@ -30,29 +30,17 @@ class NonFiniteLossError(ValueError):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train, beside network, criterion, optimiser and schedule; epochs counted from 1.
+    """How to train, beside network, criterion, optimiser and schedule; epochs counted from 1."""
 
-    Attributes:
-        seed: For the stripe permutations.
-        num_strips: Stripes S.
-        amp: bf16 autocast in the network; the losses never run under it.
-        sync_bn: With several processes, batch statistics over all of them (CUDA only).
-        progress: Whether to show progress bars.
-        eval_start: Epochs before the first evaluation.
-        eval_every: Epochs between evaluations; the last epoch is always evaluated.
-        save_every: Epochs between numbered checkpoints; 0 keeps none.
-        selection: What is evaluated, written beside the best result.
-    """
-
-    seed: int = 0
-    num_strips: int = 6
-    amp: bool = False
-    sync_bn: bool = False
-    progress: bool = True
-    eval_start: int = 10
-    eval_every: int = 2
-    save_every: int = 0
-    selection: str = "the test set"
+    seed: int = 0  # for the stripe permutations
+    num_strips: int = 6  # stripes S
+    amp: bool = False  # bf16 autocast in the network; the losses never run under it
+    sync_bn: bool = False  # with several processes, batch statistics over all of them (CUDA only)
+    progress: bool = True  # whether to show progress bars
+    eval_start: int = 10  # epochs before the first evaluation
+    eval_every: int = 2  # epochs between evaluations; the last epoch is always evaluated
+    save_every: int = 0  # epochs between numbered checkpoints; 0 keeps none
+    selection: str = "the test set"  # what is evaluated, written beside the best result
 
     def evaluates(self, epoch: int, epochs: int) -> bool:
         """Whether the network is evaluated after an epoch."""
@@ -93,17 +81,12 @@ def make_optimizer(
 class Schedule:
     """Learning rate and triplet ramp as functions of the epoch (counted from 0).
 
-    Attributes:
-        lr: Base rate.
-        epochs: Epochs in all.
-        warmup_epochs: Epoch e below it has ``lr * (e + 1) / warmup_epochs``.
-        milestones: From each of these epochs on the rate is a tenth (``kind`` "step").
-        kind: "step", or "cosine": after the warm-up down to zero along half a cosine.
-        triplet_ramp: (start, end): triplet terms are off before epoch `start`, fully on from `end`,
-            linear between; (0, 0) has them on from the beginning.
+    The rate grows linearly in the warm-up, then falls to a tenth at each milestone (`kind` "step"),
+    or to zero along half a cosine ("cosine"). Triplet terms are off before the first epoch of
+    `triplet_ramp`, fully on from the second, linear between.
     """
 
-    lr: float
+    lr: float  # base rate
     epochs: int = 61
     warmup_epochs: int = 10
     milestones: tuple[int, ...] = (20, 50)
@@ -143,14 +126,9 @@ def training_step(
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
     """One optimisation step, at the rates already set.
 
-    Args:
-        net: In training mode.
-        criterion: Gives the loss terms.
-        optimizer: Of the network's parameters.
-        batch: ``visible`` and ``infrared`` images (PK, 3, H, W), ``labels`` (2PK,), visible first.
-        order: Random order of the stripes.
-        weights: Weight of each term in the total.
-        amp: Whether the network runs under bf16 autocast; the losses never do.
+    A batch has ``visible`` and ``infrared`` images (PK, 3, H, W) and ``labels`` (2PK,), visible
+    first; `order` is a random order of the stripes, `weights` are those of the terms in the total.
+    With `amp` the network runs under bf16 autocast, the losses never do.
 
     Returns:
         Detached terms, with their ``total``; the feature (N, D) that the triplet acts on; the
