@@ -38,15 +38,9 @@ def evaluate(
     With several processes each embeds a shard of the images, in whole batches, so that the result
     has the bits of a single process's.
 
-    Args:
-        net: A `TwoStreamNet` on its device, alike in all processes; put into evaluation mode.
-        eval_set: Queries and galleries.
-        images: From an image list to its pixels, such as a `data_loader.ImageCache`.
-        test_feats: Kinds of retrieval feature, names of `TwoStreamNet.embed`.
-        rankings: Names in `RE_RANKINGS`; none where there is nothing to score.
-        batch_size: Images a batch.
-        amp: bf16 autocast.
-        progress: Whether to show bars.
+    `net` is a `TwoStreamNet` on its device, alike in all processes; `images` gives the pixels of an
+    image list, such as a `data_loader.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`,
+    `rankings` of `RE_RANKINGS`, none where there is nothing to score; `amp` is bf16 autocast.
 
     Returns:
         The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1, in every

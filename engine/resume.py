@@ -14,7 +14,6 @@ from utils import CheckpointError, load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
 
-DAMAGED = "last.damaged.pt"
 ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "options", "identities")
 
 
@@ -46,9 +45,8 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
 
 def set_damaged_aside(content: Mapping[str, Any], folder: Path) -> None:
     """Renames a ``last.pt`` that was not readable, so that no save puts it over a good file."""
-    last = folder / LAST
-    if content["path"] == folder / PREVIOUS and last.exists():
-        os.replace(last, folder / DAMAGED)
+    if content["path"] == folder / PREVIOUS and (folder / LAST).exists():
+        os.replace(folder / LAST, folder / "last.damaged.pt")
 
 
 def carry_best(content: Mapping[str, Any], folder: Path) -> None:
@@ -118,8 +116,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     Raises ValueError or RuntimeError when the state is not of this optimiser's parameters.
     """
     ours = optimizer.state_dict()["param_groups"]
-    theirs = [group["params"] for group in saved["param_groups"]]
-    if theirs != [group["params"] for group in ours]:
+    if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in ours]:
         raise ValueError("the optimiser's parameters differ")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
     for parameter, state in optimizer.state.items():

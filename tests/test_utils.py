@@ -4,6 +4,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +65,6 @@ def test_earlier_releases_dictionaries_load_safely(tmp_path):
 def test_numpy_1_names_load_too(tmp_path):
     path = tmp_path / "old.t"
     torch.save({"net": {"w": torch.ones(1)}, "mAP": np.float64(0.5)}, path, pickle_protocol=2)
-    import zipfile
-
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     entries = {
