@@ -6,10 +6,11 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from data_manager import DATASETS
 from eval_metrics import RE_RANKINGS
@@ -20,101 +21,190 @@ from networks.settings import (
     MARGIN,
     PARTS_PER_INSTANCE,
     SHRINK,
-    STAGES,
     VARIANTS,
 )
 
-# The default of every flag that has one; the training's are the releases' settings.
-DEFAULTS: dict[str, Any] = {
-    "dataset": "regdb",
-    "trial": 1,
-    "workers": 4,
-    "img_h": 288,
-    "img_w": 144,
-    "batch_size": 8,
-    "num_pos": 4,
-    "test_batch": 64,
-    "pad": 10,
-    "flip": 0.5,
-    "grey": 0.0,
-    "tone": 0.0,
-    "erase": 0.0,
-    "mode": "all",
-    "gallery": "seeded",
-    "shots": 1,
-    "trials": 10,
-    "direction": "v2i",
-    "re_rank": "no",
-    "arch": "resnet50",
-    "method": "base",
-    "share_net": 2,
-    "num_strips": 6,
-    "local_feat_dim": 256,
-    "gem_p": 3.0,
-    "weights": "imagenet",
-    "memory_variant": "paper",
-    "shrink": SHRINK,
-    "shrink_scale": 1.0,
-    "instances_per_id": INSTANCES_PER_ID,
-    "parts_per_instance": PARTS_PER_INSTANCE,
-    "margin": MARGIN,
-    "label_smooth": "off",
-    "w_id": 1.0,
-    "w_triplet": 1.0,
-    "w_center": 1.0,
-    "w_memory_id": 0.1,
-    "w_memory_triplet": 1.0,
-    "w_alignment": 0.1,
-    "w_decorrelation": 0.0,  # released: computed, left out; its note suggests 0.01
-    "lr": 0.1,
-    "optim": "sgd",
-    "backbone_lr_scale": 0.1,
-    "weight_decay": 5e-4,
-    "momentum": 0.9,
-    "epochs": 61,
-    "schedule": "step",
-    "warmup_epochs": 10,
-    "milestones": (20, 50),
-    "triplet_ramp": (0, 0),
-    "seed": 0,
-    "gpu": "0",
-    "save_epoch": 0,
-    "eval_start": 10,
-    "eval_every": 2,
-    "select_on": "test",
-    "subset": "test",
-}
+# --- Kinds of values ------------------------------------------------------------------------------
+
+
+def _checked(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """Returns a parser of numbers, for argparse, whose errors say what was expected."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not legal(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where `kind` refuses the text
+    return parse
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """Returns a parser of numbers above 0, for argparse."""
+    return _checked(kind, "a number above 0", lambda value: 0 < value < math.inf)
+
+
+def non_negative(kind: type) -> Callable[[str], Any]:
+    """Returns a parser of numbers from 0 on, for argparse."""
+    return _checked(kind, "0 or more", lambda value: 0 <= value < math.inf)
+
+
+COUNT, COUNT_OR_0 = positive(int), non_negative(int)
+FACTOR, WEIGHT = positive(float), non_negative(float)
+PROBABILITY = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def _shrink(text: str) -> float | str:
+    return text if text == "auto" else PROBABILITY(text)
+
 
 PRESETS: dict[str, Mapping[str, Any]] = {
     **{name: data.preset for name, data in DATASETS.items()},
     # No pretrained weights at hand: small network, small images, equal rates, triplets let in late.
     "scratch": {
-        "weights": "none",
-        "arch": "resnet18",
-        "img_h": 96,
-        "img_w": 48,
-        "pad": 4,
-        "gem_p": 3.0,
-        "w_center": 1.0,
-        "label_smooth": "on",
-        "lr": 0.05,
-        "backbone_lr_scale": 1.0,
-        "epochs": 14,
-        "schedule": "cosine",
-        "warmup_epochs": 3,
-        "triplet_ramp": (4, 9),
-        "grey": 0.5,
-        "tone": 0.3,
-        "eval_start": 0,
-        "eval_every": 7,
+        **{"weights": "none", "arch": "resnet18", "img_h": 96, "img_w": 48, "pad": 4},
+        **{"gem_p": 3.0, "w_center": 1.0, "label_smooth": "on", "triplet_ramp": (4, 9)},
+        **{"lr": 0.05, "backbone_lr_scale": 1.0, "schedule": "cosine", "warmup_epochs": 3},
+        **{"epochs": 14, "eval_start": 0, "eval_every": 7, "grey": 0.5, "tone": 0.3},
     },
 }
-PRESET_SOURCES = {
-    **{name: data.preset_source for name, data in DATASETS.items()},
-    "scratch": "this project, on stand-in data",
+PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
+PRESET_SOURCES["scratch"] = "this project, on stand-in data"
+
+# --- The flags of the training scripts ------------------------------------------------------------
+
+
+class Flag:
+    """A flag: name, default, help text, legal values or their parser, short spellings.
+
+    A default of False makes it a switch; with None the help text says what happens without it.
+    """
+
+    def __init__(
+        self, name: str, default: Any, text: str, kind: Any = str, *short: str, **settings: Any
+    ) -> None:
+        self.name, self.default, self.text, self.short = name, default, text, short
+        if default is False:
+            self.settings = {"action": "store_true"}
+        elif callable(kind):
+            self.settings = {"type": kind, **settings}
+        else:
+            self.settings = {"type": type(kind[0]), "choices": kind}
+
+
+RESUME_LAST = ""  # --resume without a value
+ON_OFF = ("on", "off")
+# The longer help texts of the table below.
+FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
+FEAT = "retrieval feature; memory and both run the memory (default: pcb; AGW: neck)"
+READ = (
+    "granularity whose read is added to the map; none is a control: the memory branch without a "
+    "memory (default: the method's coarsest)"
+)
+MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
+RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
+RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
+
+# By the headings of --help. The defaults are the releases' settings.
+TRAIN = {
+    "data and protocol": (
+        Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
+        Flag("data-path", None, f"data folder (default: {FOLDERS})", Path),
+        Flag("trial", 1, "RegDB: split, 1 to 10", int),
+        Flag("mode", "all", "SYSU-MM01: gallery from all or indoor cameras", ("all", "indoor")),
+        Flag("gallery", "seeded", "SYSU-MM01: whose gallery draw", ("seeded", "official")),
+        Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
+        Flag("trials", 10, "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1 to N", COUNT),
+        Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
+        Flag("tvsearch", False, "same as --direction i2v"),
+        Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
+        Flag("test-feat", None, FEAT, ("pcb", "neck", "pool", "memory", "both")),
+    ),
+    "model": (
+        Flag("method", "base", "baseline network: base is HCT, agw is AGW", ("base", "agw")),
+        Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
+        Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
+        Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
+        Flag("pcb", "on", "horizontal stripes: on for HCT, off for AGW", ON_OFF),
+        Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
+        Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
+        Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
+        Flag("memory-variant", "paper", "MG-MRA: the figure's or the later upload's", VARIANTS),
+        Flag("shrink", SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
+        Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
+        Flag("memory-levels", None, READ, ("none", *LEVELS)),
+        Flag("instances-per-id", INSTANCES_PER_ID, "instance prototypes per identity, T", COUNT),
+        Flag("parts-per-instance", PARTS_PER_INSTANCE, "part prototypes per instance, R", COUNT),
+    ),
+    "losses": (
+        Flag("margin", MARGIN, "margin of the triplet losses, a distance", WEIGHT),
+        Flag("label_smooth", "off", f"identity losses: label smoothing {LABEL_SMOOTHING}", ON_OFF),
+        Flag("w_id", 1.0, "weight of the identity loss", WEIGHT),
+        Flag("w_triplet", 1.0, "weight of the concatenated feature's triplet loss", WEIGHT),
+        Flag("w_center", 1.0, "weight of the stripes' hetero-centre triplet losses", WEIGHT),
+        Flag("w_memory_id", 0.1, "weight of the memory feature's identity loss", WEIGHT),
+        Flag("w_memory_triplet", 1.0, "weight of the memory feature's triplet loss", WEIGHT),
+        Flag("w_alignment", 0.1, "weight of the part alignment loss", WEIGHT),
+        # Released: computed, left out of the sum; its note suggests 0.01.
+        Flag("w_decorrelation", 0.0, "weight of the part decorrelation loss", WEIGHT),
+    ),
+    "optimisation": (
+        Flag("preset", None, "values of flags not given (default: the data set's)", tuple(PRESETS)),
+        Flag("lr", 0.1, "base learning rate", FACTOR),
+        Flag("optim", "sgd", "optimiser", ("sgd", "adam")),
+        Flag("backbone-lr-scale", 0.1, "learning rate below the head, as a part of --lr", FACTOR),
+        Flag("weight-decay", 5e-4, "weight decay (L2) of every parameter", WEIGHT),
+        Flag("momentum", 0.9, "Nesterov momentum of SGD, 0 to 1", PROBABILITY),
+        Flag("epochs", 61, "epochs in all, those before a resume included", COUNT),
+        Flag("schedule", "step", "learning rate after the warm-up", ("step", "cosine")),
+        Flag("warmup-epochs", 10, "epochs in which the rate rises linearly to --lr", COUNT_OR_0),
+        Flag("milestones", (20, 50), MILESTONES, int, nargs="*"),
+        Flag("triplet-ramp", (0, 0), RAMP, int, nargs=2),
+        Flag("batch-size", 8, "identities per batch, P", COUNT),
+        Flag("num_pos", 4, "images per identity and modality in a batch, K", COUNT),
+        Flag("img_h", 288, "image height in pixels", COUNT),
+        Flag("img_w", 144, "image width in pixels", COUNT),
+        Flag("pad", 10, "black pixels on each side before the random crop", COUNT_OR_0),
+        Flag("flip", 0.5, "probability of a horizontal flip", PROBABILITY),
+        Flag("grey", 0.0, "probability that a visible image is made grey", PROBABILITY),
+        Flag("tone", 0.0, "random gamma and gain from exp(-TONE) to exp(TONE)", WEIGHT),
+        Flag("erase", 0.0, "probability that a rectangle is erased", PROBABILITY),
+        Flag("seed", 0, "seed of all random numbers", COUNT_OR_0),
+        Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
+        Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
+    ),
+    "run": (
+        Flag("output-dir", None, "folder of a run's files (default: runs/METHOD_DATASET...)", Path),
+        Flag("model_path", None, "folder of checkpoints (default: the output folder)", Path),
+        Flag("log_path", None, "folder of train.log (default: the output folder)", Path),
+        Flag("vis_log_path", None, "TensorBoard folder (default: OUTPUT/tensorboard)", Path),
+        Flag("overwrite", False, "start anew in a folder that holds a run; deletes its files"),
+        Flag("resume", None, RESUME, str, "-r", nargs="?", const=RESUME_LAST),
+        Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
+        Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
+        Flag("eval-start", 10, "epochs before the first evaluation", COUNT_OR_0),
+        Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
+        Flag("select-on", "test", "identities that choose best.pt; val: held out", ("test", "val")),
+    ),
+    "machine": (
+        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one to each process"),
+        Flag("amp", False, "run the network in bf16 (autocast)"),
+        Flag("test-batch", 64, "images per evaluation batch", COUNT),
+        Flag("workers", 4, "threads that decode images", COUNT),
+        Flag("quiet", False, "no progress bars"),
+    ),
 }
+DEFAULTS: dict[str, Any] = {
+    flag.name.replace("-", "_"): flag.default
+    for flags in TRAIN.values()
+    for flag in flags
+    if flag.default is not None
+}
+
 # Whatever the data set: AGW's own settings, which have no stripes and so no stripes' triplets.
-METHOD_VALUES = {"agw": {"label_smooth": "off", "gem_p": 3.0, "w_center": 0.0}}
+METHOD_VALUES = {"agw": {"pcb": "off", "label_smooth": "off", "gem_p": 3.0, "w_center": 0.0}}
+NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
 PROTOCOL = ("dataset", "data_path", "trial", "direction", "mode", "gallery", "shots", "trials")
@@ -129,46 +219,25 @@ FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic"
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 
 
-# --- Kinds of values ------------------------------------------------------------------------------
+# --- Parsers --------------------------------------------------------------------------------------
 
 
-def _checked(kind: type, name: str, legal: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Returns a parser of numbers, for argparse, whose errors say what was expected."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, as those found later are (see `utils.user_errors`)."""
 
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not (math.isfinite(value) and legal(value)):
-            raise argparse.ArgumentTypeError(f"expected {name}, got {text}")
-        return value
+    def __init__(self, description: str) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
 
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers above 0, for argparse."""
-    return _checked(kind, "a number above 0", lambda value: value > 0)
-
-
-def non_negative(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers from 0 on, for argparse."""
-    return _checked(kind, "0 or more", lambda value: value >= 0)
-
-
-probability = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-
-
-def _shrink(text: str) -> float | str:
-    return text if text == "auto" else probability(text)
-
-
-# --- Flags ----------------------------------------------------------------------------------------
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError: "argument --lr: expected a number above 0, got -1; ..."."""
+        raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 
 class Flags:
     """Adds flags to a group of a parser, in both spellings; absent ones stay None until resolved.
 
-    The help of each ends with its default, and with the values that presets give it.
+    The help of each ends with its default, and with the values that presets and AGW give it.
     """
 
     def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
@@ -177,27 +246,18 @@ class Flags:
     def __call__(
         self, name: str, text: str, *short: str, default: Any = None, **settings: Any
     ) -> None:
-        """Adds one flag.
-
-        Args:
-            name: With either spelling, without dashes in front.
-            text: What it is; a default given in words belongs into it.
-            *short: Further spellings.
-            default: A default that is not in `DEFAULTS`; "as trained" only says so in the help.
-            **settings: For argparse.
-        """
+        """Adds one flag; a `default` stands in place of that in `DEFAULTS`."""
         key = name.replace("-", "_")
-        dashed = key.replace("_", "-")
-        flags = dict.fromkeys([f"--{name}", f"--{dashed}", f"--{key}", *short])
+        spellings = dict.fromkeys([f"--{name}", f"--{key.replace('_', '-')}", f"--{key}", *short])
         if settings.get("action") != "store_true":
-            in_presets = {k: v[key] for k, v in PRESETS.items() if key in v}
-            shown = DEFAULTS.get(key) if default is None else default
-            values = [] if shown is None else [f"default: {_words(shown)}"]
-            if default is None:
-                values += [f"{preset}: {_words(value)}" for preset, value in in_presets.items()]
-            text += f" ({'; '.join(values)})" if values else ""
+            layers = {"default": DEFAULTS, **PRESETS, **METHOD_VALUES}
+            values = {origin: layer[key] for origin, layer in layers.items() if key in layer}
+            if default is not None:
+                values = {"default": default}
+            shown = "; ".join(f"{origin}: {_words(value)}" for origin, value in values.items())
+            text += f" ({shown})" if shown else ""
             settings["default"] = None if default == AS_TRAINED else default
-        self._group.add_argument(*flags, dest=key, help=text.replace("%", "%%"), **settings)
+        self._group.add_argument(*spellings, dest=key, help=text.replace("%", "%%"), **settings)
 
 
 AS_TRAINED = "as trained"
@@ -207,164 +267,23 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def data_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name the data and the protocol."""
-    add = Flags(parser, "data and protocol")
-    folders = ", ".join(str(data.default_folder) for data in DATASETS.values())
-    add("dataset", "which data set's layout and protocol", choices=tuple(DATASETS))
-    add("data-path", f"data folder (default: {folders})", type=Path)
-    add("trial", "RegDB: split, 1..10", type=int)
-    add("mode", "SYSU-MM01: gallery cameras", choices=("all", "indoor"))
-    add("gallery", "SYSU-MM01: who draws the gallery", choices=("seeded", "official"))
-    add("shots", "SYSU-MM01: gallery images per identity and camera", type=int, choices=(1, 10))
-    add("trials", "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1..N", type=positive(int))
-    add("direction", "RegDB, LLCM: query to gallery", choices=("v2i", "i2v"))
-    add("tvsearch", "the same as --direction i2v", action="store_true")
-    add("re_rank", "re-ranking of the result, named in every row", choices=RE_RANKINGS)
-    add(
-        "test-feat",
-        "retrieval feature; memory and both run the memory (default: pcb; AGW: neck)",
-        choices=("pcb", "neck", "pool", "memory", "both"),
-    )
+def _add_group(parser: argparse.ArgumentParser, title: str) -> None:
+    add = Flags(parser, title)
+    for flag in TRAIN[title]:
+        add(flag.name, flag.text, *flag.short, **flag.settings)
 
 
-def machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where and how fast to compute."""
-    add = Flags(parser, "machine")
-    add("gpu", "CUDA index, or cpu; under torchrun each process takes its own")
-    add("amp", "bf16 autocast in the network", action="store_true")
-    add("test-batch", "images in an evaluation batch", type=positive(int))
-    add("workers", "threads that decode images", type=positive(int))
-    add("quiet", "no progress bars", action="store_true")
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    add = Flags(parser, "model")
-    add("method", "base is HCT, agw is AGW", choices=("base", "agw"))
-    add("arch", "backbone: resnet18, resnet34, resnet50, resnet101")
-    add("weights", "imagenet, none, or a file: backbone or any checkpoint")
-    stages = range(len(STAGES) + 1)
-    add("share_net", "first stage shared by both modalities; 0: all", type=int, choices=stages)
-    add("pcb", "stripes (default: on; AGW: off)", choices=("on", "off"))
-    add("num_strips", "horizontal stripes S", type=positive(int))
-    add("local_feat_dim", "channels of a stripe's feature", type=positive(int))
-    add("gem-p", "exponent p of the generalised-mean pooling", type=positive(float))
-    add("memory-variant", "MG-MRA: the figure's, or the later upload's", choices=VARIANTS)
-    add(
-        "shrink", "memory threshold lambda; auto: --shrink-scale / m for m prototypes", type=_shrink
-    )
-    add("shrink-scale", "numerator of --shrink auto", type=positive(float))
-    levels = ("none", *LEVELS)
-    text = "which read is added to the map; none: a control, the memory branch without a memory"
-    add("memory-levels", f"{text} (default: the method's coarsest)", choices=levels)
-    add("instances-per-id", "instance prototypes per identity T", type=positive(int))
-    add("parts-per-instance", "part prototypes per instance R", type=positive(int))
-
-
-def _loss_flags(parser: argparse.ArgumentParser) -> None:
-    add = Flags(parser, "losses")
-    add("margin", "margin of the hetero-centre triplets", type=non_negative(float))
-    text = f"label smoothing of {LABEL_SMOOTHING} in the identity terms"
-    add("label_smooth", text, choices=("on", "off"))
-    for name, text in {
-        "w_id": "identity",
-        "w_triplet": "hetero-centre triplet of the concatenated feature (AGW: its own triplet)",
-        "w_center": "hetero-centre triplets of the stripes",
-        "w_memory_id": "identity of the memory feature",
-        "w_memory_triplet": "hetero-centre triplet of the memory feature",
-        "w_alignment": "part alignment",
-        "w_decorrelation": "part decorrelation",
-    }.items():
-        add(name, f"weight: {text}", type=non_negative(float))
-
-
-def _optimisation_flags(parser: argparse.ArgumentParser) -> None:
-    add = Flags(parser, "optimisation")
-    text = "values of flags that are not given (default: the data set's)"
-    add("preset", text, choices=tuple(PRESETS))
-    add("lr", "base learning rate", type=positive(float))
-    add("optim", "optimiser", choices=("sgd", "adam"))
-    text = "learning rate of all but the head, as a share of the base rate"
-    add("backbone-lr-scale", text, type=positive(float))
-    add("weight-decay", "weight decay of every parameter", type=non_negative(float))
-    add("momentum", "Nesterov momentum of SGD", type=probability)
-    add("epochs", "epochs in all, an interrupted run's included", type=positive(int))
-    add("schedule", "learning rate after the warm-up", choices=("step", "cosine"))
-    add("warmup-epochs", "epochs of linear warm-up", type=non_negative(int))
-    add(
-        "milestones",
-        "step: epochs (from 0) at which the rate falls to a tenth",
-        type=int,
-        nargs="*",
-    )
-    text = "epochs (from 0) START END between which the triplet terms' weights rise from 0"
-    add("triplet-ramp", text, type=int, nargs=2)
-    add("batch-size", "identities in a batch P", type=positive(int))
-    add("num_pos", "images per identity and modality K", type=positive(int))
-    add("img_h", "image height in pixels", type=positive(int))
-    add("img_w", "image width in pixels", type=positive(int))
-    add("pad", "pixels of black around an image before the random crop", type=non_negative(int))
-    add("flip", "probability of a horizontal flip", type=probability)
-    add("grey", "probability that a visible image is made grey", type=probability)
-    add("tone", "random gamma and gain in exp(-TONE)..exp(TONE)", type=non_negative(float))
-    add("erase", "probability that a rectangle is erased", type=probability)
-    add("seed", "seed of everything random", type=non_negative(int))
-    add("sync-bn", "torchrun: batch statistics over all processes", action="store_true")
-    add("deterministic", "the same bits in each run on CUDA too; slower", action="store_true")
-
-
-def _run_flags(parser: argparse.ArgumentParser) -> None:
-    add = Flags(parser, "run")
-    add(
-        "output-dir",
-        "folder of everything a run writes (default: runs/METHOD_DATASET...)",
-        type=Path,
-    )
-    add("model_path", "folder of checkpoints (default: the output folder)", type=Path)
-    add("log_path", "folder of train.log (default: the output folder)", type=Path)
-    add("vis_log_path", "folder of TensorBoard events (default: OUTPUT/tensorboard)", type=Path)
-    add("overwrite", "start afresh in a folder that holds a run", action="store_true")
-    text = (
-        "checkpoint to go on from; without a value: last.pt of the output folder, if there is one"
-    )
-    add("resume", text, "-r", nargs="?", const=RESUME_LAST)
-    add("test-only", "evaluate --resume, train nothing", action="store_true")
-    add("save_epoch", "epochs between numbered checkpoints, 0: none", type=non_negative(int))
-    add("eval-start", "epochs before the first evaluation", type=non_negative(int))
-    add("eval-every", "epochs between evaluations", type=positive(int))
-    text = "what picks best.pt: the test set, or identities held out of training"
-    add("select-on", text, choices=("test", "val"))
-
-
-RESUME_LAST = ""  # --resume without a value
-
-
-def train_parser(description: str) -> argparse.ArgumentParser:
+def train_parser(description: str) -> Parser:
     """Returns the parser of the three training scripts."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for add_flags in (
-        data_flags,
-        _model_flags,
-        _loss_flags,
-        _optimisation_flags,
-        _run_flags,
-        machine_flags,
-    ):
-        add_flags(parser)
+    parser = Parser(description)
+    for title in TRAIN:
+        _add_group(parser, title)
     return parser
 
 
-def test_parser(description: str) -> argparse.ArgumentParser:
+def test_parser(description: str) -> Parser:
     """Returns the parser of ``test.py``."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description)
     evaluation_flags(parser)
     add = Flags(parser, "output")
     add("output-dir", "folder of results.json (default: beside the checkpoint)", type=Path)
@@ -372,95 +291,99 @@ def test_parser(description: str) -> argparse.ArgumentParser:
     add("save-features", "write all features, identities and paths to this .npz", type=Path)
     add = Flags(parser, "your own images, in place of a data set")
     for role in ("query", "gallery"):
-        add(f"{role}-dir", f"folder of {role} images, searched below it too", type=Path)
-        add(
-            f"{role}-modality",
-            f"modality of the {role} images (default: as --direction has it)",
-            choices=("visible", "infrared"),
-        )
+        add(f"{role}-dir", f"folder of {role} images; subfolders are searched too", type=Path)
+        text = f"modality of the {role} images (default: as --direction says)"
+        add(f"{role}-modality", text, choices=("visible", "infrared"))
     return parser
 
 
 def evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
     add = Flags(parser, "checkpoint")
-    add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1..N", "-r")
-    add("img_h", "image height in pixels", type=positive(int), default=AS_TRAINED)
-    add("img_w", "image width in pixels", type=positive(int), default=AS_TRAINED)
+    add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1 to N", "-r")
+    add("img_h", "image height in pixels", type=COUNT, default=AS_TRAINED)
+    add("img_w", "image width in pixels", type=COUNT, default=AS_TRAINED)
     text = "GeM exponent; the earlier releases' files store none: 3 unless given"
-    add("gem-p", text, type=positive(float), default=AS_TRAINED)
+    add("gem-p", text, type=FACTOR, default=AS_TRAINED)
     text = "MG-MRA variant; the earlier releases' files store none: released unless given"
     add("memory-variant", text, choices=VARIANTS, default=AS_TRAINED)
     add("memory", "MODULE.CLASS of a memory of your own, for --test-feat memory and both")
-    data_flags(parser)
+    _add_group(parser, "data and protocol")
     add = Flags(parser, "identities")
-    add(
-        "subset", "test identities, or those that --select-on val held out", choices=("test", "val")
-    )
-    machine_flags(parser)
+    text = "test identities, or those that --select-on val held out"
+    add("subset", text, choices=("test", "val"), default="test")
+    _add_group(parser, "machine")
 
 
 # --- Resolving ------------------------------------------------------------------------------------
 
 
-def resolve(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, str]]:
+def resolve(
+    args: argparse.Namespace, script: str = "train_MGMRA.py"
+) -> tuple[argparse.Namespace, dict[str, str]]:
     """Fills in the flags of a training that were not given.
 
     Args:
         args: From `train_parser`.
+        script: The training script's file name.
 
     Returns:
-        The resolved flags, and for each flag with a default where its value came from: "flag", a
-        preset's name, "default".
+        The resolved flags, and for each flag with a value where it came from: "flag", a preset's
+        name, "default".
 
     Raises:
-        ValueError: When flags contradict each other.
+        ValueError: When flags contradict each other, or have no effect.
     """
-    values = dict(vars(args))
-    method = values["method"] or DEFAULTS["method"]
-    values["preset"] = values["preset"] or values["dataset"] or DEFAULTS["dataset"]
-    preset = PRESETS[values["preset"]]
-    if values["shrink_scale"] is not None and values["shrink"] != "auto":
-        shrink = DEFAULTS["shrink"] if values["shrink"] is None else values["shrink"]
-        raise ValueError(f"--shrink-scale belongs to --shrink auto, and --shrink is {shrink}")
-    sources = {}
-    for name, default in DEFAULTS.items():
-        if name not in values:
-            continue
-        if values[name] is not None:
-            sources[name] = "flag"
-        elif name in METHOD_VALUES.get(method, {}):
-            values[name], sources[name] = METHOD_VALUES[method][name], method.upper()
-        elif name in preset:
-            values[name], sources[name] = preset[name], f"preset {values['preset']}"
-        else:
-            values[name], sources[name] = default, "default"
-    values["pcb"] = values["pcb"] or ("off" if method == "agw" else "on")
-    _check_method(values, sources)
-    values["milestones"] = tuple(values["milestones"])
-    values["triplet_ramp"] = tuple(values["triplet_ramp"])
-    _resolve_protocol(values, direction_given=args.direction)
-    return argparse.Namespace(**values), sources
-
-
-def _check_method(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Raises ValueError for flags that the method has no use for."""
-    method = values["method"]
+    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    method = given.get("method", DEFAULTS["method"])
+    preset = given.get("preset") or given.get("dataset") or DEFAULTS["dataset"]
+    values, sources = {**vars(args), "preset": preset}, {}
+    for source, layer in (
+        ("default", DEFAULTS),
+        (f"preset {preset}", PRESETS[preset]),
+        (method.upper(), METHOD_VALUES.get(method, {})),
+        ("no memory", NO_MEMORY if given.get("memory_levels") == "none" else {}),
+        ("flag", given),
+    ):
+        values |= layer
+        sources |= dict.fromkeys(layer, source)
     if (method == "agw") == (values["pcb"] == "on"):
         raise ValueError(
             f"--method {method} with --pcb {values['pcb']} is not a method of this project: "
             f"HCT is --method base --pcb on, AGW is --method agw --pcb off"
         )
-    if method == "agw" and values["w_center"]:
-        raise ValueError("--w_center weighs the stripes' triplets, and --method agw has no stripes")
-    if values["memory_levels"] == "none":  # no read to align
-        for name in ("w_alignment", "w_decorrelation"):
-            if sources[name] == "flag" and values[name]:
-                raise ValueError(f"--{name} needs a memory, and --memory-levels none has none")
-            values[name], sources[name] = 0.0, "no memory"
+    for name, reason in unused(script, given).items():
+        if given.get(name):  # a weight of 0 is what an absent term has
+            raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
     start, end = values["triplet_ramp"]
     if not 0 <= start <= end:
         raise ValueError(f"--triplet-ramp takes two epochs, START <= END; got {start} {end}")
+    _resolve_protocol(values, direction_given=args.direction)
+    return argparse.Namespace(**values), sources
+
+
+def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the flags that have no effect on a training, each with the reason.
+
+    Args:
+        script: The training script's file name.
+        given: The flags that were given.
+    """
+    of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
+    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance")
+    of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
+    flags = {}
+    if given.get("shrink") != "auto":
+        flags["shrink_scale"] = f"--shrink is {given.get('shrink', SHRINK)}, not auto"
+    if given.get("method") == "agw":
+        flags |= dict.fromkeys(("w_center", "local_feat_dim"), "--method agw has no stripes")
+    if given.get("memory_levels") == "none":
+        flags |= dict.fromkeys((*of_levels, *of_memory), "--memory-levels none has no memory")
+    if script == "train_SGMRA.py":
+        flags |= dict.fromkeys(of_levels, f"{script} has no multi-granularity memory")
+    if script == "train_HCT.py":
+        flags |= dict.fromkeys((*of_levels, *of_memory, *of_branch), f"{script} has no memory")
+    return flags
 
 
 def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
@@ -469,11 +392,11 @@ def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: When flags contradict each other.
     """
+    values = dict(vars(args))
     as_trained = ("img_h", "img_w", "gem_p", "memory_variant")
-    values = {
-        name: DEFAULTS.get(name) if value is None and name not in as_trained else value
-        for name, value in vars(args).items()
-    }
+    for name in DEFAULTS.keys() & values.keys() - set(as_trained):
+        if values[name] is None:
+            values[name] = DEFAULTS[name]
     _resolve_protocol(values, direction_given=args.direction)
     return argparse.Namespace(**values)
 
@@ -489,12 +412,7 @@ def _resolve_protocol(values: dict[str, Any], direction_given: str | None) -> No
 
 
 def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
-    """Returns the flags that name data and protocol, as `data_manager.eval_set` takes them.
-
-    Args:
-        args: Resolved flags.
-        **given: Added to them, or in place of one.
-    """
+    """Returns the flags that `data_manager.eval_set` takes; `given` ones are added or replaced."""
     return {**{name: getattr(args, name) for name in PROTOCOL}, **given}
 
 
@@ -524,22 +442,14 @@ def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
 
 def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
     """Returns the resolved options, one a line, with where each came from."""
-    values = vars(args)
-    width = max(map(len, values))
+    width = max(map(len, vars(args)))
     lines = [
         f"  {name:<{width}}  {value}{f'  ({sources[name]})' if name in sources else ''}"
-        for name, value in sorted(values.items())
+        for name, value in sorted(vars(args).items())
     ]
-    source = PRESET_SOURCES.get(args.preset, "names no source")
-    return "\n".join([*lines, f"  preset {args.preset}: {source}"])
+    return "\n".join([*lines, f"  preset {args.preset}: {PRESET_SOURCES[args.preset]}"])
 
 
 def to_json(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options as plain values."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Path):
-            return str(value)
-        return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-    return {name: plain(value) for name, value in vars(args).items()}
+    """Returns the options as plain values: paths as texts, tuples as lists."""
+    return json.loads(json.dumps(vars(args), default=str))

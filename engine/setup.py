@@ -269,7 +269,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         argv: Command line; None takes the process's.
     """
     with user_errors(), stop_signals():
-        args, sources = options.resolve(options.train_parser(description).parse_args(argv))
+        given = options.train_parser(description).parse_args(argv)
+        args, sources = options.resolve(given, f"train_{method}.py")
         name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
         if args.deterministic:

@@ -195,7 +195,9 @@ def resolve(script: str, values: Options) -> dict[str, Any]:
     """Returns all options of a script as plain values, as it understands those given."""
     train = script != "test.py"
     args = _parser(train).parse_args(flags_of(values))
-    return options.to_json(options.resolve(args)[0] if train else options.resolve_evaluation(args))
+    if train:
+        return options.to_json(options.resolve(args, script)[0])
+    return options.to_json(options.resolve_evaluation(args))
 
 
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
@@ -327,7 +329,7 @@ def plan(
         dataset: Whose layout and protocol.
         runs: Folder of all runs.
         trials: Splits, each with a training, or gallery draws.
-        extra: Options of every training, and of every evaluation that knows them.
+        extra: Options of every training and evaluation that has a use for them.
     """
     data: list[dict[str, Any]] = [{"dataset": dataset}]  # what each training is of
     draws = {"trials": trials}
@@ -342,7 +344,9 @@ def plan(
         trainings = []
         for split in data:
             own = {name.replace("-", "_"): value for name, value in setting.train.items()}
-            values = {**split, **extra, **own}
+            useless = options.unused(setting.script, {**extra, **own})
+            used = {name: value for name, value in extra.items() if name not in useless}
+            values = {**split, **used, **own}
             resolved = resolve(setting.script, values)
             folder = runs / _folder_name(setting, split)
             folder = folder_of.setdefault(json.dumps([setting.script, resolved]), folder)

@@ -26,7 +26,7 @@ from memory import MemoryRead, MultiGranularityMemory
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
     *("--arch", "resnet18", "--weights", "none", "--img_h", 96, "--img_w", 32, "--pad", 2),
-    *("--num_pos", 2, "--batch-size", 4, "--local_feat_dim", 32, "--warmup-epochs", 1),
+    *("--num_pos", 2, "--batch-size", 4, "--warmup-epochs", 1),
     *("--lr", 0.05, "--backbone-lr-scale", 1, "--triplet-ramp", 9, 9, "--eval-start", 0),
     *("--gpu", "cpu", "--quiet"),
 ]
