@@ -6,8 +6,9 @@
     python reproduce.py table --table regdb
 
 `check` verifies a data folder. `run` prints the commands behind a table and runs those whose
-results are missing; any flag of the training scripts may follow and reaches each that uses it. When it is
-stopped, the same command resumes. `table` writes what is there as Markdown, LaTeX and CSV.
+results are missing; any flag of the training scripts may follow and reaches each that uses it.
+When it is stopped, the same command resumes. `table` writes what is there as Markdown, LaTeX and
+CSV.
 """
 
 import argparse

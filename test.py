@@ -16,7 +16,7 @@ import importlib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +24,28 @@ import numpy as np
 import torch
 
 import options
+import utils
 from data_loader import ImageCache
 from data_manager import EvalSet, ImageList, data_name, eval_set, folder_images
 from engine import distributed
 from engine.evaluate import Features, distances, evaluate
 from eval_metrics import METRICS, mean_and_std
 from model import TwoStreamNet, load_network, trained_size
-from utils import (
-    keep_freed_memory,
-    load_checkpoint,
-    make_writable_dir,
-    plain_entry,
-    setup_logging,
-    user_errors,
-    versions,
-    write_atomic,
-    write_json,
-)
 
 log = logging.getLogger(__name__)
 
 TOP = 20  # gallery images a query in the files of an own folder's ranking
 DRAWN = 10  # and in its picture
-MODALITIES = {"v2i": ("visible", "infrared"), "i2v": ("infrared", "visible")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    with user_errors():
+    with utils.user_errors():
         args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
-        setup_logging()
+        utils.setup_logging()
         with distributed.processes(args.gpu) as device:
             if device.type == "cpu":
-                keep_freed_memory()
+                utils.keep_freed_memory()
             if args.query_dir or args.gallery_dir:
                 rank_folders(args, device)
             else:
@@ -66,30 +55,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def open_checkpoint(
     args: argparse.Namespace, path: str, device: torch.device
-) -> tuple[TwoStreamNet, dict[str, Any], tuple[int, int]]:
+) -> tuple[TwoStreamNet, dict[str, Any], ImageCache]:
     """Loads a network onto its device.
 
     Returns:
-        The network, the checkpoint's other entries, and height and width of its images.
+        The network, the checkpoint's other entries, and images decoded at the network's size.
 
     Raises:
         ValueError: When the checkpoint or --memory cannot be used.
     """
-    net, info = load_network(
-        path,
-        gem_p=args.gem_p,
-        memory_variant=args.memory_variant,
-        memory=memory_class(args.memory) if args.memory else None,
-    )
+    memory = memory_class(args.memory) if args.memory else None
+    settings = {"gem_p": args.gem_p, "memory_variant": args.memory_variant, "memory": memory}
+    net, info = load_network(path, **settings)
     height, width = trained_size(info)
     height, width = args.img_h or height, args.img_w or width
     net.check_image_height(height)
-    return net.to(device, memory_format=torch.channels_last), info, (height, width)
-
-
-def image_cache(args: argparse.Namespace, size: tuple[int, int]) -> ImageCache:
-    """Images decoded at a size (H, W), each list once."""
-    return ImageCache(*size, workers=args.workers, progress=shows_bars(args))
+    images = ImageCache(height, width, workers=args.workers, progress=shows_bars(args))
+    return net.to(device, memory_format=torch.channels_last), info, images
 
 
 def shows_bars(args: argparse.Namespace) -> bool:
@@ -121,19 +103,17 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
     paths = checkpoint_paths(args)
     feature_files = [feature_file(args, trial) for trial, _ in paths]
     for _, path in paths[1:]:
-        load_checkpoint(path)  # a broken one is found before the others' long work
+        utils.load_checkpoint(path)  # a broken one is found before the others' long work
     protocols = [
         eval_set(**options.protocol(args, subset=args.subset, trial=trial)) for trial, _ in paths
     ]
-    output = args.output_dir or default_output(args, args.resume)
+    output = args.output_dir or default_output(args)
     if distributed.is_main():
-        make_writable_dir(output)
+        utils.make_writable_dir(output)
     data = data_name(args.dataset, args.data_path)
     results: list[list[dict[str, Any]]] = []
-    caches: dict[tuple[int, int], ImageCache] = {}
     for (_, path), protocol, target in zip(paths, protocols, feature_files, strict=True):
-        net, info, size = open_checkpoint(args, path, device)
-        images = caches.setdefault(size, image_cache(args, size))
+        net, info, images = open_checkpoint(args, path, device)
         features, rows = evaluate(
             net,
             protocol,
@@ -152,7 +132,12 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
             save_features(target, protocol, features, results[-1][-1])
             log.info("wrote %s", target)
         if args.figures and len(results) == 1:
-            draw_figures(output, protocol, images, features, results[0])
+            from figures.evaluation import evaluation_figures  # matplotlib takes a second to import
+
+            feat = rows[-1]["test_feat"]
+            drawn = {role: kinds[feat] for role, kinds in features.items()}
+            files = evaluation_figures(output, protocol, images, drawn, results[0])
+            log.info("wrote %s", ", ".join(files))
     if distributed.is_main():
         write_results(output, args, over_checkpoints(results), [path for _, path in paths])
 
@@ -186,9 +171,9 @@ def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
     unknown = "unknown (checkpoint of an earlier release)"
     return {
         "checkpoint": str(path),
-        "selection": plain_entry(info, "selection", unknown, path),
-        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
-        "trained_on": plain_entry(info, "data", "unknown", path),
+        "selection": utils.plain_entry(info, "selection", unknown, path),
+        "epoch": utils.plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
+        "trained_on": utils.plain_entry(info, "data", "unknown", path),
     }
 
 
@@ -198,13 +183,12 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
         return per_checkpoint[0]
     rows = []
     for same in zip(*per_checkpoint, strict=True):
-        trials = [{m: row[m] for m in METRICS} for row in same]
+        trials = [{metric: row[metric] for metric in METRICS} for row in same]
         mean, std = mean_and_std(trials)
-        cmc = np.mean([row["cmc"] for row in same], axis=0).tolist()
-        protocol = f"{same[0]['protocol']} to {len(same)}, one model each"
-        rows.append(
-            {**same[0], **mean, "std": std, "per_trial": trials, "cmc": cmc, "protocol": protocol}
-        )
+        row = {**same[0], **mean, "std": std, "per_trial": trials}
+        row["cmc"] = np.mean([each["cmc"] for each in same], axis=0).tolist()
+        row["protocol"] += f" (mean of trials 1 to {len(same)}, one model each)"
+        rows.append(row)
     return rows
 
 
@@ -220,43 +204,43 @@ def write_results(
         "rows": rows,
         "checkpoints": paths,
         "options": options.to_json(args),
-        "versions": versions(),
+        "versions": utils.versions(),
     }
-    write_json(output / "results.json", content)
+    utils.write_json(output / "results.json", content)
     log.info("wrote %s", output / "results.json")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results in percent, mean +- standard deviation where there are several trials."""
-    header = ["R1", "R5", "R10", "R20", "mAP", "mINP"]
+    header = ("R1", "R5", "R10", "R20", "mAP", "mINP")
     lines = [f"{'feature':8} {'re-ranked':12} " + " ".join(f"{name:>14}" for name in header)]
     for row in rows:
-        spread = len(row["per_trial"]) > 1
-        cells = [
-            f"{100 * row[m]:.2f}" + (f" +- {100 * row['std'][m]:.2f}" if spread else "")
-            for m in METRICS
-        ]
-        lines.append(
-            f"{row['test_feat']:8} {row['re_rank']:12} " + " ".join(f"{cell:>14}" for cell in cells)
-        )
+        cells = [f"{100 * row[metric]:.2f}" for metric in METRICS]
+        if len(row["per_trial"]) > 1:
+            cells = [
+                f"{cell} +- {100 * row['std'][metric]:.2f}"
+                for cell, metric in zip(cells, METRICS, strict=True)
+            ]
+        numbers = " ".join(f"{cell:>14}" for cell in cells)
+        lines.append(f"{row['test_feat']:8} {row['re_rank']:12} {numbers}")
     first = rows[0]
     lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
     lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")
     return "\n".join(lines)
 
 
-def default_output(args: argparse.Namespace, checkpoint: str) -> Path:
+def default_output(args: argparse.Namespace) -> Path:
     """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
     if args.dataset == "regdb":
-        words = [args.direction, "trials" if "{trial}" in checkpoint else f"trial{args.trial}"]
+        words = [args.direction, "trials" if "{trial}" in args.resume else f"trial{args.trial}"]
     elif args.dataset == "sysu":
         words = [args.mode, args.gallery, f"{args.shots}shot"]
     else:
         words = [args.direction]
-    words += [word for word in (args.test_feat, args.subset) if word not in (None, "test")]
-    words += [args.re_rank] if args.re_rank != "no" else []
-    parent = Path(checkpoint.replace("{trial}", "1")).parent
-    return parent / "_".join(["test", args.dataset, *words, Path(checkpoint).stem])
+    rare = (args.test_feat, args.subset, args.re_rank)
+    words += [word for word in rare if word not in (None, "test", "no")]
+    parent = Path(args.resume.replace("{trial}", "1")).parent
+    return parent / "_".join(["test", args.dataset, *words, Path(args.resume).stem])
 
 
 def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
@@ -270,7 +254,7 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
         return None
     if path.suffix != ".npz":
         raise ValueError(f"--save-features {path}: expected a name that ends with .npz")
-    make_writable_dir(path.parent)
+    utils.make_writable_dir(path.parent)
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
 
 
@@ -294,22 +278,7 @@ def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[s
         arrays[f"{role}_pids"], arrays[f"{role}_camids"] = images.pids, images.camids
         arrays[f"{role}_paths"] = np.array(images.paths)
         arrays[f"{role}_modality"] = np.array(images.modality)
-    write_atomic(path, lambda stream: np.savez(stream, **arrays))
-
-
-def draw_figures(
-    folder: Path,
-    protocol: EvalSet,
-    images: Callable[[ImageList], np.ndarray],
-    features: Features,
-    rows: Sequence[dict[str, Any]],
-) -> None:
-    """Draws ranked lists, CMC, distances and an embedding of the last row's feature."""
-    from figures.evaluation import evaluation_figures  # matplotlib takes a second to import
-
-    feat = rows[-1]["test_feat"]
-    of_feat = {role: kinds[feat] for role, kinds in features.items()}
-    log.info("wrote %s", ", ".join(evaluation_figures(folder, protocol, images, of_feat, rows)))
+    utils.write_atomic(path, lambda stream: np.savez(stream, **arrays))
 
 
 # --- Your own images ------------------------------------------------------------------------------
@@ -333,19 +302,18 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         )
     if args.save_features or "{trial}" in args.resume:
         raise ValueError("--query-dir goes with neither --save-features nor several checkpoints")
-    modalities = MODALITIES[args.direction]
-    query = folder_images(args.query_dir, args.query_modality or modalities[0])
-    gallery = folder_images(args.gallery_dir, args.gallery_modality or modalities[1])
-    net, _, size = open_checkpoint(args, args.resume, device)
-    images = image_cache(args, size)
+    visible_first = args.direction == "v2i"
+    sides = ("visible", "infrared") if visible_first else ("infrared", "visible")
+    query = folder_images(args.query_dir, args.query_modality or sides[0])
+    gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
+    net, _, images = open_checkpoint(args, args.resume, device)
     name = f"search_{args.query_dir.resolve().name}_{args.gallery_dir.resolve().name}"
-    output = make_writable_dir(args.output_dir or Path(args.resume).parent / name)
+    output = utils.make_writable_dir(args.output_dir or Path(args.resume).parent / name)
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
-    all_rows = (np.arange(len(gallery)),)
     features, _ = evaluate(
         net,
-        EvalSet("own folders", query, gallery, all_rows, "none", title),
+        EvalSet("own folders", query, gallery, (np.arange(len(gallery)),), "none", title),
         images,
         test_feats=(feat,),
         rankings=(),
@@ -355,7 +323,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     )
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)
     about = {
-        "checkpoint": str(args.resume),
+        "checkpoint": args.resume,
         "query": str(args.query_dir),
         "gallery": str(args.gallery_dir),
         "query_modality": query.modality,
@@ -389,26 +357,21 @@ def write_ranks(
             without re-ranking the cosine similarity.
         about: What the JSON says beside the ranks.
     """
-    nearest = np.argsort(distmat, axis=1, kind="stable")[:, :TOP]
-    ranks = [
-        {
-            "query": name,
-            "gallery": [
-                {"rank": place, "image": gallery.paths[g], "score": round(float(-row[g]), 6)}
-                for place, g in enumerate(order.tolist(), start=1)
-            ],
-        }
-        for name, order, row in zip(query.paths, nearest, distmat, strict=True)
-    ]
+    ranks = []
+    lines = [("query", "rank", "gallery", "score")]
+    for name, row in zip(query.paths, distmat, strict=True):
+        nearest = np.argsort(row, kind="stable")[:TOP].tolist()
+        answers = [
+            {"rank": place, "image": gallery.paths[g], "score": round(float(-row[g]), 6)}
+            for place, g in enumerate(nearest, start=1)
+        ]
+        ranks.append({"query": name, "gallery": answers})
+        lines += [(name, *answer.values()) for answer in answers]
     text = io.StringIO(newline="")
-    rows = csv.writer(text)
-    rows.writerow(("query", "rank", "gallery", "score"))
-    for entry in ranks:
-        for answer in entry["gallery"]:
-            rows.writerow((entry["query"], answer["rank"], answer["image"], answer["score"]))
+    csv.writer(text).writerows(lines)
     content = text.getvalue().encode("utf-8", "surrogateescape")
-    write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
-    write_json(folder / "ranks.json", {**about, "ranks": ranks})
+    utils.write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
+    utils.write_json(folder / "ranks.json", {**about, "ranks": ranks})
 
 
 if __name__ == "__main__":

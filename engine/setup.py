@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import options
+import utils
 from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
 from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
@@ -25,18 +26,6 @@ from engine.evaluate import evaluate, format_result
 from engine.fit import LAST, PREVIOUS, Progress, RunFiles, write_reports
 from engine.train import TrainSettings
 from model import TwoStreamNet
-from utils import (
-    Interrupted,
-    keep_freed_memory,
-    make_deterministic,
-    make_writable_dir,
-    seed_everything,
-    setup_logging,
-    stop_signals,
-    user_errors,
-    versions,
-    write_json,
-)
 
 log = logging.getLogger(__name__)
 
@@ -107,11 +96,10 @@ class Run:
 
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
         """Lists the images to train and to evaluate on; none is decoded."""
-        args, validates = self.args, self.args.select_on == "val"
-        subset = "fit" if validates else "all"
-        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=subset)
-        subset = "val" if validates else "test"
-        return train, eval_set(**options.protocol(args, subset=subset))
+        args = self.args
+        subsets = ("fit", "val") if args.select_on == "val" else ("all", "test")
+        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=subsets[0])
+        return train, eval_set(**options.protocol(args, subset=subsets[1]))
 
     def begin(
         self,
@@ -129,77 +117,71 @@ class Run:
             ValueError: When the checkpoint does not fit, an option cannot change, or a folder
                 cannot be written to.
         """
-        args = self.args
+        args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
         if args.sync_bn and self.device.type != "cuda":
             raise ValueError(
                 "--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version"
             )
-        progress, notes = Progress(), []
-        if self.checkpoint is not None:
-            progress, notes = self._restore(net, optimizer, train)
+        identities, progress, changed = train.pids.tolist(), Progress(), ""
+        if checkpoint is not None:
+            if not args.test_only:
+                changed = options.changes(checkpoint["options"], options.to_json(args))
+            progress = resume.restore(checkpoint, net, optimizer, identities=identities)
+            if progress.epoch > args.epochs and not args.test_only:
+                raise ValueError(
+                    f"{checkpoint['path']} has {progress.epoch} epochs and --epochs is "
+                    f"{args.epochs}"
+                )
         if distributed.is_main():
-            self._open_folders()
+            logs = args.log_path or files.output_dir
+            for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
+                utils.make_writable_dir(folder)
+            start_logging(logs / "train.log")
         data = data_name(args.dataset, args.data_path)
         log.info("%s\n%s", self.name, options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
-        for note in notes:
-            log.warning("%s", note)
+        if checkpoint is not None:
+            log.warning("resumed %s after %d epochs", checkpoint["path"], progress.epoch)
+        if changed:
+            log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
-            self._start_files(data, train.pids.tolist())
+            self._start_files(data, identities)
         return progress
-
-    def _restore(
-        self, net: TwoStreamNet, optimizer: torch.optim.Optimizer, train: TrainSet
-    ) -> tuple[Progress, list[str]]:
-        """Loads the checkpoint's states; also returns what is to be logged about it."""
-        args, path, changed = self.args, self.checkpoint["path"], ""
-        if not args.test_only:
-            changed = options.changes(self.checkpoint["options"], options.to_json(args))
-        progress = resume.restore(self.checkpoint, net, optimizer, identities=train.pids.tolist())
-        if progress.epoch > args.epochs and not args.test_only:
-            raise ValueError(f"{path} has {progress.epoch} epochs and --epochs is {args.epochs}")
-        notes = [f"resumed {path} after {progress.epoch} epochs"]
-        return progress, [*notes, *([f"options changed since then: {changed}"] if changed else [])]
-
-    def _open_folders(self) -> None:
-        """Makes the folders and starts train.log."""
-        files = self.files
-        logs = self.args.log_path or files.output_dir
-        for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
-            make_writable_dir(folder)
-        start_logging(logs / "train.log")
 
     def _start_files(self, data: str, identities: list[int]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
         if self.args.overwrite:
-            for file in (
-                *files.checkpoint_dir.glob("*.pt"),
-                *files.output_dir.glob("*.json*"),
-                *files.tensorboard_dir.glob("events.*"),
+            for folder, names in (
+                (files.checkpoint_dir, "*.pt"),
+                (files.output_dir, "*.json*"),
+                (files.tensorboard_dir, "events.*"),
             ):
-                file.unlink()
+                for file in folder.glob(names):
+                    file.unlink()
         if self.checkpoint:
             resume.set_damaged_aside(self.checkpoint, files.checkpoint_dir)
             resume.carry_best(self.checkpoint, files.checkpoint_dir)
         about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
-        about["versions"] = versions()
-        write_json(files.output_dir / "options.json", about)
+        about["versions"] = utils.versions()
+        utils.write_json(files.output_dir / "options.json", about)
         files.header.update(about, identities=identities)
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
         if self.args.test_only:
             return False
-        if progress.epoch == self.args.epochs:
-            log.info(
-                "nothing to train: all %d epochs are done; test.py evaluates them", progress.epoch
-            )
-            write_reports(self.files, progress)
-            return False
-        return True
+        if progress.epoch < self.args.epochs:
+            return True
+        log.info("nothing to train: all %d epochs are done; test.py evaluates them", progress.epoch)
+        write_reports(self.files, progress)
+        return False
+
+    def _images(self) -> ImageCache:
+        args = self.args
+        return ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
 
     def loader(
         self,
@@ -208,8 +190,7 @@ class Run:
         transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> TrainLoader:
         """Decodes the training images and builds the loader of augmented batches."""
-        args = self.args
-        images = ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
+        args, images = self.args, self._images()
         return TrainLoader(
             visible=ImageStore(images(train.visible), device=self.device),
             infrared=ImageStore(images(train.infrared), device=self.device),
@@ -226,8 +207,7 @@ class Run:
 
     def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
         """Returns a function that evaluates the present weights; it decodes the images once."""
-        args = self.args
-        images = ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
+        args, images = self.args, self._images()
         test_feat = args.test_feat or net.test_feats()[0]
 
         def evaluate_now() -> dict[str, Any]:
@@ -268,23 +248,23 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         description: Text of ``--help``.
         argv: Command line; None takes the process's.
     """
-    with user_errors(), stop_signals():
+    with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
         name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
         if args.deterministic:
-            make_deterministic()
+            utils.make_deterministic()
         files = _run_files(args, name)
         try:
             with distributed.processes(args.gpu) as device:
                 start_logging()
                 if device.type == "cpu":
-                    keep_freed_memory()
-                seed_everything(args.seed)
+                    utils.keep_freed_memory()
+                utils.seed_everything(args.seed)
                 checkpoint = _read_checkpoint(args, files.checkpoint_dir)
                 yield Run(args, sources, name, device, files, checkpoint)
-        except Interrupted as stop:
+        except utils.Interrupted as stop:
             saved = files.checkpoint_dir / LAST
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
             sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
@@ -293,7 +273,7 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
 
 def start_logging(file: Path | None = None) -> None:
     """Sets up logging; ranks other than 0 only warn."""
-    setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
+    utils.setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
 
 
 def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
@@ -328,8 +308,8 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
 def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
     """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
 
-    Alone in a folder without one there is nothing to go on with yet, and the run starts at the
-    beginning: the same command serves however early a run was ended.
+    Alone in a folder without one it starts at the beginning: the same command serves however early
+    a run was ended.
     """
     if args.resume is None:
         if args.test_only:
