@@ -211,6 +211,21 @@ def test_the_control_and_the_scaled_threshold_are_in_the_tables():
     assert all(row.setting.health for row in rows if row.setting.group == "lambda")
 
 
+def test_a_flag_reaches_the_trainings_that_use_it():
+    flags = ("--w_memory_id", "0.5", "--w_alignment", "0.3", "--w_center", "3", "--epochs", "9")
+    steps, _ = planned("regdb", trials=1, flags=flags)
+    given = {
+        s.folder.name: set(s.options) - {"dataset", "trial", "method"} for s in steps if s.trains
+    }
+    assert given == {
+        "HCT_regdb_trial1": {"w_center", "epochs"},
+        "SGMRA_regdb_trial1": {"w_memory_id", "w_center", "epochs"},
+        "MGMRA_regdb_trial1": {"w_memory_id", "w_alignment", "w_center", "epochs"},
+        "HCT_regdb_method_agw_trial1": {"epochs"},
+        "MGMRA_regdb_method_agw_trial1": {"w_memory_id", "w_alignment", "epochs"},
+    }
+
+
 def test_each_command_is_one_a_user_could_type(capsys):
     assert (
         main(["run", "--table", "memory", "--dry-run", "--epochs", "3", "--test-batch", "8"]) == 0

@@ -347,6 +347,7 @@ BAD_INPUT = {
     "unknown arch": (("--arch", "vgg"), "resnet18"),
     "unknown flag": (("--num-gpus", "4"), "--num-gpus"),
     "contradicting flags": (("--method", "agw", "--pcb", "on"), "--method agw"),
+    "flag without effect": (("--memory-levels", "none", "--shrink", "0.1"), "has no memory: leave"),
     "negative rate": (("--lr", "-1"), "above 0"),
     "no such checkpoint": (("--resume", "nowhere.pt"), "no checkpoint at nowhere.pt"),
     "no such weights": (("--weights", "nowhere.pth"), "no checkpoint at nowhere.pth"),
@@ -361,6 +362,7 @@ def test_bad_input_is_a_message_before_any_work(name, tiny, tmp_path):
     flags, message = BAD_INPUT[name]
     _, error = train("train_MGMRA.py", tiny, tmp_path / "run", *flags, code=2)
     assert message in error
+    assert "usage:" not in error
     assert "decode" not in error
     assert list(tmp_path.iterdir()) == []
 
