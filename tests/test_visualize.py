@@ -40,7 +40,7 @@ test_script = script("test")
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Leaves the logging of the process alone."""
-    for module in (visualize, test_script):
+    for module in (visualize, test_script.utils):
         monkeypatch.setattr(module, "setup_logging", lambda *_: None)
 
 
