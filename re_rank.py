@@ -237,17 +237,17 @@ def _lengths(points: np.ndarray) -> np.ndarray:
     return np.einsum("nd,nd->n", points, points)
 
 
+def _members(ids: np.ndarray, values: np.ndarray | None = None) -> sparse.csr_array:
+    """Returns (n, n): row i holds `values[i]`, or 1, in the columns `ids[i]`; both (n, k)."""
+    values = np.ones(ids.shape, np.float32) if values is None else values
+    starts = np.arange(0, ids.size + 1, ids.shape[1])
+    return sparse.csr_array((values.ravel(), ids.ravel(), starts), (len(ids), len(ids)))
+
+
 def _reciprocal(ids: np.ndarray) -> sparse.csr_array:
     """Returns R(i, k), (n, n): 1 where two points are among each other's neighbours (n, k + 1)."""
     within = _members(ids)
     return within.multiply(within.T).tocsr()
-
-
-def _members(ids: np.ndarray) -> sparse.csr_array:
-    """Returns (n, n): row i holds 1 in the columns `ids[i]`, of (n, k)."""
-    starts = np.arange(0, ids.size + 1, ids.shape[1])
-    ones = np.ones(ids.size, np.float32)
-    return sparse.csr_array((ones, ids.ravel(), starts), (len(ids), len(ids)))
 
 
 def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
@@ -268,16 +268,13 @@ def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
 
 def _squared_of(images: _Neighbours, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Looks up the squared distances of pairs (p,) among the nearest, computes the others: (p,)."""
-    count = len(images.ids)
-    keys = (images.ids + count * np.arange(count)[:, None]).ravel()  # one number for each pair
-    order = np.argsort(keys)
-    keys, pairs = keys[order], rows * count + columns
-    place = np.minimum(np.searchsorted(keys, pairs), len(keys) - 1)
-    squared = images.squared.ravel()[order][place]
-    unknown = np.flatnonzero(keys[place] != pairs)
+    known = sparse.csr_matrix(_members(images.ids, images.squared))  # (n, n)
+    squared = np.asarray(known[rows, columns]).ravel()  # (p,) 0 where not known
+    unknown = np.flatnonzero((squared == 0) & (rows != columns))
     for start in range(0, len(unknown), EXACT_ROWS):
         some = unknown[start : start + EXACT_ROWS]
-        squared[some] = _lengths(images.points[rows[some]] - images.points[columns[some]])
+        apart = images.points[rows[some]] - images.points[columns[some]]  # (pairs, D)
+        squared[some] = _lengths(apart)
     return squared
 
 
