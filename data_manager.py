@@ -39,6 +39,7 @@ __all__ = [
     "data_name",
     "eval_set",
     "folder_images",
+    "is_stand_in",
     "train_set",
 ]
 
@@ -102,8 +103,12 @@ def checked_folder(dataset: str, data_path: str | Path) -> Path:
 def data_name(dataset: str, data_path: str | Path) -> str:
     """Returns the data's name in printed rows, which tells stand-in data from the real one."""
     name = DATASETS[dataset].title
-    stand_in = (Path(data_path) / STAND_IN_MARKER).exists()
-    return f"stand-in data in {name}'s layout" if stand_in else name
+    return f"stand-in data in {name}'s layout" if is_stand_in(data_path) else name
+
+
+def is_stand_in(data_path: str | Path) -> bool:
+    """Tells whether a data folder was written by ``stand_in.py``."""
+    return (Path(data_path) / STAND_IN_MARKER).exists()
 
 
 def _data_set(dataset: str) -> DataSet:

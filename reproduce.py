@@ -30,7 +30,6 @@ from reproduction.plan import (
     check_lists,
     flags_of,
     given_options,
-    influential,
     plan,
     read_json,
 )
@@ -40,7 +39,10 @@ from utils import make_writable_dir, user_errors, write_json
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """`run`: prints the commands, then runs those that are not done; returns the exit code."""
     dataset = _dataset(args)
-    trials = args.trials or (1 if args.table != dataset and dataset == "regdb" else 10)
+    data = DATASETS[dataset]
+    most = max(data.splits, data.gallery_draws)
+    # An ablation trains on one split unless told otherwise.
+    trials = min(args.trials or (1 if args.table != dataset and data.splits > 1 else most), most)
     about = {"dataset": dataset, "trials": trials, "extra": given_options(extra)}
     steps, rows = plan(args.table, runs=args.runs, **about)
     steps = _wanted(steps, rows, args.only)
@@ -63,17 +65,16 @@ def _dataset(args: argparse.Namespace) -> str:
 
 
 def _plan_name(args: argparse.Namespace) -> str:
-    dataset = _dataset(args)
-    return args.table if args.table == dataset else f"{args.table}_{dataset}"
+    return args.table if args.table in DATASETS else f"{args.table}_{_dataset(args)}"
 
 
 def _wanted(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
     """Returns the evaluations of the rows that hold all texts, and their trainings."""
-    folders = set()
+    folders: set[Path] = set()
     for row in rows:
-        title = f"{row.section.key} {row.setting.group} {row.setting.name}"
-        if all(text in title for text in texts):
-            folders |= {file.parent for file in row.files} | set(row.training)
+        title = f"{row.section.dataset} {row.section.protocol} {row.setting.group} "
+        if all(text in title + row.setting.name for text in texts):
+            folders.update(row.training, (file.parent for file in row.files))
     if not folders:
         raise ValueError(f"--only {' '.join(texts)} leaves no row of the table")
     return [step for step in steps if step.folder in folders]
@@ -85,7 +86,6 @@ def run_steps(steps: Sequence[Step], *, again: bool, keep_going: bool) -> int:
     Raises:
         ValueError: When a step fails, unless `keep_going`.
     """
-    seconds: dict[bool, list[float]] = {True: [], False: []}  # of trainings, of evaluations
     failed = []
     for number, step in enumerate(steps, start=1):
         state = "to do" if again else step.state()
@@ -101,7 +101,6 @@ def run_steps(steps: Sequence[Step], *, again: bool, keep_going: bool) -> int:
         sys.stdout.flush()
         start = time.monotonic()
         code = subprocess.run([sys.executable, *command]).returncode
-        seconds[step.trains].append(time.monotonic() - start)
         if code:
             failed.append(step)
             if not keep_going:
@@ -109,20 +108,11 @@ def run_steps(steps: Sequence[Step], *, again: bool, keep_going: bool) -> int:
                     f"this command ended with exit code {code}: python {shlex.join(command)}; "
                     f"mend what it says and repeat: what is done is kept (--keep-going goes on)"
                 )
-        means = {kind: sum(times) / max(len(times), 1) for kind, times in seconds.items()}
-        missing = [s for s in steps[number:] if again or s.state() != "done"]
-        sys.stdout.write(
-            f"{mark} {f'failed, exit code {code}' if code else 'done'} in "
-            f"{_minutes(seconds[step.trains][-1])}; {len(steps) - number} left, about "
-            f"{_minutes(sum(means[s.trains] for s in missing))}\n"
-        )
+        result = f"failed, exit code {code}" if code else "done"
+        sys.stdout.write(f"{mark} {result} in {(time.monotonic() - start) / 60:.1f} min\n")
     for step in failed:
         sys.stdout.write(f"failed: python {shlex.join(step.command('to do'))}\n")
     return int(bool(failed))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def table_command(args: argparse.Namespace) -> int:
@@ -135,7 +125,8 @@ def table_command(args: argparse.Namespace) -> int:
     results = [tables.measure(row, args.trials) for row in rows]
     kind = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}.get(args.table, "")
     title = kind + DATASETS[about["dataset"]].title
-    flags = shlex.join(flags_of(influential(about["extra"])))
+    silent = ("data_path", *options.INCIDENTAL)
+    flags = shlex.join(flags_of({k: v for k, v in about["extra"].items() if k not in silent}))
     note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = tables.arrange(title, results, note=note)
     texts = {
@@ -150,15 +141,6 @@ def table_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_command(args: argparse.Namespace) -> int:
-    """`check`: reports what is right and wrong with a data folder."""
-    findings = check(
-        args.dataset, args.data_path, workers=args.workers, open_images=not args.skip_images
-    )
-    sys.stdout.write(findings.report())
-    return 0 if findings.good else 1
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of the three commands."""
     parser = argparse.ArgumentParser(
@@ -166,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("check", help="verify a data folder", allow_abbrev=False).add_argument
-    add("--dataset", choices=options.DATASETS, required=True, help="whose layout to expect")
+    add("--dataset", choices=DATASETS, required=True, help="whose layout to expect")
     add("--data-path", type=Path, required=True, help="the data folder")
     add("--workers", type=int, default=4, help="threads that open images (default: 4)")
     add("--skip-images", action="store_true", help="check lists and counts only, open no image")
@@ -174,19 +156,18 @@ def build_parser() -> argparse.ArgumentParser:
         text = "run a table's commands" if name == "run" else "write a table"
         add = commands.add_parser(name, help=text, allow_abbrev=False).add_argument
         add("--table", choices=TABLES, required=True, help="which table")
-        add("--dataset", choices=options.DATASETS, help="of the ablations (default: regdb)")
+        add("--dataset", choices=DATASETS, help="of the ablations (default: regdb)")
         text = "folder of all runs (default: runs/reproduce)"
         add("--runs", type=Path, default=Path("runs/reproduce"), help=text)
         text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1)"
         add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
-        if name == "table":
-            add("--out", type=Path, help="folder to write to (default: that of the runs)")
-            continue
-        add("--dry-run", action="store_true", help="print the commands only")
-        add("--again", action="store_true", help="run everything anew, not only what is missing")
-        add("--keep-going", action="store_true", help="continue when a command fails")
-        text = "only rows whose section, group and name hold all of these texts"
-        add("--only", nargs="+", default=[], metavar="TEXT", help=text)
+    add("--out", type=Path, help="folder to write to (default: that of the runs)")
+    add = commands.choices["run"].add_argument
+    add("--dry-run", action="store_true", help="print the commands only")
+    add("--again", action="store_true", help="run everything anew, not only what is missing")
+    add("--keep-going", action="store_true", help="continue when a command fails")
+    text = "only rows whose section, group and name hold all of these texts"
+    add("--only", nargs="+", default=[], metavar="TEXT", help=text)
     return parser
 
 
@@ -197,9 +178,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and args.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     with user_errors():
-        if args.command == "check":
-            return check_command(args)
-        return run_command(args, extra) if args.command == "run" else table_command(args)
+        if args.command == "run":
+            return run_command(args, extra)
+        if args.command == "table":
+            return table_command(args)
+        images = not args.skip_images
+        findings = check(args.dataset, args.data_path, workers=args.workers, open_images=images)
+        sys.stdout.write(findings.report())
+        return 0 if findings.good else 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 import options
 import utils
 from data_loader import ImageCache
-from data_manager import EvalSet, ImageList, data_name, eval_set, folder_images
+from data_manager import EvalSet, ImageList, data_name, eval_set, folder_images, is_stand_in
 from engine import distributed
 from engine.evaluate import Features, distances, evaluate
 from eval_metrics import METRICS, mean_and_std
@@ -126,7 +126,8 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
         )
         if not distributed.is_main():
             continue
-        about = {"dataset": data, **describe_checkpoint(path, info)}
+        about = {"dataset": data, "stand_in": is_stand_in(args.data_path)}
+        about |= describe_checkpoint(path, info)
         results.append([{**row, **about} for row in rows])
         if target:
             save_features(target, protocol, features, results[-1][-1])

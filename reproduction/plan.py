@@ -1,27 +1,25 @@
 """What the paper's tables run: settings, protocols, and the commands behind each row.
 
-A run is a dictionary of options. `flags_of` makes a command line of it, `resolve` says what that
-means to the script.
+A run is a dictionary of options; `flags_of` makes a command line of it.
 """
 
 import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import options
-from data_manager import DATASETS, eval_set, train_set
+from data_manager import DATASETS, EvalOptions, eval_set, train_set
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
-TABLES = ("regdb", "sysu", "ablation", "memory")
+TABLES = (*DATASETS, "ablation", "memory")  # of a data set: the methods under all its protocols
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "tvsearch", "re_rank", "test_feat")
-FIXED += ("method", "resume", "test_only", "overwrite", "output_dir", "model_path", "log_path")
-FIXED += ("vis_log_path",)
+FIXED += ("method", "resume", "test_only", "overwrite")
+FIXED += ("output_dir", "model_path", "log_path", "vis_log_path")
 
 Options = Mapping[str, Any]
 
@@ -34,11 +32,10 @@ class Setting:
         name: The method, or the value of what is varied.
         script: The training script.
         train: Options of the training, spelled as they are in its folder's name.
-        test: Options of the evaluation; with any, the last epoch alone is evaluated.
+        test: Options of the evaluation; with any, only the last epoch is evaluated, and only under
+            the data set's first protocol.
         group: What an ablation varies here; "" for methods.
-        health: Whether the memory's health is reported.
         published: Method of ``published.csv`` whose numbers stand beside.
-        first_section_only: Whether it is evaluated under the table's first protocol alone.
     """
 
     name: str
@@ -46,9 +43,7 @@ class Setting:
     train: Options = field(default_factory=dict)
     test: Options = field(default_factory=dict)
     group: str = ""
-    health: bool = False
     published: str | None = None
-    first_section_only: bool = False
 
 
 METHODS = (
@@ -58,12 +53,7 @@ METHODS = (
     Setting("AGW", "train_HCT.py", {"method": "agw"}, published="AGW"),
     Setting("AGW + MG-MRA", train={"method": "agw"}),
     # As the authors' README was probably made: its script re-ranks by default.
-    Setting(
-        "MG-MRA",
-        test={"re_rank": "k_reciprocal"},
-        published="MG-MRA re-ranked",
-        first_section_only=True,
-    ),
+    Setting("MG-MRA", test={"re_rank": "k_reciprocal"}, published="MG-MRA re-ranked"),
 )
 
 # What is varied, the values' names and options; all on MG-MRA. A value that is MG-MRA's own shares
@@ -85,7 +75,8 @@ MEMORY_ABLATIONS: dict[str, dict[str, Options]] = {
         for t, r in ((1, 1), (1, 6), (5, 1), (5, 6), (10, 6))
     },
 }
-OTHER_ABLATIONS: dict[str, dict[str, Options]] = {
+ABLATIONS: dict[str, dict[str, Options]] = {
+    **MEMORY_ABLATIONS,
     "loss weights": {
         "as published": {},
         "no memory identity": {"w_memory_id": 0},
@@ -101,76 +92,36 @@ OTHER_ABLATIONS: dict[str, dict[str, Options]] = {
 
 def settings_of(table: str) -> list[Setting]:
     """Returns a table's settings, in its order; "memory" is "ablation" without the rest."""
-    if table in ("regdb", "sysu"):
+    if table in DATASETS:
         return list(METHODS)
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
-    for group, values in MEMORY_ABLATIONS.items():
-        found += [Setting(k, train=v, group=group, health=True) for k, v in values.items()]
-    if table == "ablation":
-        for group, values in OTHER_ABLATIONS.items():
-            found += [Setting(k, train=v, group=group) for k, v in values.items()]
+    for group, values in (ABLATIONS if table == "ablation" else MEMORY_ABLATIONS).items():
+        found += [Setting(name, train=train, group=group) for name, train in values.items()]
     for feat in ("pcb", "memory", "both"):
         found.append(Setting(feat, test={"test_feat": feat}, group="test feature"))
     if table == "ablation":
-        for ranking in ("k_reciprocal", "random_walk"):
-            published = "MG-MRA re-ranked" if ranking == "k_reciprocal" else None
-            test = {"re_rank": ranking}
-            found.append(Setting("MG-MRA", test=test, group="re-ranking", published=published))
+        found.append(replace(METHODS[-1], group="re-ranking"))
+        found.append(Setting("MG-MRA", test={"re_rank": "random_walk"}, group="re-ranking"))
     return found
 
 
 @dataclass(frozen=True)
 class Section:
-    """An evaluation protocol: a section of a table.
-
-    Attributes:
-        dataset: Name in `DATASETS`.
-        direction: RegDB, LLCM: "v2i" or "i2v".
-        mode: SYSU-MM01: "all" or "indoor".
-        shots: SYSU-MM01: 1 or 10.
-        gallery: SYSU-MM01: "seeded" or "official".
-    """
+    """An evaluation protocol: a key of a data set's `protocols`, such as "v2i", "all 1 seeded"."""
 
     dataset: str
-    direction: str | None = None
-    mode: str | None = None
-    shots: int | None = None
-    gallery: str | None = None
+    protocol: str
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """The options of ``test.py`` that ask for it."""
-        return {k: v for k, v in asdict(self).items() if k != "dataset" and v is not None}
-
-    @property
-    def key(self) -> str:
-        """A short name: "regdb v2i", "sysu all 1 seeded"."""
-        return " ".join(map(str, (self.dataset, *self.options.values())))
+        return DATASETS[self.dataset].protocols[self.protocol]
 
     @property
     def title(self) -> str:
         """The protocol in a heading."""
-        name = DATASETS[self.dataset].title
-        if self.mode is None:
-            sides = "visible to infrared" if self.direction == "v2i" else "infrared to visible"
-            return f"{name}, {sides}"
-        shots = {1: "single-shot", 10: "ten-shot"}[self.shots]
-        return f"{name}, {self.mode}-search, {shots}, {self.gallery} gallery"
-
-
-def sections_of(table: str, dataset: str) -> list[Section]:
-    """Returns the protocols of a table; ablations have the data set's first alone."""
-    if dataset == "sysu":
-        protocols = product(("all", "indoor"), (1, 10), ("seeded", "official"))
-        sections = [Section(dataset, None, *protocol) for protocol in protocols]
-    else:
-        sections = [Section(dataset, direction) for direction in ("v2i", "i2v")]
-    return sections if table in ("regdb", "sysu") else sections[:1]
-
-
-def has_splits(dataset: str) -> bool:
-    """Tells whether a data set's trials are splits, each with a training, or gallery draws."""
-    return dataset == "regdb"
+        data = DATASETS[self.dataset]
+        return f"{data.title}, {data.describe(EvalOptions(**self.options))}"
 
 
 # --- Options and command lines --------------------------------------------------------------------
@@ -191,15 +142,6 @@ def _parser(train: bool) -> Any:
     return options.train_parser(text) if train else options.test_parser("")
 
 
-def resolve(script: str, values: Options) -> dict[str, Any]:
-    """Returns all options of a script as plain values, as it understands those given."""
-    train = script != "test.py"
-    args = _parser(train).parse_args(flags_of(values))
-    if train:
-        return options.to_json(options.resolve(args, script)[0])
-    return options.to_json(options.resolve_evaluation(args))
-
-
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
     """Returns what training flags ask for other than the defaults; unknown ones end the program.
 
@@ -212,12 +154,6 @@ def given_options(flags: Sequence[str]) -> dict[str, Any]:
         if name in extra:
             raise ValueError(f"--{name} is decided by the table; leave it out")
     return extra
-
-
-def influential(values: Options) -> dict[str, Any]:
-    """Returns the options that a number depends on."""
-    silent = ("data_path", *options.INCIDENTAL)
-    return {name: value for name, value in values.items() if name not in silent}
 
 
 # --- The commands behind a table ------------------------------------------------------------------
@@ -239,9 +175,9 @@ class Row:
     section: Section
     setting: Setting
     checkpoint: str
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     trials: int
-    training: tuple[Path, ...] = ()
+    training: Sequence[Path] = ()
 
     @property
     def re_rank(self) -> str:
@@ -251,17 +187,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """One command: a script, its options, what they resolve to, and the folder it fills."""
+    """One command: a script, its options, and the folder it fills."""
 
     script: str
     options: Options
-    resolved: Options
     folder: Path
 
     @property
     def trains(self) -> bool:
         """Whether it is a training, not an evaluation."""
         return self.script != "test.py"
+
+    @functools.cached_property
+    def resolved(self) -> dict[str, Any]:
+        """All options of the script as plain values, as it understands those given."""
+        args = _parser(self.trains).parse_args(flags_of(self.options))
+        return options.to_json(
+            options.resolve(args, self.script)[0] if self.trains else options.resolve_evaluation(args)
+        )
 
     def state(self) -> str:
         """Returns what is there of it: "done", "begun" or "to do".
@@ -331,45 +274,39 @@ def plan(
         trials: Splits, each with a training, or gallery draws.
         extra: Options of every training and evaluation that has a use for them.
     """
-    data: list[dict[str, Any]] = [{"dataset": dataset}]  # what each training is of
-    draws = {"trials": trials}
-    if has_splits(dataset):
-        data, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
+    data = DATASETS[dataset]
+    splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
+    if data.splits > 1:
+        splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
     test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
-    test_data = [{**split, **draws, **test_extra} for split in data]
+    sections = [Section(dataset, protocol) for protocol in data.protocols]
     rows = []
-    steps: dict[Path, dict[Path, Step]] = {}  # of each training by folder, itself first
+    steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
     for setting in settings_of(table):
         trainings = []
-        for split in data:
-            own = {name.replace("-", "_"): value for name, value in setting.train.items()}
-            useless = options.unused(setting.script, {**extra, **own})
-            used = {name: value for name, value in extra.items() if name not in useless}
-            values = {**split, **used, **own}
-            resolved = resolve(setting.script, values)
+        own = {name.replace("-", "_"): value for name, value in setting.train.items()}
+        useless = options.unused(setting.script, {**extra, **own})
+        used = {name: value for name, value in extra.items() if name not in useless}
+        for split in splits:
             folder = runs / _folder_name(setting, split)
-            folder = folder_of.setdefault(json.dumps([setting.script, resolved]), folder)
-            steps.setdefault(folder, {folder: Step(setting.script, values, resolved, folder)})
+            step = Step(setting.script, {**split, **used, **own}, folder)
+            folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), folder)
+            steps.setdefault(folder, [step])
             trainings.append(folder)
-        sections = sections_of(table, dataset)
-        for section in sections[:1] if setting.first_section_only else sections:
+        for section in sections if table in DATASETS and not setting.test else sections[:1]:
             asked = {**section.options, **setting.test}
             for checkpoint in ("last",) if setting.test else ("last", "best"):
                 files = []
-                for training, values in zip(trainings, test_data, strict=True):
-                    step = _evaluation(training, checkpoint, values, asked)
-                    steps[training].setdefault(step.folder, step)
-                    files.append(step.folder / "results.json")
-                row = Row(section, setting, checkpoint, tuple(files), trials, tuple(trainings))
-                rows.append(row)
-    return [step for group in steps.values() for step in group.values()], rows
-
-
-def _evaluation(training: Path, checkpoint: str, values: Options, asked: Options) -> Step:
-    folder = training / "_".join([*map(str, asked.values()), checkpoint])
-    values = {**values, **asked, "resume": str(training / f"{checkpoint}.pt")}
-    return Step("test.py", values, resolve("test.py", values), folder)
+                for training, split in zip(trainings, splits, strict=True):
+                    folder = training / "_".join([*map(str, asked.values()), checkpoint])
+                    values = {**split, **draws, **test_extra, **asked}
+                    values["resume"] = str(training / f"{checkpoint}.pt")
+                    if all(step.folder != folder for step in steps[training]):
+                        steps[training].append(Step("test.py", values, folder))
+                    files.append(folder / "results.json")
+                rows.append(Row(section, setting, checkpoint, files, trials, trainings))
+    return [step for group in steps.values() for step in group], rows
 
 
 def _folder_name(setting: Setting, split: Options) -> str:
@@ -386,10 +323,10 @@ def check_lists(steps: Sequence[Step]) -> None:
     """
     seen = set()
     for step in steps:
-        names = ("dataset", "data_path", "trial")
-        if not step.trains:
-            names += ("direction", "mode", "gallery", "shots", "trials")
+        read, names = eval_set, options.PROTOCOL
+        if step.trains:
+            read, names = train_set, ("dataset", "data_path", "trial")
         values = tuple((name, step.resolved[name]) for name in names)
-        if (step.trains, values) not in seen:
-            seen.add((step.trains, values))
-            (train_set if step.trains else eval_set)(**dict(values))
+        if (read, values) not in seen:
+            seen.add((read, values))
+            read(**dict(values))

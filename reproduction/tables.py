@@ -10,14 +10,14 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_manager import DATASETS
 from eval_metrics import METRICS, mean_and_std
 from networks.settings import HEALTH, LEVELS
-from reproduction.plan import Row, Section
+from reproduction.plan import MEMORY_ABLATIONS, Row, Section
 
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
 CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # titles where no result is there
@@ -30,7 +30,7 @@ def published(section: Section) -> dict[str, dict[str, str]]:
 
     Each has percents by metric ("" where not known) and ``source``, where they were read.
     """
-    wanted = {k: "" if v is None else str(v) for k, v in asdict(section).items()}
+    wanted = {"dataset": section.dataset, **{k: str(v) for k, v in section.options.items()}}
     with PUBLISHED.open(newline="", encoding="utf-8") as stream:
         lines = [line for line in csv.DictReader(stream) if wanted.items() <= line.items()]
     for line in lines:
@@ -106,9 +106,11 @@ def _distinct(results: Sequence[Result], entry: str) -> list[str]:
     return sorted({str(read[entry]) for result in results for read in result.read})
 
 
-def is_stand_in(dataset: str, data: str) -> bool:
-    """Tells whether a result's ``dataset`` text is of stand-in data: real data go by the title."""
-    return data != DATASETS[dataset].title
+def is_stand_in(result: Result) -> bool:
+    """Tells whether a row is of stand-in data."""
+    title = DATASETS[result.row.section.dataset].title
+    # Files written before there was such a field have only the data's name.
+    return any(read.get("stand_in", read["dataset"] != title) for read in result.read)
 
 
 def health(row: Row) -> dict[str, float]:
@@ -168,7 +170,7 @@ def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Ta
     data = data_in(results)
     caption = f"{title}. Data: {data}."
     caption += " Percent, mean +- population standard deviation over trials."
-    if is_stand_in(results[0].row.section.dataset, data):
+    if any(map(is_stand_in, results)):
         caption += " Numbers on stand-in data say nothing of the real data set's"
         caption += "." if ablation else "; the published ones are of the real data set."
     caption += f" Code: {', '.join(_distinct(results, 'commit'))}.{f' {note}' if note else ''}"
@@ -216,21 +218,11 @@ def _cells(result: Result) -> tuple[str, ...]:
     """Returns the metrics and the trials of a row."""
     if result.missing:
         found = f"{result.trials - len(result.missing)} of {result.trials}"
-        return ("missing",) * len(METRICS) + (f"{found}, missing: {ranges(result.missing)}",)
+        missing = ", ".join(map(str, result.missing))
+        return ("missing",) * len(METRICS) + (f"{found}, missing: {missing}",)
     spread = [f" +- {100 * result.std[m]:.2f}" if result.trials > 1 else "" for m in METRICS]
     numbers = (f"{100 * result.mean[m]:.2f}{s}" for m, s in zip(METRICS, spread, strict=True))
     return (*numbers, str(result.trials))
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Returns ascending numbers as text: 1, 2, 3, 7 is "1-3, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _published_table(section: Section, others: dict[str, dict[str, str]]) -> Table:
@@ -247,8 +239,8 @@ def _health_tables(caption: str, rows: Sequence[Row]) -> list[Table]:
     """Returns one table of the memory's health in the last epoch, where a row has any."""
     first: dict[tuple[Path, ...], Row] = {}  # of the rows that share a training
     for row in rows:
-        if row.setting.health and _kind(row) == "last":
-            first.setdefault(row.training, row)
+        if row.setting.group in MEMORY_ABLATIONS and _kind(row) == "last":
+            first.setdefault(tuple(row.training), row)
     names = [f"{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in first.values():
@@ -318,10 +310,16 @@ def comma_separated(table: str, results: Sequence[Result]) -> str:
     for result in results:
         row, setting = result.row, result.row.setting
         theirs = published(row.section).get(setting.published, {})
-        line = {"table": table, "section": row.section.key, "varied": setting.group}
-        line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
+        line = {"table": table, "section": f"{row.section.dataset} {row.section.protocol}"}
+        line |= {
+            "varied": setting.group,
+            "method": setting.name,
+            "checkpoint": row.checkpoint,
+            "re_rank": row.re_rank,
+        }
         line |= {"test_feat": setting.test.get("test_feat"), "trials": result.trials}
-        line |= {"found": result.trials - len(result.missing), "missing": ranges(result.missing)}
+        missing = ", ".join(map(str, result.missing))
+        line |= {"found": result.trials - len(result.missing), "missing": missing}
         line |= {"data": "; ".join(_distinct([result], "dataset"))}
         line |= {k: "; ".join(_distinct([result], k)) for k in ("selection", "commit")}
         for metric in METRICS:
