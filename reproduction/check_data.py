@@ -74,10 +74,9 @@ class Findings:
         return not self.problems and all(count.right for count in self.counts)
 
     def count(
-        self, what: str, found: Iterable[int], expected: Sequence[int | None] | None = None
+        self, what: str, found: Iterable[int], expected: tuple[int | None, ...] | None = None
     ) -> None:
         """Adds a count."""
-        expected = None if expected is None else tuple(expected)
         self.counts.append(Count(what, tuple(int(n) for n in found), expected))
 
     def attempt(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -118,7 +117,6 @@ def check(
     *,
     workers: int = 4,
     open_images: bool = True,
-    progress: bool = True,
 ) -> Findings:
     """Looks a data folder through.
 
@@ -127,7 +125,6 @@ def check(
         data_path: The folder.
         workers: Threads that open images.
         open_images: Whether to open every image.
-        progress: Whether to show a bar.
     """
     data = DATASETS[dataset]
     findings = Findings(f"{data_name(dataset, data_path)} in {data_path}")
@@ -151,9 +148,10 @@ def check(
     files = {
         images.root / path for lists in listed.values() for images in lists for path in images.paths
     }
-    files |= {path for folder in data.folders for path in _files_below(root / folder)}
+    for folder in data.folders:
+        files |= {p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
     if open_images and files:
-        _open_all(findings, sorted(files), workers=workers, progress=progress)
+        _open_all(findings, sorted(files), workers)
     return findings
 
 
@@ -196,7 +194,12 @@ def _check_split(
         what = f"{prefix}test: identities, visible, infrared"
         findings.count(what, (len(people), *map(len, test)), expected.get("test"))
         for images in test:
-            _count_cameras(findings, images, expected)
+            cameras = np.unique(images.camids)
+            for camera in cameras if len(cameras) > 1 else ():
+                rows = images.camids == camera  # (n,) bool
+                key = f"test {images.modality}, camera {camera}"
+                numbers = (len(np.unique(images.pids[rows])), rows.sum())
+                findings.count(f"{key}: identities, images", numbers, expected.get(key))
     for key, options in data.protocols.items():
         draws = {"trial": split, "trials": trials, **options}
         found = findings.attempt(eval_set, data.name, root, **draws)
@@ -219,18 +222,6 @@ def _sizes(people: TrainSet) -> tuple[int, int, int]:
     return people.num_ids, len(people.visible), len(people.infrared)
 
 
-def _count_cameras(
-    findings: Findings, images: ImageList, expected: Mapping[str, tuple[int | None, ...]]
-) -> None:
-    """Counts the test identities and images of each camera, where there are several."""
-    cameras = np.unique(images.camids)
-    for camera in cameras if len(cameras) > 1 else ():
-        rows = images.camids == camera
-        key = f"test {images.modality}, camera {camera}"
-        numbers = (len(np.unique(images.pids[rows])), rows.sum())
-        findings.count(f"{key}: identities, images", numbers, expected.get(key))
-
-
 def _check_images_per_id(
     findings: Findings, listed: Mapping[str, Sequence[ImageList]], expected: int | None
 ) -> None:
@@ -251,12 +242,7 @@ def _check_images_per_id(
         findings.several(odd if expected else [], what, "copy them anew")
 
 
-def _files_below(folder: Path) -> set[Path]:
-    """Returns every image file below a folder."""
-    return {path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES}
-
-
-def _open_all(findings: Findings, files: list[Path], *, workers: int, progress: bool) -> None:
+def _open_all(findings: Findings, files: list[Path], workers: int) -> None:
     """Decodes every image; reports those that cannot be read, and those of an odd size."""
 
     def size_of(path: Path) -> tuple[int, int] | str:
@@ -268,8 +254,7 @@ def _open_all(findings: Findings, files: list[Path], *, workers: int, progress: 
             return f"{path} ({type(error).__name__}: {error})"
 
     with ThreadPoolExecutor(workers) as pool:
-        hidden = None if progress else True
-        results = list(tqdm(pool.map(size_of, files), "images", len(files), disable=hidden))
+        results = list(tqdm(pool.map(size_of, files), "images", len(files), disable=None))
     broken = [result for result in results if isinstance(result, str)]
     good = [(p, r) for p, r in zip(files, results, strict=True) if not isinstance(r, str)]
     findings.count("images that open, of all", (len(good), len(files)), (len(files), len(files)))

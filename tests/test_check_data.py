@@ -35,7 +35,7 @@ def drawn(tmp_path, request):
 
 def both(dataset, folder, capsys):
     """Findings, after checking that the command line says the same."""
-    findings = check(dataset, folder, progress=False)
+    findings = check(dataset, folder)
     code = reproduce.main(["check", "--dataset", dataset, "--data-path", str(folder)])
     assert capsys.readouterr().out == findings.report()
     assert code == (0 if findings.good else 1)
@@ -55,17 +55,17 @@ def test_good_data_passes_and_is_counted(drawn, dataset, capsys):
 def test_counts_of_the_real_data_set_are_expected_without_the_marker(
     tiny_regdb, tiny_sysu, tiny_llcm
 ):
-    report = check("regdb", tiny_regdb, progress=False).report()
+    report = check("regdb", tiny_regdb).report()
     assert "!!  trial 1 train: identities, visible, infrared" in report
     assert "6 + 12 + 18   expected 206 + 2,060 + 2,060" in report
     assert "idx/train_visible_2.txt does not exist" in report
     assert "test identities with another number of visible images than 10: 5 (2), 7 (2)" in report
-    report = check("sysu", tiny_sysu, progress=False).report()
+    report = check("sysu", tiny_sysu).report()
     assert "expected 395 + 22,258 + 11,909" in report
     assert "test visible, camera 2: identities, images" in report
     assert "1 + 12   expected 56 + 1,565" in report
     assert "rand_perm_cam.mat does not exist" in report and "--gallery seeded" in report
-    report = check("llcm", tiny_llcm, progress=False).report()
+    report = check("llcm", tiny_llcm).report()
     assert "expected 713 + 16,946 + 13,975" in report
     assert "3 + 11 + 14   expected 351 + ? + ?" in report
 
@@ -169,7 +169,7 @@ def test_sizes_that_vary_are_no_finding(tmp_path):
     sizes = {Image.open(p).size for p in folder.rglob("*.jpg")}
     assert len(sizes) > 3
     assert json.loads((folder / "stand_in.json").read_text())["layout"] == "sysu"
-    assert check("sysu", folder, progress=False).good
+    assert check("sysu", folder).good
 
 
 @pytest.mark.slow
