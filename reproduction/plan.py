@@ -203,7 +203,9 @@ class Step:
         """All options of the script as plain values, as it understands those given."""
         args = _parser(self.trains).parse_args(flags_of(self.options))
         return options.to_json(
-            options.resolve(args, self.script)[0] if self.trains else options.resolve_evaluation(args)
+            options.resolve(args, self.script)[0]
+            if self.trains
+            else options.resolve_evaluation(args)
         )
 
     def state(self) -> str:
