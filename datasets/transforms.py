@@ -31,9 +31,10 @@ class Draw(IntEnum):
     GREY = 3
     GAMMA = 4
     GAIN = 5
-    ERASE = 6  # whether, and the rectangle's area
+    ERASE = 6
     ERASE_ASPECT = 7
     ERASE_PLACE = 8
+    ERASE_AREA = 9
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Augmentation:
         pad: Pixels of black on every side before the crop.
         flip: Probability of a horizontal flip.
         grey: Probability that a visible image is made grey.
-        erase: Probability e that a rectangle is set to the ImageNet mean, of 2 % to 2 + 38 e % of
-            the image's area.
+        erase: Probability that a rectangle of 2 % to 40 % of the image's area is set to the
+            ImageNet mean.
         tone: s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image.
 
     Source: the AGW code base for pad and flip; the others are this project's and off by default.
@@ -181,7 +182,7 @@ def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
 def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray) -> None:
     """Sets a rectangle of each `chosen` (k,) image to zero, in place; `draws` has k columns."""
     _, _, height, width = batch.shape
-    area = ERASE_AREA[0] + draws[Draw.ERASE] * (ERASE_AREA[1] - ERASE_AREA[0])
+    area = ERASE_AREA[0] + draws[Draw.ERASE_AREA] * (ERASE_AREA[1] - ERASE_AREA[0])
     pixels = area * height * width
     ratio = np.exp((2 * draws[Draw.ERASE_ASPECT] - 1) * math.log(ERASE_ASPECT))
     tall = np.clip(np.sqrt(pixels * ratio), 1, height).astype(np.int64)
