@@ -19,7 +19,6 @@ from datasets.base import (
     ImageList,
     TrainSet,
     check_choice,
-    narrow,
 )
 from datasets.folders import check_layout, folder_images
 from datasets.llcm import Llcm
@@ -55,11 +54,11 @@ def train_set(
     subset: str = "all",
     use_cache: bool = True,
 ) -> TrainSet:
-    """Lists and checks the training images of a data set.
+    """Lists and checks the training images of one of `DATASETS`.
 
     Args:
-        dataset: A name in `DATASETS`.
-        data_path: The data folder.
+        dataset: Its name.
+        data_path: Its folder.
         trial: RegDB's split, 1..10; no meaning for the others.
         subset: "all" identities, or "fit": without those that `eval_set(subset="val")` asks for.
         use_cache: Take images that were decoded before (`pre_process_sysu.py`), where there are.
@@ -67,37 +66,34 @@ def train_set(
     Raises:
         DataError: A folder, list, label or image is missing or wrong; found before any decoding.
     """
+    check_choice("dataset", dataset, tuple(DATASETS))
     check_choice("subset", subset, ("all", "fit"))
     check_choice("trial", trial, TRIALS)
-    data, path = _data_set(dataset), Path(data_path)
+    data, path = DATASETS[dataset], Path(data_path)
     result = data.train_from_cache(path) if use_cache else None
     if result is None:
         result = data.train(checked_folder(dataset, path), trial)
     if subset == "fit":
-        result = narrow(result, ~data.held_out(path.resolve(), result.pids))
+        result = result.narrow(~data.held_out(path.resolve(), result.pids))
     found = f"{len(result.visible)} visible and {len(result.infrared)} infrared images"
     description = f"{result.description}: {result.num_ids} identities, {found}"
     return replace(result, description=description)
 
 
 def eval_set(dataset: str, data_path: str | Path, **options: int | str) -> EvalSet:
-    """Lists and checks the query and gallery images of a protocol.
-
-    Args:
-        dataset: A name in `DATASETS`.
-        data_path: The data folder.
-        **options: The fields of `EvalOptions`.
+    """Lists and checks a protocol's images; `options` are the fields of `EvalOptions`.
 
     Raises:
-        DataError: A folder, list, label or image is missing or wrong; found before any decoding.
+        DataError: As `train_set`.
     """
-    data, chosen = _data_set(dataset), EvalOptions(**options)
-    return data.evaluate(checked_folder(dataset, data_path), chosen)
+    check_choice("dataset", dataset, tuple(DATASETS))
+    chosen = EvalOptions(**options)
+    return DATASETS[dataset].evaluate(checked_folder(dataset, data_path), chosen)
 
 
 def checked_folder(dataset: str, data_path: str | Path) -> Path:
     """Returns the data folder with links resolved; DataError where its layout is another."""
-    return check_layout(Path(data_path), _data_set(dataset), DATASETS.values())
+    return check_layout(Path(data_path), DATASETS[dataset], DATASETS.values())
 
 
 def data_name(dataset: str, data_path: str | Path) -> str:
@@ -109,8 +105,3 @@ def data_name(dataset: str, data_path: str | Path) -> str:
 def is_stand_in(data_path: str | Path) -> bool:
     """Tells whether a data folder was written by ``stand_in.py``."""
     return (Path(data_path) / STAND_IN_MARKER).exists()
-
-
-def _data_set(dataset: str) -> DataSet:
-    check_choice("dataset", dataset, tuple(DATASETS))
-    return DATASETS[dataset]

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_loader import load_images
 from data_manager import DataError, ImageList, train_set
-from datasets.sysu_mm01 import CACHE_WORDS
+from datasets.sysu_mm01 import cache_files
 from utils import setup_logging, user_errors, write_atomic
 
 log = logging.getLogger(__name__)
@@ -44,19 +44,10 @@ def build_caches(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[Path]:
-    """Builds the caches of both modalities, except those that are there already.
-
-    Args:
-        data_path: SYSU-MM01's folder.
-        output_dir: Where the four files go; made if need be.
-        height: Of the cached images, pixels.
-        width: Of the cached images, pixels.
-        workers: Decoding threads; the files do not depend on their number.
-        overwrite: Build anew what is there.
-        progress: Show progress bars.
+    """Builds the caches of both modalities in `output_dir`, except those that are there already.
 
     Returns:
-        The image files that were built.
+        The image files that were built; they do not depend on the number of threads, `workers`.
 
     Raises:
         DataError: The data set is incomplete, an image cannot be decoded, or a cache of another
@@ -67,10 +58,9 @@ def build_caches(
         raise DataError(f"img_h {height}, img_w {width}, workers {workers}; expected at least 1")
     train = train_set("sysu", data_path, use_cache=False)
     output_dir.mkdir(parents=True, exist_ok=True)
-    pairs = [(train.visible, train.visible_labels), (train.infrared, train.infrared_labels)]
     todo = [
         (images, labels)
-        for images, labels in pairs
+        for images, labels in zip((train.visible, train.infrared), train.labels, strict=True)
         if overwrite or not _is_built(output_dir, images, labels, (height, width))
     ]
     needed = sum(len(images) for images, _ in todo) * height * width * 3
@@ -82,12 +72,12 @@ def build_caches(
         )
     size = {"height": height, "width": width, "workers": workers}
     for images, labels in todo:
-        image_file, label_file = _names(output_dir, images)
+        image_file, label_file = cache_files(output_dir, images.modality)
         write_atomic(label_file, partial(np.save, arr=labels))
         # The images last: the pair is complete once they are there.
         write_atomic(image_file, partial(_write_images, images=images, progress=progress, **size))
         log.info("built %s: %d images of %d x %d", image_file, len(images), height, width)
-    return [_names(output_dir, images)[0] for images, _ in todo]
+    return [cache_files(output_dir, images.modality)[0] for images, _ in todo]
 
 
 def _write_images(
@@ -103,19 +93,14 @@ def _write_images(
         stream.write(pixels.data)
 
 
-def _names(output_dir: Path, images: ImageList) -> tuple[Path, Path]:
-    stem = f"train_{CACHE_WORDS[images.modality]}_resized"
-    return output_dir / f"{stem}_img.npy", output_dir / f"{stem}_label.npy"
-
-
 def _is_built(
     output_dir: Path, images: ImageList, labels: np.ndarray, size: tuple[int, int]
 ) -> bool:
     """Returns whether the cache is there; one of other images, labels or size is an error."""
-    files = _names(output_dir, images)
-    for file, shape in zip(files, ((len(images), *size, 3), labels.shape), strict=True):
-        if not file.exists():
-            continue
+    files = cache_files(output_dir, images.modality)
+    present = [file for file in files if file.exists()]
+    for file in present:
+        shape = labels.shape if file == files[1] else (len(images), *size, 3)
         try:
             found = np.load(file, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # a damaged header makes numpy raise nearly anything
@@ -128,10 +113,9 @@ def _is_built(
                 f" images of {images.root} at {size[0]} x {size[1]} and their labels make"
                 f" {shape}. To replace it: --overwrite"
             )
-    built = all(file.exists() for file in files)
-    if built:
+    if len(present) == 2:
         log.info("%s is built already", files[0])
-    return built
+    return len(present) == 2
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,11 +18,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -42,42 +44,6 @@ SHEET_CAMERAS = {  # of the columns of a contact sheet, visible first
 }
 
 
-def _draw_identity(settings: Settings, pid: int, drawings: list[Drawing], folder: Path) -> int:
-    """Writes those images of an identity that are not there yet; returns how many it has."""
-    person = make_person(settings.seed, pid, settings.tone_correlation)
-    for drawing in drawings:
-        path = folder / drawing.path
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rng = np.random.default_rng((settings.seed, pid, drawing.camera, drawing.number))
-        look = camera_look(settings.layout, drawing.camera, settings.seed)
-        image = render(person, look, rng, (settings.img_h, settings.img_w))
-        unfinished = path.with_suffix(".part")
-        image.save(unfinished, format="JPEG" if path.suffix == ".jpg" else "BMP", quality=92)
-        unfinished.replace(path)
-    return len(drawings)
-
-
-def _draw_all(
-    settings: Settings, drawings: Drawings, folder: Path, workers: int, progress: bool
-) -> None:
-    total, hidden = sum(map(len, drawings.values())), None if progress else True
-    with tqdm(total=total, unit="image", desc="drawing", disable=hidden) as bar:
-        if workers == 1:
-            for pid, own in drawings.items():
-                bar.update(_draw_identity(settings, pid, own, folder))
-            return
-        # spawn: the caller may run threads (torch), which a fork would not survive
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        try:
-            jobs = [pool.submit(_draw_identity, settings, *i, folder) for i in drawings.items()]
-            for job in as_completed(jobs):
-                bar.update(job.result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def generate(
     out: Path,
     *,
@@ -86,20 +52,10 @@ def generate(
     progress: bool = False,
     **settings: Any,
 ) -> Path:
-    """Writes stand-in data to the folder `out`.
+    """Writes stand-in data to the folder `out`, which appears once it is complete; returns `out`.
 
-    It is drawn in a folder beside `out` that is renamed when complete; the same call continues a
-    run that was stopped. The files do not depend on `workers`.
-
-    Args:
-        out: Must not exist, or be empty, unless `overwrite`.
-        workers: Processes.
-        overwrite: Replace `out` if it holds stand-in data, and leftovers of a stopped run.
-        progress: Show a bar.
-        **settings: The fields of `Settings`.
-
-    Returns:
-        `out`.
+    `settings` are the fields of `Settings`. The files do not depend on the number of processes,
+    `workers`; `overwrite` replaces stand-in data, and nothing else.
 
     Raises:
         ValueError: A setting is out of range, or `out` must not be replaced.
@@ -107,53 +63,66 @@ def generate(
     out, resolved = Path(out), Settings(**settings).resolved()
     if workers < 1:
         raise ValueError(f"--workers {workers}: expected 1 or more")
-    partial = _open_partial(out, resolved, overwrite)
+    _check_replaceable(out, overwrite)
+    target = out.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
     drawings = DRAWINGS[resolved.layout](resolved)
-    _draw_all(resolved, drawings, partial, workers, progress)
-    for name, content in LISTS[resolved.layout](resolved, drawings):
-        (partial / name).parent.mkdir(exist_ok=True)
-        (partial / name).write_bytes(content)
-    (partial / f"{STAND_IN_MARKER}.part").rename(partial / STAND_IN_MARKER)
-    target, old = out.resolve(), partial.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    total = sum(map(len, drawings.values()))
+    total, hidden = sum(map(len, drawings.values())), None if progress else True
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        folder = Path(temporary) / "data"
+        with tqdm(total=total, unit="image", desc="drawing", disable=hidden) as bar:
+            for count in _draw_all(resolved, drawings, folder, workers):
+                bar.update(count)
+        for name, content in LISTS[resolved.layout](resolved, drawings):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        text = json.dumps(asdict(resolved), indent=1) + "\n"
+        (folder / STAND_IN_MARKER).write_text(text, encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        folder.rename(target)
     log.info("%d images of %d identities: %s", total, len(drawings), out)
     return out
 
 
-def _open_partial(out: Path, settings: Settings, overwrite: bool) -> Path:
-    """Returns the folder to draw in, with what a stopped run of these settings has left there."""
+def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; expected a new folder's name")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / STAND_IN_MARKER).is_file():
-            raise ValueError(
-                f"--out {out}: holds something that is not stand-in data (it has no"
-                f" {STAND_IN_MARKER}); expected a new folder's name"
-            )
-        if not overwrite:
-            raise ValueError(
-                f"--out {out}: holds stand-in data already; add --overwrite to replace it, or give"
-                " another name"
-            )
-    target = out.resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    note = partial / f"{STAND_IN_MARKER}.part"
-    text = json.dumps(asdict(settings), indent=1) + "\n"
-    if partial.exists() and not (note.is_file() and note.read_text(encoding="utf-8") == text):
-        if not overwrite:
-            raise ValueError(
-                f"{partial}: left by a stopped run with other settings; repeat those, or add"
-                " --overwrite to drop it"
-            )
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    note.write_text(text, encoding="utf-8")
-    return partial
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / STAND_IN_MARKER).is_file():
+        raise ValueError(
+            f"--out {out}: holds something that is not stand-in data (it has no"
+            f" {STAND_IN_MARKER}); expected a new folder's name"
+        )
+    if not overwrite:
+        raise ValueError(
+            f"--out {out}: holds stand-in data already; add --overwrite to replace it, or give"
+            " another name"
+        )
+
+
+def _draw_all(settings: Settings, drawings: Drawings, folder: Path, workers: int) -> Iterator[int]:
+    """Writes every image; yields the number of images of each identity that is done."""
+    jobs = repeat(settings), drawings.keys(), drawings.values(), repeat(folder)
+    if workers == 1:
+        yield from map(_draw_identity, *jobs)
+        return
+    # spawn: the caller may run threads (torch), which a fork would not survive
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_draw_identity, *jobs)
+
+
+def _draw_identity(settings: Settings, pid: int, drawings: list[Drawing], folder: Path) -> int:
+    person = make_person(settings.seed, pid, settings.tone_correlation)
+    for drawing in drawings:
+        path = folder / drawing.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng((settings.seed, pid, drawing.camera, drawing.number))
+        look = camera_look(settings.layout, drawing.camera, settings.seed)
+        image = render(person, look, rng, (settings.img_h, settings.img_w))
+        image.save(path, quality=92)  # a JPEG's; the suffix says the format
+    return len(drawings)
 
 
 def sheet(path: Path, settings: Settings, ids: int = 12) -> None:
@@ -222,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 generate(args.out, **run, **settings)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the same command continues\n")
+        sys.stderr.write("stopped; nothing was written\n")
         return 130
     return 0
 

@@ -38,7 +38,6 @@ class ImageList:
         origins: Where each path was named ("idx/train_visible_1.txt:12"); () for listed folders.
         cache: A .npy file of (N, H, W, 3) uint8 that holds these images in place of `paths`.
         cache_rows: (n,) int64 rows of the cache; None means all, in order.
-        cache_command: The command that builds the cache anew; flags of the image size may follow.
     """
 
     root: Path
@@ -49,7 +48,6 @@ class ImageList:
     origins: tuple[str, ...] = ()
     cache: Path | None = None
     cache_rows: np.ndarray | None = None
-    cache_command: str = ""
 
     def __len__(self) -> int:
         return len(self.pids)
@@ -78,7 +76,6 @@ class TrainSet:
     """Training images of both modalities with shared labels 0..L-1.
 
     Attributes:
-        dataset: Its name in `data_manager.DATASETS`.
         visible: n_v visible images.
         infrared: n_i infrared images.
         visible_labels: (n_v,) int64, every label at least once.
@@ -87,7 +84,6 @@ class TrainSet:
         description: One line for the log.
     """
 
-    dataset: str
     visible: ImageList
     infrared: ImageList
     visible_labels: np.ndarray
@@ -104,6 +100,23 @@ class TrainSet:
     def num_ids(self) -> int:
         """L, the number of training identities."""
         return len(self.pids)
+
+    def narrow(self, kept: np.ndarray) -> TrainSet:
+        """Returns the labels where `kept` (L,) is true, renumbered from 0."""
+        if not kept.any():
+            raise DataError(
+                f"{self.description}: {self.num_ids} identities are too few to hold any out"
+            )
+        number = np.cumsum(kept) - 1
+        visible, infrared = (np.flatnonzero(kept[labels]) for labels in self.labels)
+        return replace(
+            self,
+            visible=self.visible.take(visible),
+            infrared=self.infrared.take(infrared),
+            visible_labels=number[self.visible_labels[visible]],
+            infrared_labels=number[self.infrared_labels[infrared]],
+            pids=self.pids[kept],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,9 +235,14 @@ class DataSet:
         """
         raise NotImplementedError
 
+    def images(self, root: Path, role: str, trial: int) -> tuple[ImageList, ImageList]:
+        """Lists the visible and the infrared images of the "train" or the "test" identities."""
+        visible, infrared = self.items(root, role, trial)
+        return image_list(root, visible, "visible"), image_list(root, infrared, "infrared")
+
     def train(self, root: Path, trial: int) -> TrainSet:
         """Lists the training images; labels number the identities in ascending order."""
-        visible, infrared = self._image_lists(root, "train", trial)
+        visible, infrared = self.images(root, "train", trial)
         pids = np.union1d(visible.pids, infrared.pids)
         for images in (visible, infrared):
             lacking = np.setdiff1d(pids, images.pids)
@@ -234,7 +252,7 @@ class DataSet:
                     " expected images in both modalities"
                 )
         labels = [np.searchsorted(pids, images.pids) for images in (visible, infrared)]
-        return TrainSet(self.name, visible, infrared, *labels, pids, self.title)
+        return TrainSet(visible, infrared, *labels, pids, self.title)
 
     def train_from_cache(self, path: Path) -> TrainSet | None:
         """Returns the training images as decoded before; None where there is no such cache."""
@@ -244,19 +262,16 @@ class DataSet:
         """Returns which training labels, (L,) bool, are kept for validation: 0, 5, 10, ..."""
         return np.arange(len(pids)) % VALIDATION_STEP == 0
 
-    def test_images(self, root: Path, trial: int) -> tuple[ImageList, ImageList]:
-        """Lists every visible and every infrared image of the test identities."""
-        return self._image_lists(root, "test", trial)
-
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes all images of one modality the queries and all of the other the gallery."""
         if options.subset == "test":
-            pair = self.test_images(root, options.trial)
+            visible, infrared = self.images(root, "test", options.trial)
         else:
             people = self.train(root, options.trial)
-            people = narrow(people, self.held_out(root, people.pids))
-            pair = people.visible, people.infrared
-        query, gallery = pair if options.direction == "v2i" else pair[::-1]
+            people = people.narrow(self.held_out(root, people.pids))
+            visible, infrared = people.visible, people.infrared
+        forth = options.direction == "v2i"
+        query, gallery = (visible, infrared) if forth else (infrared, visible)
         check_not_empty(query, gallery, f"the {options.subset} identities")
         title = f"{self.title} trial {options.trial}" if self.splits > 1 else self.title
         protocol = f"{title}, {self.describe(options)}"
@@ -264,14 +279,10 @@ class DataSet:
         rows = (np.arange(len(gallery)),)
         return EvalSet(self.name, query, gallery, rows, "none", protocol)
 
-    def _image_lists(self, root: Path, role: str, trial: int) -> tuple[ImageList, ImageList]:
-        visible, infrared = self.items(root, role, trial)
-        return image_list(root, visible, "visible"), image_list(root, infrared, "infrared")
-
 
 def check_choice(name: str, value: object, legal: Sequence[object]) -> None:
     """Raises DataError unless an option has one of its legal values."""
-    if isinstance(value, bool) or value not in legal:
+    if value not in legal:
         is_range = isinstance(legal, range)
         expected = f"{legal[0]}..{legal[-1]}" if is_range else " or ".join(map(str, legal))
         raise DataError(f"{name} is {value!r}; expected {expected}")
@@ -293,43 +304,19 @@ def image_list(root: Path, items: Sequence[Item], modality: str) -> ImageList:
     return ImageList(root, tuple(item[0] for item in items), pids, camids, modality)
 
 
-def narrow(full: TrainSet, kept: np.ndarray) -> TrainSet:
-    """Returns the labels where `kept` (L,) is true, renumbered from 0."""
-    if not kept.any():
-        raise DataError(
-            f"{full.description}: {full.num_ids} identities are too few to hold any out"
-        )
-    number = np.cumsum(kept) - 1
-    rows = [np.flatnonzero(kept[labels]) for labels in (full.visible_labels, full.infrared_labels)]
-    return replace(
-        full,
-        visible=full.visible.take(rows[0]),
-        infrared=full.infrared.take(rows[1]),
-        visible_labels=number[full.visible_labels[rows[0]]],
-        infrared_labels=number[full.infrared_labels[rows[1]]],
-        pids=full.pids[kept],
-    )
-
-
-def by_identity(item: Item) -> tuple[int, int, str]:
-    """Returns the sort key pid, camid, path."""
-    path, pid, camid = item
-    return pid, camid, path
-
-
-def groups_by_camera(items: Sequence[Item]) -> dict[tuple[int, int], list[Item]]:
-    """Groups images by (pid, camid), ascending; paths ascend within a group."""
-    groups: dict[tuple[int, int], list[Item]] = {}
-    for item in sorted(items, key=by_identity):
-        groups.setdefault(item[1:], []).append(item)
+def rows_by_camera(images: ImageList) -> dict[tuple[int, int], list[int]]:
+    """Returns the rows of each (pid, camid), in the order of the list."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, key in enumerate(zip(images.pids.tolist(), images.camids.tolist(), strict=True)):
+        groups.setdefault(key, []).append(row)
     return groups
 
 
-def seeded_draw(items: Sequence[Item], trial: int, shots: int) -> list[Item]:
-    """Draws a gallery: identities ascending, within each its cameras ascending.
+def seeded_draw(gallery: ImageList, trial: int, shots: int) -> list[int]:
+    """Draws rows of a gallery: identities ascending, within each its cameras ascending.
 
     Args:
-        items: All gallery images.
+        gallery: All gallery images, sorted by identity, camera and path.
         trial: From 0; seeds a `random.Random`.
         shots: 1: one `choice` from each identity's and camera's images; else a `sample` of so many,
             or of all where there are fewer.
@@ -337,20 +324,18 @@ def seeded_draw(items: Sequence[Item], trial: int, shots: int) -> list[Item]:
     Source: the AGW code base.
     """
     generator = random.Random(trial)
-    drawn: list[Item] = []
-    for group in groups_by_camera(items).values():
+    drawn: list[int] = []
+    for rows in rows_by_camera(gallery).values():
         if shots == 1:
-            drawn.append(generator.choice(group))
+            drawn.append(generator.choice(rows))
         else:
-            drawn += generator.sample(group, min(shots, len(group)))
+            drawn += generator.sample(rows, min(shots, len(rows)))
     return drawn
 
 
 def drawn_gallery(
-    root: Path, draws: Sequence[list[Item]], modality: str
+    gallery: ImageList, draws: Sequence[list[int]]
 ) -> tuple[ImageList, tuple[np.ndarray, ...]]:
-    """Returns every image that was drawn, once, and the rows of each draw."""
-    distinct = sorted({item for drawn in draws for item in drawn}, key=by_identity)
-    row_of = {item: row for row, item in enumerate(distinct)}
-    trials = tuple(np.array([row_of[item] for item in drawn], dtype=np.int64) for drawn in draws)
-    return image_list(root, distinct, modality), trials
+    """Returns every image that was drawn, once, and the rows of each draw among these."""
+    kept = np.unique(np.concatenate(draws))
+    return gallery.take(kept), tuple(np.searchsorted(kept, rows) for rows in draws)

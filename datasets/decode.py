@@ -12,24 +12,16 @@ from datasets.base import DataError, ImageList
 
 FORMATS = ("BMP", "JPEG", "PNG")  # the only Pillow decoders that are tried
 MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million
-DECODE_CHUNK = 32  # images a thread decodes between two progress updates
-COPY_CHUNK = 1024  # images copied at once from a memory map
 
 
 def load_images(
     images: ImageList, *, height: int, width: int, workers: int = 4, progress: bool = True
 ) -> np.ndarray:
-    """Decodes images of any size, grey or colour, and resizes them (Lanczos).
-
-    Args:
-        images: n images; those of a cache are opened, not decoded.
-        height: Of the result, pixels.
-        width: Of the result, pixels.
-        workers: Decoding threads.
-        progress: Show a progress bar.
+    """Decodes images of any size, grey or colour, in threads, and resizes them (Lanczos).
 
     Returns:
-        (n, height, width, 3) uint8 RGB; a read-only memory map where a whole cache is asked for.
+        (n, height, width, 3) uint8 RGB; images of a cache are copied from it, and where a whole
+        cache is asked for, this is a read-only memory map.
 
     Raises:
         DataError: An image cannot be decoded (names the file and the line that asked for it), or
@@ -37,27 +29,17 @@ def load_images(
     """
     if images.cache is not None:
         return _load_cache(images, height, width)
-    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
-
-    def decode(start: int) -> int:
-        stop = min(start + DECODE_CHUNK, len(images))
-        for index in range(start, stop):
-            _decode(images, index, out[index])
-        return stop - start
-
-    hidden = None if progress else True
-    bar = tqdm(total=len(images), desc=f"decode {images.modality}", unit="img", disable=hidden)
-    with ThreadPoolExecutor(max(1, workers)) as pool, bar:
-        futures = [pool.submit(decode, start) for start in range(0, len(images), DECODE_CHUNK)]
-        try:
-            for future in futures:
-                bar.update(future.result())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    n, out = len(images), np.empty((len(images), height, width, 3), dtype=np.uint8)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        decoded = pool.map(lambda index: _decode(images, index, out[index]), range(n))
+        hidden = None if progress else True
+        for _ in tqdm(decoded, f"decode {images.modality}", n, unit="img", disable=hidden):
+            pass  # raises what a thread raised, and cancels the others
     return out
 
 
 def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
+    """Decodes one image into `out` (H, W, 3)."""
     height, width, _ = out.shape
     try:
         with Image.open(images.root / images.paths[index], formats=FORMATS) as image:
@@ -77,32 +59,20 @@ def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
 
 
 def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
+    """Opens what `pre_process_sysu.py` wrote."""
     cache = np.load(images.cache, mmap_mode="r", allow_pickle=False)
     if cache.shape[1:] != (height, width, 3):
         raise DataError(
             f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), and"
-            f" {height} x {width} is asked for. Rebuild it:"
-            f" {images.cache_command} --img_h {height} --img_w {width}; or pass"
+            f" {height} x {width} are asked for. Rebuild: python pre_process_sysu.py --data-path"
+            f" {images.root} --overwrite --img_h {height} --img_w {width}; or pass"
             f" --img_h {cache.shape[1]} --img_w {cache.shape[2]}"
         )
-    if images.cache_rows is None:
-        return cache
-    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
-    for start in range(0, len(images), COPY_CHUNK):
-        rows = images.cache_rows[start : start + COPY_CHUNK]
-        out[start : start + len(rows)] = cache[rows]
-    return out
+    return cache if images.cache_rows is None else np.asarray(cache[images.cache_rows])
 
 
 class ImageCache:
-    """Decodes an image list once and keeps the two lists used last: queries and gallery.
-
-    Args:
-        height: Of the decoded images, pixels.
-        width: Of the decoded images, pixels.
-        workers: Decoding threads.
-        progress: Show a progress bar.
-    """
+    """Decodes an image list once and keeps the two lists used last: queries and gallery."""
 
     def __init__(
         self, height: int, width: int, *, workers: int = 4, progress: bool = False

@@ -26,9 +26,7 @@ STAND_IN_HINT = (
 def folder_images(folder: str | Path, modality: str) -> ImageList:
     """Lists the images in any folder and below it, by name; identities are unknown (-1).
 
-    Args:
-        folder: Any folder; hidden files and folders are passed over.
-        modality: "visible" or "infrared".
+    Hidden files and folders are passed over.
 
     Raises:
         DataError: There is no such folder, or no image in it.
@@ -37,13 +35,12 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist; expected a folder of images")
     root = root.resolve()
-    below = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    names = [
-        path.as_posix()
-        for path in below
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.parts)
-    ]
+    names = []
+    for path in root.rglob("*"):
+        below = path.relative_to(root)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
+            names.append(below.as_posix())
     if not names:
         raise DataError(
             f"{folder} holds no image, nor do the folders in it; expected files named"
@@ -55,13 +52,9 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
 def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
     """Returns the data folder with links resolved, after checking that its layout is `data`'s.
 
-    Args:
-        path: The folder.
-        data: The data set that is expected there.
-        others: Data sets that it may be mistaken for.
-
     Raises:
-        DataError: The folder or a part of it is not there; says where it may be instead.
+        DataError: The folder or a part of it is not there; says where it may be instead, or which
+            of the `others` it is.
     """
 
     def lacking(folder: Path, kind: DataSet) -> list[str]:
@@ -74,8 +67,7 @@ def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
     missing = lacking(path, data)
     if not missing:
         return path.resolve()
-    below = sorted(path.iterdir()) if os.access(path, os.R_OK) else []
-    for folder in [path.resolve().parent, *below]:  # one folder too high or too deep: usual slips
+    for folder in [path.resolve().parent, *sorted(path.iterdir())]:  # one too deep or too high
         if not lacking(folder, data):
             hint = f"It is in {folder}: pass --data-path {folder}"
     for other in others:
@@ -109,15 +101,10 @@ def read_text(root: Path, relative: str) -> str:
 
 
 def files_in(root: Path, folder: str) -> dict[str, bool]:
-    """Lists a folder's regular files ({} when it is not there): name -> lies inside the root."""
+    """Lists a folder's regular files ({} when it is not there): name -> whether it is a link."""
     try:
         with os.scandir(path_inside(root, folder)) as entries:
-            return {
-                entry.name: not entry.is_symlink()
-                or Path(os.path.realpath(entry.path)).is_relative_to(root)
-                for entry in entries
-                if entry.is_file()
-            }
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -129,21 +116,17 @@ def find_images(
 ) -> list[Item]:
     """Lists every image of these identities in these cameras: by identity, camera, then path.
 
-    Args:
-        root: The data folder.
-        pids: Identities.
-        cameras: Cameras.
-        *layout: Folders to look into, such as "cam{camera}/{pid:04d}"; need not exist.
+    `layout`: folders to look into, such as "cam{camera}/{pid:04d}"; they need not exist.
     """
     items: list[Item] = []
     for pid, camera in product(pids, cameras):
         paths = []
         for folder in dict.fromkeys(f.format(camera=camera, pid=pid) for f in layout):
-            for name, inside in files_in(root, folder).items():
+            for name, is_link in files_in(root, folder).items():
                 if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                     paths.append(f"{folder}/{name}")
-                    if not inside:
-                        path_inside(root, paths[-1])  # raises
+                    if is_link:
+                        path_inside(root, paths[-1])
         items += [(path, pid, camera) for path in sorted(paths)]
     return items
 
@@ -168,13 +151,8 @@ def read_list(
 ) -> tuple[ImageList, np.ndarray]:
     """Reads a list of RegDB or LLCM: lines of an image, a space and its label.
 
-    Args:
-        root: The data folder.
-        name: The list, such as "idx/train_visible_1.txt".
-        modality: Of its images.
-        camid: Of its images.
-        folder: The images lie in `folder/<pid>/`; None: anywhere, and labels stand for the unknown
-            identities.
+    The images lie in `folder/<pid>/`; with None anywhere, and labels stand for the unknown
+    identities.
 
     Returns:
         The images, each of which is there and named once, and their labels, (n,) int64.
@@ -200,8 +178,8 @@ def read_list(
                 f"{origin} names {path}, and there is no such file in {root}; is the data set"
                 " complete, and the list its own?"
             )
-        if not listings[parent][file]:
-            path_inside(root, path)  # raises
+        if listings[parent][file]:
+            path_inside(root, path)
         origins[path] = origin
         labels.append(label)
         pids.append(int(path.split("/")[1]) if folder else label)
@@ -233,17 +211,13 @@ def _parse_line(
 def paired_lists(
     visible: tuple[ImageList, np.ndarray],
     infrared: tuple[ImageList, np.ndarray],
-    *,
-    dataset: str,
     description: str,
 ) -> TrainSet:
-    """Checks two lists of `read_list` against each other: both number the same people.
+    """Joins what `read_list` returned for either modality: both number the same people.
 
-    Args:
-        visible: Images and labels.
-        infrared: Images and labels.
-        dataset: See `TrainSet`.
-        description: See `TrainSet`.
+    Raises:
+        DataError: A label stands for two identities, an identity for two labels, labels have gaps,
+            or an identity lacks a modality.
     """
     first_of: dict[int, tuple[int, str]] = {}  # label -> identity, and where it is first named
     for images, labels in (visible, infrared):
@@ -272,4 +246,4 @@ def paired_lists(
             f"identity {pid} ({origin}) has images in one modality only; expected images in both"
             f" of {where}"
         )
-    return TrainSet(dataset, visible[0], infrared[0], visible[1], infrared[1], pids, description)
+    return TrainSet(visible[0], infrared[0], visible[1], infrared[1], pids, description)

@@ -13,7 +13,6 @@ from datasets.base import (
     TrainSet,
     check_not_empty,
     drawn_gallery,
-    image_list,
     seeded_draw,
 )
 from datasets.folders import find_images, paired_lists, read_ids, read_list
@@ -55,33 +54,29 @@ class Llcm(DataSet):
         """Reads the two training lists."""
         visible = read_list(root, "idx/train_vis.txt", modality="visible", camid=-1)
         infrared = read_list(root, "idx/train_nir.txt", modality="infrared", camid=-1)
-        return paired_lists(visible, infrared, dataset=self.name, description=self.title)
+        return paired_lists(visible, infrared, self.title)
 
     def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
         """Lists the images of the test identities."""
         pids = sorted(read_ids(root, f"idx/{role}_id.txt"))
-        visible, infrared = (
-            find_images(
-                root,
-                pids,
-                cameras,
-                f"test_{word}/cam{{camera}}/{{pid:04d}}",
-                f"test_{word}/cam{{camera}}/{{pid}}",
-            )
-            for word, cameras in CAMERAS.items()
-        )
-        return visible, infrared
+
+        def listed(word: str) -> list[Item]:
+            folder = f"test_{word}/cam{{camera}}"
+            layout = f"{folder}/{{pid:04d}}", f"{folder}/{{pid}}"
+            return find_images(root, pids, CAMERAS[word], *layout)
+
+        return listed("vis"), listed("nir")
 
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes one modality the queries and draws the galleries from the other."""
         if options.subset == "val":
             return super().evaluate(root, options)
-        sides = list(zip(("visible", "infrared"), self.items(root, "test", 1), strict=True))
-        (modality, asked), (other, sought) = sides if options.direction == "v2i" else sides[::-1]
-        query = image_list(root, asked, modality)
+        visible, infrared = self.images(root, "test", 1)
+        forth = options.direction == "v2i"
+        query, gallery = (visible, infrared) if forth else (infrared, visible)
         people = "the identities in idx/test_id.txt in test_vis/, test_nir/"
-        check_not_empty(query, image_list(root, sought, other), people)
-        draws = [seeded_draw(sought, trial, 1) for trial in range(options.trials)]
+        check_not_empty(query, gallery, people)
+        draws = [seeded_draw(gallery, trial, 1) for trial in range(options.trials)]
         protocol = f"{self.title}, {self.describe(options)}, single-shot, seeded gallery"
         protocol += f", {len(draws)} trials"
-        return EvalSet(self.name, query, *drawn_gallery(root, draws, other), "same", protocol)
+        return EvalSet(self.name, query, *drawn_gallery(gallery, draws), "same", protocol)

@@ -20,8 +20,6 @@ from datasets.sysu_mm01 import INFRARED_CAMERAS
 SUPERSAMPLE = 2  # drawn this much larger, then averaged down
 LLCM_INFRARED = 10  # added to the number of an LLCM camera for what it sees at night
 
-# ------------------------------------------------------------------------------------ identities
-
 # fmt: off
 BODY = {  # ranges, in body heights unless said otherwise; `female` and `male` widths are scaled
     "stature": (0.84, 1.0),  # share of the tallest
@@ -72,6 +70,9 @@ class Material:
 
     visible: tuple[float, ...]
     infrared: float
+
+
+EYE = Material((0.1, 0.1, 0.1), 0.2)
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,18 @@ def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
     parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
     fabrics = {part: _cloth(rng, tone_correlation, words) for part, words in parts.items()}
     upper = fabrics["upper"]
-    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair)}
-    fabrics |= {"first": replace(upper, pattern="plain")}
-    fabrics |= {"second": replace(upper, first=upper.second, pattern="plain")}
+    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
+    fabrics["first"] = replace(upper, pattern="plain")
+    fabrics["second"] = replace(upper, first=upper.second, pattern="plain")
     fabrics["sleeve"] = fabrics[style["sleeve"]]
     if style["legs"] == "dress":
         fabrics["lower"] = upper
+    fabrics["seat"] = replace(fabrics["lower"], pattern="plain")
     return Person(body, style, fabrics)
 
 
 def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Returns the weight of the second material, 0..1.
-
-    Args:
-        fabric: Both materials and their pattern.
-        u: Positions across the part, -1..1.
-        v: Positions down the part, 0..1.
-    """
+    """Returns the second material's weight, 0..1, at `u` across (-1..1), `v` down (0..1) a part."""
     scale, phase = fabric.scale, fabric.phase
     bands = np.floor(1.3 * v * scale + 2 * phase) % 2
     columns = np.floor((u + 1) / 2 * scale + 2 * phase) % 2
@@ -187,282 +183,6 @@ def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         "frame": lambda: (np.abs(u) > 0.55) | (v < 0.08 + 0.1 * phase),
     }
     return patterns[fabric.pattern]().astype(np.float32)
-
-
-# --------------------------------------------------------------------------------------- drawing
-
-
-@dataclass(frozen=True)
-class Pose:
-    """How an image shows the person; lengths in body heights, angles in radians."""
-
-    yaw: float  # 0 towards the camera, pi / 2 walking to the right of the image
-    stride: float
-    phase: float
-    swing: float
-    lean: float
-
-
-class _Canvas:
-    """Paints part numbers and shading; materials come last, so any modality can be coloured in.
-
-    Points are in body heights: x from the body's axis to the right, y from the crown down.
-    """
-
-    def __init__(
-        self, size: tuple[int, int], origin: tuple[float, float], unit: float, lean: float
-    ) -> None:
-        self.origin, self.unit, self.lean = origin, unit, lean
-        self.labels = Image.new("L", size[::-1], 0)
-        self.shade = Image.new("L", size[::-1], 128)
-        self.pens = ImageDraw.Draw(self.labels), ImageDraw.Draw(self.shade)
-        self.parts: list[tuple[Fabric, np.ndarray, float, np.ndarray]] = []
-
-    def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """Returns the (n, 2) pixel positions of points."""
-        x, y = np.array(points).T
-        (x0, y0), unit = self.origin, self.unit
-        return np.stack([x0 + (x + self.lean * (1 - y)) * unit, y0 + y * unit], axis=1)
-
-    def limb(
-        self,
-        fabric: Fabric,
-        joints: Sequence[tuple[float, float]],
-        halves: Sequence[float],
-        light: int = 128,
-        span: tuple[float, float] | None = None,
-    ) -> None:
-        """Draws a chain of `joints` going down, of these half widths.
-
-        The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
-        """
-        outline = [(x - h, y) for (x, y), h in zip(joints, halves, strict=True)]
-        outline += [(x + h, y) for (x, y), h in zip(joints, halves, strict=True)][::-1]
-        corners = [tuple(point) for point in self.pixels(outline).tolist()]
-        axis = self.pixels(joints)
-        ends = axis[[0, -1], 1] if span is None else self.pixels([(0, y) for y in span])[:, 1]
-        self.parts.append((fabric, axis, float(np.mean(halves)) * self.unit, ends))
-        self.pens[0].polygon(corners, fill=len(self.parts))
-        self.pens[1].polygon(corners, fill=light, outline=light - 45, width=SUPERSAMPLE)
-
-    def ball(
-        self, fabric: Fabric, x: float, y: float, rx: float, ry: float, cut: float = 1.0
-    ) -> None:
-        """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
-        heights = np.linspace(-1, 2 * cut - 1, 11).tolist()
-        halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
-        self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
-
-
-class _Figure:
-    """One person in one pose: the joints, and a method for each layer."""
-
-    def __init__(self, canvas: _Canvas, person: Person, pose: Pose) -> None:
-        self.limb, self.ball = canvas.limb, canvas.ball
-        self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
-        self.pose = pose
-        self.front, self.right = math.cos(pose.yaw), math.sin(pose.yaw)
-        self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
-        self.neck = 1.02 * self.body["head"]
-        self.shoulder = self.neck + 0.035
-        self.crotch = 1 - self.body["leg"]
-        self.waist = self.shoulder + 0.58 * (self.crotch - self.shoulder)
-        self.half_head = self.body["head"] * self.body["face"]
-
-    def draw(self) -> None:
-        """Draws every layer, from the far side to the near one."""
-        far = -1 if self.right >= 0 else 1
-        backpack = self.style["bag"] == "backpack"
-        if backpack and self.front > -0.3:
-            self.backpack()
-        self.leg(far, 112)
-        self.arm(far, 108)
-        self.leg(-far, 128)
-        self.skirt()
-        self.trunk()
-        self.head()
-        if abs(self.right) < 0.75:  # else the trunk hides it
-            self.arm(far, 138)
-        self.arm(-far, 142)
-        if backpack and self.front <= -0.3:
-            self.backpack()
-        self.carried()
-
-    def leg(self, side: int, light: int) -> None:
-        """Draws bare leg, shoe, and what covers that leg alone."""
-        body, pose, fabrics = self.body, self.pose, self.fabrics
-        step = side * pose.stride * math.sin(pose.phase) * self.right
-        x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
-        lift = 0.2 * pose.stride * max(side * math.cos(pose.phase), 0)
-        hip, sole = (0.8 * x, self.crotch - 0.06), 1 - lift
-        knee = (x + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"])
-        foot = (x + step, sole - 0.025)
-        thigh, ankle = body["thigh"], body["ankle"]
-        self.limb(fabrics["skin"], [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
-        height = SHOE_HEIGHT[self.style["shoes"]]
-        top = foot[0] + (knee[0] - foot[0]) * height / (foot[1] - knee[1])
-        joints = [(top, foot[1] - height), foot, (foot[0] + 0.02 * self.right, sole)]
-        halves = [1.25 * ankle, 1.2 * ankle, 1.4 * ankle + 0.02 * abs(self.right)]
-        self.limb(fabrics["shoes"], joints, halves, light)
-        if self.style["legs"] == "trousers":
-            fit = body["trouser"]
-            halves = [1.1 * thigh, 0.75 * fit * thigh, 1.35 * fit * ankle]
-            self.limb(fabrics["lower"], [hip, knee, (foot[0], sole - 0.03)], halves, light)
-        elif self.style["legs"] == "shorts":
-            share = body["shorts"] / 0.48
-            end = (hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"])
-            self.limb(
-                fabrics["lower"], [hip, end], [1.15 * thigh, 0.95 * body["trouser"] * thigh], light
-            )
-
-    def skirt(self) -> None:
-        """Draws skirt or dress; else the seat of the trousers."""
-        lower, hip = self.fabrics["lower"], self.body["hip"] * self.width
-        length = SKIRT_LENGTH.get(self.style["legs"])
-        if length is None:
-            joints = [(0, self.waist), (0, self.crotch + 0.01)]
-            self.limb(replace(lower, pattern="plain"), joints, [hip, hip])
-            return
-        wide = 1.05 * hip + self.body["flare"] + 0.3 * self.pose.stride * abs(self.right)
-        joints = [(0, self.waist), (0, self.crotch + length * self.body["leg"])]
-        self.limb(lower, joints, [0.95 * hip, wide])
-
-    def trunk(self) -> None:
-        """Draws neck, upper garment, what an open one shows, belt."""
-        body, top = self.body, self.neck + 0.005
-        scale = self.width * body["fit"]
-        shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
-        neck = 0.42 * self.half_head + 0.012
-        self.limb(self.fabrics["skin"], [(0, top - 0.04), (0, top + 0.03)], [neck, neck], 110)
-        hem = self.crotch + COAT_HEM[self.style["coat"]] + body["hem"]
-        heights = [top, top + 0.01, self.shoulder, self.waist, min(self.crotch, hem), hem]
-        edge = hip * (1 + 1.2 * max(hem - self.crotch, 0))
-        halves = [1.2 * neck, 0.75 * shoulder, shoulder, waist, hip, edge]
-        span = (self.shoulder, self.crotch)
-        self.limb(self.fabrics["upper"], [(0, y) for y in heights], halves, 132, span)
-        if self.style["open"] == "yes" and self.front > -0.2:
-            x = 0.55 * shoulder * self.right
-            halves = [0.25 * shoulder, 0.4 * shoulder]
-            self.limb(self.fabrics["inner"], [(x, top), (x, hem)], halves, 124)
-        if self.style["belt"] == "yes":
-            joints = [(0, self.waist + 0.02), (0, self.waist + 0.05)]
-            self.limb(self.fabrics["belt"], joints, [1.03 * waist] * 2)
-
-    def arm(self, side: int, light: int) -> None:
-        """Draws bare arm and sleeve."""
-        body, pose = self.body, self.pose
-        x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
-        swing = -side * pose.swing * math.sin(pose.phase) * self.right
-        out, thick, reach = 0.028 * side * abs(self.front), body["arm"], body["reach"]
-        shoulder = (x, self.shoulder + 0.012)
-        elbow = (x + out + 0.45 * swing, self.shoulder + 0.5 * reach)
-        hand = (x + 1.3 * out + swing + 0.03 * self.right, self.shoulder + reach)
-        palm = (hand[0], hand[1] + 0.03)
-        halves = [thick, 0.85 * thick, 0.6 * thick, 0.7 * thick]
-        self.limb(self.fabrics["skin"], [shoulder, elbow, hand, palm], halves, light)
-        sleeve, loose = self.fabrics["sleeve"], thick * body["fit"]
-        if self.style["sleeves"] == "short":
-            share = body["sleeve"] / (elbow[1] - shoulder[1])
-            end = (x + share * (elbow[0] - x), shoulder[1] + body["sleeve"])
-            self.limb(sleeve, [shoulder, end], [loose, 1.15 * loose], light)
-        elif self.style["sleeves"] == "long":
-            self.limb(sleeve, [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
-
-    def head(self) -> None:
-        """Draws face, hair, hat, scarf."""
-        hair, skin, kind = self.fabrics["hair"], self.fabrics["skin"], self.style["hair"]
-        head, half, behind = self.body["head"], self.half_head, self.front < -0.35
-        if kind in ("afro", "big"):
-            self.ball(hair, -0.3 * half * self.right, 0.46 * head, 1.55 * half, 0.62 * head)
-        self.ball(skin, 0.1 * half * self.right, 0.53 * head, half, 0.47 * head)
-        if kind != "bald":
-            back = -0.2 * half * self.right
-            self.ball(hair, back, 0.42 * head, 1.08 * half, 0.43 * head, 0.95 if behind else 0.42)
-            if abs(self.right) > 0.3:
-                x = math.copysign(1.25 - 0.45 * abs(self.right), -self.right) * half
-                self.ball(hair, x, 0.48 * head, 0.5 * half, 0.45 * head)
-        if not behind and abs(self.right) < 0.6:
-            dark = Material((0.1, 0.1, 0.1), 0.2)
-            for side in (-0.4, 0.4):
-                x = (0.35 * self.right + side) * half
-                self.ball(Fabric(dark, dark), x, 0.54 * head, 0.009, 0.007)
-        self._hair_down(half, behind)
-        self._hat(half)
-        if self.style["scarf"] == "yes":
-            scarf, wide = self.fabrics["scarf"], 1.15 * half
-            self.ball(scarf, 0, self.neck + 0.01, wide, 0.026)
-            joints = [(0.5 * wide, self.neck), (0.6 * wide, self.neck + 0.15)]
-            self.limb(scarf, joints, [0.02, 0.024])
-
-    def _hair_down(self, half: float, behind: bool) -> None:
-        hair, head, kind = self.fabrics["hair"], self.body["head"], self.style["hair"]
-        back = -0.8 * half * self.right
-        if kind in ("long", "bob"):
-            end = self.neck + (0.14 if kind == "long" else 0.015)
-            if behind:
-                self.limb(hair, [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
-                return
-            for side in (-half, half):
-                x = side + 0.6 * back
-                joints = [(x, 0.35 * head), (1.1 * x, end)]
-                self.limb(hair, joints, [0.2 * half, 0.3 * half], 124)
-        elif kind == "tail":
-            x = back if abs(self.right) > 0.3 else (0 if behind else 1.1 * half)
-            joints = [(0.6 * x, 0.4 * head), (1.2 * x, 0.8 * head), (x, self.neck + 0.12)]
-            self.limb(hair, joints, [0.2 * half, 0.35 * half, 0.12 * half], 116)
-        elif kind == "bun":
-            self.ball(hair, 0.5 * back, -0.04 * head, 0.5 * half, 0.17 * head)
-        elif kind == "crest":
-            joints = [(0, -0.14 * head), (0, 0.3 * head)]
-            self.limb(hair, joints, [0.3 * half, 0.35 * half], 118)
-
-    def _hat(self, half: float) -> None:
-        head, kind = self.body["head"], self.style["hat"]
-        for ahead, y, rx, ry, cut in HATS[kind]:
-            if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
-                x = ahead * half * self.right
-                self.ball(self.fabrics["hat"], x, y * head, rx * half, ry * head, cut)
-
-    def backpack(self) -> None:
-        """Draws the sack: all of it from behind, its edges from the front."""
-        size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
-        half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
-        x = -0.95 * shoulder * self.right
-        joints = [(x, y + 0.005), (x, y + 0.035), (x, y + 0.05 + 0.2 * size)]
-        self.limb(self.fabrics["bag"], joints, [0.75 * half, half, half])
-
-    def carried(self) -> None:
-        """Draws straps, and what hands and shoulders carry."""
-        limb, body, kind = self.limb, self.body, self.style["bag"]
-        bag, strap, size = self.fabrics["bag"], self.fabrics["strap"], self.body["bag"]
-        side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
-        x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
-        hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
-        if kind == "backpack" and self.front > 0.3:
-            for end in (-edge, edge):
-                limb(strap, [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
-        elif kind == "satchel":
-            x = side * edge
-            limb(strap, [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
-            self._box(1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
-        elif kind == "handbag":
-            limb(strap, [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
-            self._box(x, hand + 0.03, 0.065 * size, 0.12 * size)
-        elif kind == "case":
-            top = 0.98 - 0.26 * size
-            limb(strap, [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
-            self._box(x + 0.07 * side, top, 0.075 * size, 0.26 * size)
-        elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
-            self._box(0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
-        elif kind == "umbrella":
-            limb(strap, [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
-            self.ball(bag, 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
-
-    def _box(self, x: float, top: float, half: float, height: float) -> None:
-        self.limb(self.fabrics["bag"], [(x, top), (x, top + height)], [half, half], 134)
-
-
-# ------------------------------------------------------------------------------------- one image
 
 
 @dataclass(frozen=True)
@@ -506,6 +226,257 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
     )
 
 
+class _Figure:
+    """One person in a pose drawn at random; `draw` paints part numbers and shading.
+
+    Materials come last (`_colour_in`), so that any modality can be coloured in. Points are in body
+    heights: x from the body's axis to the right, y from the crown down.
+
+    Attributes:
+        labels: Number of the part that each pixel shows, 0 for none; an image.
+        shade: Brightness of each pixel, 128 is neutral; an image.
+        parts: Of part 1, 2, ...: its fabric, its axis (n, 2) and half width in pixels, and between
+            which heights in pixels its pattern runs.
+    """
+
+    def __init__(
+        self, person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
+    ) -> None:
+        self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
+        if look.turns:
+            yaw = math.pi * rng.choice((0.0, 0.5, 1.0, 1.5), p=(0.3, 0.2, 0.3, 0.2))
+        else:
+            yaw = 0.0 if person.style["view"] == "front" else math.pi
+        yaw += rng.normal(0, 0.3)  # 0 towards the camera, pi / 2 walking to the right
+        self.stride, self.phase = rng.uniform(0.04, 0.13), rng.uniform(0, 2 * math.pi)
+        self.swing, self.lean = rng.uniform(0.02, 0.1), rng.normal(0, 0.02)
+        height, width = size
+        self.unit = height * rng.uniform(0.84, 0.97) * person.body["stature"]
+        x = 0.5 * width + self.unit * (rng.normal(0, 0.025) - 0.5 * self.lean)
+        self.origin = x, (height - self.unit) * rng.uniform(0.3, 0.9)
+        self.labels = Image.new("L", (width, height), 0)
+        self.shade = Image.new("L", (width, height), 128)
+        self.parts: list[tuple[Fabric, np.ndarray, float, np.ndarray]] = []
+        self.front, self.right = math.cos(yaw), math.sin(yaw)
+        self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
+        self.neck = 1.02 * self.body["head"]
+        self.shoulder = self.neck + 0.035
+        self.crotch = 1 - self.body["leg"]
+        self.waist = self.shoulder + 0.58 * (self.crotch - self.shoulder)
+        self.half_head = self.body["head"] * self.body["face"]
+
+    def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
+        """Returns the (n, 2) pixel positions of points."""
+        x, y = np.array(points).T
+        (x0, y0), unit = self.origin, self.unit
+        return np.stack([x0 + (x + self.lean * (1 - y)) * unit, y0 + y * unit], axis=1)
+
+    def limb(
+        self,
+        fabric: str,
+        joints: Sequence[tuple[float, float]],
+        halves: Sequence[float],
+        light: int = 128,
+        span: tuple[float, float] | None = None,
+    ) -> None:
+        """Draws a chain of `joints` going down, of these half widths.
+
+        The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
+        """
+        outline = [(x - h, y) for (x, y), h in zip(joints, halves, strict=True)]
+        outline += [(x + h, y) for (x, y), h in zip(joints, halves, strict=True)][::-1]
+        corners = [tuple(point) for point in self.pixels(outline).tolist()]
+        axis = self.pixels(joints)
+        ends = axis[[0, -1], 1] if span is None else self.pixels([(0, y) for y in span])[:, 1]
+        self.parts.append((self.fabrics[fabric], axis, float(np.mean(halves)) * self.unit, ends))
+        ImageDraw.Draw(self.labels).polygon(corners, fill=len(self.parts))
+        shade = ImageDraw.Draw(self.shade)
+        shade.polygon(corners, fill=light, outline=light - 45, width=SUPERSAMPLE)
+
+    def ball(self, fabric: str, x: float, y: float, rx: float, ry: float, cut: float = 1.0) -> None:
+        """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
+        heights = np.linspace(-1, 2 * cut - 1, 11).tolist()
+        halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
+        self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
+
+    def box(self, x: float, top: float, half: float, height: float) -> None:
+        """Draws something square in the bag's fabric."""
+        self.limb("bag", [(x, top), (x, top + height)], [half, half], 134)
+
+    def draw(self) -> None:
+        """Draws every layer, from the far side to the near one."""
+        far = -1 if self.right >= 0 else 1
+        backpack = self.style["bag"] == "backpack"
+        if backpack and self.front > -0.3:
+            self.backpack()
+        self.leg(far, 112)
+        self.arm(far, 108)
+        self.leg(-far, 128)
+        self.skirt()
+        self.trunk()
+        self.head()
+        if abs(self.right) < 0.75:  # else the trunk hides it
+            self.arm(far, 138)
+        self.arm(-far, 142)
+        if backpack and self.front <= -0.3:
+            self.backpack()
+        self.carried()
+
+    def leg(self, side: int, light: int) -> None:
+        """Draws bare leg, shoe, and what covers that leg alone."""
+        body, limb = self.body, self.limb
+        step = side * self.stride * math.sin(self.phase) * self.right
+        x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
+        lift = 0.2 * self.stride * max(side * math.cos(self.phase), 0)
+        hip, sole = (0.8 * x, self.crotch - 0.06), 1 - lift
+        knee = (x + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"])
+        foot = (x + step, sole - 0.025)
+        thigh, ankle = body["thigh"], body["ankle"]
+        limb("skin", [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
+        height = SHOE_HEIGHT[self.style["shoes"]]
+        top = foot[0] + (knee[0] - foot[0]) * height / (foot[1] - knee[1])
+        joints = [(top, foot[1] - height), foot, (foot[0] + 0.02 * self.right, sole)]
+        halves = [1.25 * ankle, 1.2 * ankle, 1.4 * ankle + 0.02 * abs(self.right)]
+        limb("shoes", joints, halves, light)
+        if self.style["legs"] == "trousers":
+            fit = body["trouser"]
+            halves = [1.1 * thigh, 0.75 * fit * thigh, 1.35 * fit * ankle]
+            limb("lower", [hip, knee, (foot[0], sole - 0.03)], halves, light)
+        elif self.style["legs"] == "shorts":
+            share = body["shorts"] / 0.48
+            end = (hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"])
+            limb("lower", [hip, end], [1.15 * thigh, 0.95 * body["trouser"] * thigh], light)
+
+    def skirt(self) -> None:
+        """Draws skirt or dress; else the seat of the trousers."""
+        hip, length = self.body["hip"] * self.width, SKIRT_LENGTH.get(self.style["legs"])
+        if length is None:
+            self.limb("seat", [(0, self.waist), (0, self.crotch + 0.01)], [hip, hip])
+            return
+        wide = 1.05 * hip + self.body["flare"] + 0.3 * self.stride * abs(self.right)
+        joints = [(0, self.waist), (0, self.crotch + length * self.body["leg"])]
+        self.limb("lower", joints, [0.95 * hip, wide])
+
+    def trunk(self) -> None:
+        """Draws neck, upper garment, what an open one shows, belt."""
+        body, limb, top = self.body, self.limb, self.neck + 0.005
+        scale = self.width * body["fit"]
+        shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
+        neck = 0.42 * self.half_head + 0.012
+        limb("skin", [(0, top - 0.04), (0, top + 0.03)], [neck, neck], 110)
+        hem = self.crotch + COAT_HEM[self.style["coat"]] + body["hem"]
+        heights = [top, top + 0.01, self.shoulder, self.waist, min(self.crotch, hem), hem]
+        edge = hip * (1 + 1.2 * max(hem - self.crotch, 0))
+        halves = [1.2 * neck, 0.75 * shoulder, shoulder, waist, hip, edge]
+        limb("upper", [(0, y) for y in heights], halves, 132, (self.shoulder, self.crotch))
+        if self.style["open"] == "yes" and self.front > -0.2:
+            x = 0.55 * shoulder * self.right
+            limb("inner", [(x, top), (x, hem)], [0.25 * shoulder, 0.4 * shoulder], 124)
+        if self.style["belt"] == "yes":
+            limb("belt", [(0, self.waist + 0.02), (0, self.waist + 0.05)], [1.03 * waist] * 2)
+
+    def arm(self, side: int, light: int) -> None:
+        """Draws bare arm and sleeve."""
+        body = self.body
+        x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
+        swing = -side * self.swing * math.sin(self.phase) * self.right
+        out, thick, reach = 0.028 * side * abs(self.front), body["arm"], body["reach"]
+        shoulder = (x, self.shoulder + 0.012)
+        elbow = (x + out + 0.45 * swing, self.shoulder + 0.5 * reach)
+        hand = (x + 1.3 * out + swing + 0.03 * self.right, self.shoulder + reach)
+        palm = (hand[0], hand[1] + 0.03)
+        halves = [thick, 0.85 * thick, 0.6 * thick, 0.7 * thick]
+        self.limb("skin", [shoulder, elbow, hand, palm], halves, light)
+        loose = thick * body["fit"]
+        if self.style["sleeves"] == "short":
+            share = body["sleeve"] / (elbow[1] - shoulder[1])
+            end = (x + share * (elbow[0] - x), shoulder[1] + body["sleeve"])
+            self.limb("sleeve", [shoulder, end], [loose, 1.15 * loose], light)
+        elif self.style["sleeves"] == "long":
+            self.limb("sleeve", [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
+
+    def head(self) -> None:
+        """Draws face, hair, hat, scarf."""
+        ball, kind, right = self.ball, self.style["hair"], self.right
+        head, half, behind = self.body["head"], self.half_head, self.front < -0.35
+        if kind in ("afro", "big"):
+            ball("hair", -0.3 * half * right, 0.46 * head, 1.55 * half, 0.62 * head)
+        ball("skin", 0.1 * half * right, 0.53 * head, half, 0.47 * head)
+        if kind != "bald":
+            cut = 0.95 if behind else 0.42
+            ball("hair", -0.2 * half * right, 0.42 * head, 1.08 * half, 0.43 * head, cut)
+            if abs(right) > 0.3:
+                x = math.copysign(1.25 - 0.45 * abs(right), -right) * half
+                ball("hair", x, 0.48 * head, 0.5 * half, 0.45 * head)
+        if not behind and abs(right) < 0.6:
+            for side in (-0.4, 0.4):
+                ball("eye", (0.35 * right + side) * half, 0.54 * head, 0.009, 0.007)
+        self.hair_down(half, behind)
+        for ahead, y, rx, ry, cut in HATS[self.style["hat"]]:
+            if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
+                ball("hat", ahead * half * right, y * head, rx * half, ry * head, cut)
+        if self.style["scarf"] == "yes":
+            wide = 1.15 * half
+            ball("scarf", 0, self.neck + 0.01, wide, 0.026)
+            joints = [(0.5 * wide, self.neck), (0.6 * wide, self.neck + 0.15)]
+            self.limb("scarf", joints, [0.02, 0.024])
+
+    def hair_down(self, half: float, behind: bool) -> None:
+        """Draws what hair there is beside the head, below and above it."""
+        limb, head, kind = self.limb, self.body["head"], self.style["hair"]
+        back = -0.8 * half * self.right
+        if kind in ("long", "bob"):
+            end = self.neck + (0.14 if kind == "long" else 0.015)
+            if behind:
+                limb("hair", [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
+                return
+            for side in (-half, half):
+                x = side + 0.6 * back
+                limb("hair", [(x, 0.35 * head), (1.1 * x, end)], [0.2 * half, 0.3 * half], 124)
+        elif kind == "tail":
+            x = back if abs(self.right) > 0.3 else (0 if behind else 1.1 * half)
+            joints = [(0.6 * x, 0.4 * head), (1.2 * x, 0.8 * head), (x, self.neck + 0.12)]
+            limb("hair", joints, [0.2 * half, 0.35 * half, 0.12 * half], 116)
+        elif kind == "bun":
+            self.ball("hair", 0.5 * back, -0.04 * head, 0.5 * half, 0.17 * head)
+        elif kind == "crest":
+            limb("hair", [(0, -0.14 * head), (0, 0.3 * head)], [0.3 * half, 0.35 * half], 118)
+
+    def backpack(self) -> None:
+        """Draws the sack: all of it from behind, its edges from the front."""
+        size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
+        half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
+        x = -0.95 * shoulder * self.right
+        joints = [(x, y + 0.005), (x, y + 0.035), (x, y + 0.05 + 0.2 * size)]
+        self.limb("bag", joints, [0.75 * half, half, half])
+
+    def carried(self) -> None:
+        """Draws straps, and what hands and shoulders carry."""
+        limb, body, kind, size = self.limb, self.body, self.style["bag"], self.body["bag"]
+        side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
+        x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
+        hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
+        if kind == "backpack" and self.front > 0.3:
+            for end in (-edge, edge):
+                limb("strap", [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
+        elif kind == "satchel":
+            x = side * edge
+            limb("strap", [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
+            self.box(1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
+        elif kind == "handbag":
+            limb("strap", [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
+            self.box(x, hand + 0.03, 0.065 * size, 0.12 * size)
+        elif kind == "case":
+            top = 0.98 - 0.26 * size
+            limb("strap", [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
+            self.box(x + 0.07 * side, top, 0.075 * size, 0.26 * size)
+        elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
+            self.box(0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
+        elif kind == "umbrella":
+            limb("strap", [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
+            self.ball("bag", 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
+
+
 def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
     """Returns a wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
     height, width = size
@@ -534,12 +505,12 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
     return np.asarray(image, np.float32).reshape(height, width, -1) / 255
 
 
-def _colour_in(canvas: _Canvas, look: Look, backdrop: np.ndarray) -> np.ndarray:
+def _colour_in(figure: _Figure, look: Look, backdrop: np.ndarray) -> np.ndarray:
     """Gives every part its materials as the camera sees them, over `backdrop` (h, w, c)."""
-    labels = np.asarray(canvas.labels)
-    tones = np.zeros((2, len(canvas.parts) + 1, backdrop.shape[2]), np.float32)
+    labels = np.asarray(figure.labels)
+    tones = np.zeros((2, len(figure.parts) + 1, backdrop.shape[2]), np.float32)
     weight = np.zeros(labels.shape, np.float32)
-    for number, (fabric, axis, half, (top, bottom)) in enumerate(canvas.parts, start=1):
+    for number, (fabric, axis, half, (top, bottom)) in enumerate(figure.parts, start=1):
         for row, material in enumerate((fabric.first, fabric.second)):
             warm = look.floor + (1 - look.floor) * material.infrared
             tones[row, number] = warm if look.infrared else material.visible
@@ -548,9 +519,9 @@ def _colour_in(canvas: _Canvas, look: Look, backdrop: np.ndarray) -> np.ndarray:
             u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
             weight[ys, xs] = pattern_weight(fabric, u, (ys - top) / (bottom - top))
     first, second = tones[0][labels], tones[1][labels]  # (h, w, c)
-    figure = first + weight[..., None] * (second - first)
-    shade = np.asarray(canvas.shade, np.float32)[..., None] / 128
-    return np.where(labels[..., None] > 0, figure * shade, backdrop)
+    cloth = first + weight[..., None] * (second - first)
+    shade = np.asarray(figure.shade, np.float32)[..., None] / 128
+    return np.where(labels[..., None] > 0, cloth * shade, backdrop)
 
 
 def render(
@@ -559,23 +530,10 @@ def render(
     """Returns one RGB image (infrared: three equal channels), of `size` (height, width) at most."""
     share = rng.uniform(*look.detail)
     height, width = (max(16, round(share * side)) for side in size)
-    if look.turns:
-        yaw = math.pi * rng.choice((0.0, 0.5, 1.0, 1.5), p=(0.3, 0.2, 0.3, 0.2))
-    else:
-        yaw = 0.0 if person.style["view"] == "front" else math.pi
-    pose = Pose(
-        yaw=yaw + rng.normal(0, 0.3),
-        stride=rng.uniform(0.04, 0.13),
-        phase=rng.uniform(0, 2 * math.pi),
-        swing=rng.uniform(0.02, 0.1),
-        lean=rng.normal(0, 0.02),
-    )
     big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
-    unit = big[0] * rng.uniform(0.84, 0.97) * person.body["stature"]
-    x = 0.5 * big[1] + unit * (rng.normal(0, 0.025) - 0.5 * pose.lean)
-    canvas = _Canvas(big, (x, (big[0] - unit) * rng.uniform(0.3, 0.9)), unit, pose.lean)
-    _Figure(canvas, person, pose).draw()
-    pixels = np.clip(_colour_in(canvas, look, _background(rng, look, big)), 0, 1)
+    figure = _Figure(person, look, rng, big)
+    figure.draw()
+    pixels = np.clip(_colour_in(figure, look, _background(rng, look, big)), 0, 1)
     image = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).reduce(SUPERSAMPLE)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255

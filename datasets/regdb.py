@@ -40,21 +40,16 @@ class Regdb(DataSet):
         """Reads a split's two training lists."""
         return self._split(root, "train", trial)
 
-    def test_images(self, root: Path, trial: int) -> tuple[ImageList, ImageList]:
-        """Reads a split's two test lists."""
-        people = self._split(root, "test", trial)
+    def images(self, root: Path, role: str, trial: int) -> tuple[ImageList, ImageList]:
+        """Reads a split's two lists of the "train" or the "test" identities."""
+        people = self._split(root, role, trial)
         return people.visible, people.infrared
 
     def _split(self, root: Path, role: str, trial: int) -> TrainSet:
-        visible, infrared = (
-            read_list(
-                root,
-                f"idx/{role}_{word}_{trial}.txt",
-                modality=modality,
-                camid=camid,
-                folder=word.title(),
-            )
-            for camid, word, modality in ((1, "visible", "visible"), (2, "thermal", "infrared"))
+        visible = f"idx/{role}_visible_{trial}.txt"
+        infrared = f"idx/{role}_thermal_{trial}.txt"
+        return paired_lists(
+            read_list(root, visible, modality="visible", camid=1, folder="Visible"),
+            read_list(root, infrared, modality="infrared", camid=2, folder="Thermal"),
+            f"{self.title} trial {trial}",
         )
-        description = f"{self.title} trial {trial}"
-        return paired_lists(visible, infrared, dataset=self.name, description=description)

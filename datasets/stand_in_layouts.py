@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, replace
 from io import BytesIO
 from typing import Any
@@ -18,13 +18,18 @@ from datasets.llcm import CAMERAS as LLCM_CAMERAS
 from datasets.llcm import Llcm
 from datasets.pedestrians import LLCM_INFRARED, make_person
 from datasets.regdb import Regdb
-from datasets.sysu_mm01 import COUNTS as SYSU_COUNTS
 from datasets.sysu_mm01 import Sysu
 
 # Default (height, width), pixels.
 SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}
 FULL_COUNTS = {data.name: data.expected for data in (Regdb, Sysu, Llcm)}
 FULL_IMAGES_PER_ID = {"regdb": 10, "sysu": 20, "llcm": 22}
+# By role: identities; identities at cameras 1..6; images at cameras 1..6.
+SYSU_COUNTS = {
+    "train": (296, (194, 195, 293, 283, 294, 200), (4721, 5753, 5929, 4821, 4989, 4000)),
+    "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
+    "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
+}
 LLCM_SEEN_BY = 4  # cameras that see an identity
 # The last word of (seed, 0, 0, stream): one stream of random numbers for each purpose.
 REGDB_SPLITS, SYSU_ROLES, SYSU_ABSENCES, LLCM_ROLES, LLCM_SPREAD = range(1, 6)
@@ -68,12 +73,9 @@ class Settings:
             raise ValueError(f"--layout {self.layout}: expected one of {', '.join(SIZES)}")
         s, has_val = self, self.layout == "sysu"
         if s.full:
-            expected = FULL_COUNTS[s.layout]
-            ids = {
-                f"{role}_ids": expected[role][0]
-                for role in ("train", "val", "test")
-                if role in expected
-            }
+            counts = FULL_COUNTS[s.layout]
+            roles = [role for role in ("train", "val", "test") if role in counts]
+            ids = {f"{role}_ids": counts[role][0] for role in roles}
             s = replace(s, **ids, images_per_id=FULL_IMAGES_PER_ID[s.layout])
         val_ids = max(1, round(s.train_ids / 4)) if s.val_ids is None else s.val_ids
         height, width = SIZES[s.layout]
@@ -125,6 +127,17 @@ def _roles(settings: Settings, stream: int) -> dict[str, list[int]]:
     return {role: sorted(pids.tolist()) for role, pids in groups}
 
 
+def _numbered(pids: Iterable[int], drawings: Drawings, part_of_path: str) -> bytes:
+    """Returns a list: each image whose path has a part, and its identity's number from 0."""
+    lines = [
+        f"{drawing.path} {label}\n"
+        for label, pid in enumerate(sorted(pids))
+        for drawing in drawings[pid]
+        if part_of_path in drawing.path
+    ]
+    return "".join(lines).encode()
+
+
 def _regdb_drawings(settings: Settings) -> Drawings:
     drawings: Drawings = {}
     for pid in range(1, settings.train_ids + settings.test_ids + 1):
@@ -149,14 +162,9 @@ def _regdb_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, 
             continue
         seen.add(train)
         for role, pids in (("train", train), ("test", drawings.keys() - train)):
-            for camera, modality in ((1, "visible"), (2, "thermal")):
-                lines = [
-                    f"{drawing.path} {label}\n"
-                    for label, pid in enumerate(sorted(pids))
-                    for drawing in drawings[pid]
-                    if drawing.camera == camera
-                ]
-                yield f"idx/{role}_{modality}_{len(seen)}.txt", "".join(lines).encode()
+            for folder in ("Visible", "Thermal"):
+                name = f"idx/{role}_{folder.lower()}_{len(seen)}.txt"
+                yield name, _numbered(pids, drawings, f"{folder}/")
 
 
 def _sysu_counts(settings: Settings, role: str, n: int) -> np.ndarray:
@@ -254,13 +262,7 @@ def _llcm_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, b
     roles = _roles(settings, LLCM_ROLES)
     for role in ("train", "test"):
         for word in LLCM_CAMERAS:
-            lines = [
-                f"{drawing.path} {label}\n"
-                for label, pid in enumerate(roles[role])
-                for drawing in drawings[pid]
-                if drawing.path.endswith(f"_{word}.jpg")
-            ]
-            yield f"idx/{role}_{word}.txt", "".join(lines).encode()
+            yield f"idx/{role}_{word}.txt", _numbered(roles[role], drawings, f"_{word}.jpg")
         yield f"idx/{role}_id.txt", _comma_separated(roles[role])
 
 

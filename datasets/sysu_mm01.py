@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from datasets.base import (
     TrainSet,
     check_not_empty,
     drawn_gallery,
-    groups_by_camera,
-    image_list,
+    rows_by_camera,
     seeded_draw,
 )
 from datasets.folders import find_images, path_inside, read_ids
@@ -34,52 +31,17 @@ VISIBLE_CAMERAS = (1, 2, 4, 5)
 INFRARED_CAMERAS = (3, 6)
 GALLERY_CAMERAS = {"all": VISIBLE_CAMERAS, "indoor": (1, 2)}
 SHOTS = {1: "single-shot", 10: "ten-shot"}
-# By role: identities; identities at cameras 1..6; images at cameras 1..6.
-COUNTS = {
-    "train": (296, (194, 195, 293, 283, 294, 200), (4721, 5753, 5929, 4821, 4989, 4000)),
-    "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
-    "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
-}
 PROTOCOLS = {
     f"{mode} {shots} {gallery}": {"mode": mode, "shots": shots, "gallery": gallery}
     for mode, shots, gallery in product(GALLERY_CAMERAS, SHOTS, ("seeded", "official"))
 }
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"
 OFFICIAL_DRAW_LIMIT = 16 * 2**20  # bytes; the data set's own file has about 1 MB
-CACHE_COMMAND = "python pre_process_sysu.py --data-path {} --overwrite"
-CACHE_WORDS = {"visible": "rgb", "infrared": "ir"}
-CACHE_KINDS = ("img", "label")
 OFFICIAL_HELP = (
     "expected the variable rand_perm_cam, 6 x 1 cells (cameras) of cells (identities) of"
     " trials x images matrices, from the data set authors' evaluation repository"
     " (https://github.com/wuancong/SYSU-MM01); --gallery seeded needs no such file"
 )
-
-
-def _expected_counts() -> dict[str, tuple[int, ...]]:
-    """Returns the counts that follow from `COUNTS`, as `DataSet.expected` has them."""
-
-    def images(cameras: Sequence[int], *roles: str) -> int:
-        return sum(COUNTS[role][2][camera - 1] for role, camera in product(roles, cameras))
-
-    learned, cameras = ("train", "val"), (VISIBLE_CAMERAS, INFRARED_CAMERAS)
-    expected = {
-        "train": (
-            sum(COUNTS[role][0] for role in learned),
-            *(images(c, *learned) for c in cameras),
-        ),
-        "val": (COUNTS["val"][0],),
-        "test": (COUNTS["test"][0], *(images(c, "test") for c in cameras)),
-    }
-    _, ids_at, images_at = COUNTS["test"]
-    for camera in range(1, 7):
-        modality = "visible" if camera in VISIBLE_CAMERAS else "infrared"
-        numbers = (ids_at[camera - 1], images_at[camera - 1])
-        expected[f"test {modality}, camera {camera}"] = numbers
-    for key, options in PROTOCOLS.items():
-        drawn = sum(ids_at[camera - 1] for camera in GALLERY_CAMERAS[options["mode"]])
-        expected[key] = (images(INFRARED_CAMERAS, "test"), drawn * options["shots"])
-    return expected
 
 
 class Sysu(DataSet):
@@ -121,7 +83,20 @@ class Sysu(DataSet):
     preset_source = "HCT's README for SYSU-MM01, rate of the first MG-MRA README"
     gallery_draws = 10
     protocols = PROTOCOLS
-    expected = _expected_counts()
+    expected = {
+        "train": (395, 22258, 11909),
+        "val": (99,),
+        "test": (96, 6775, 3803),
+        "test visible, camera 1": (56, 1374),
+        "test visible, camera 2": (56, 1565),
+        "test infrared, camera 3": (93, 1883),
+        "test visible, camera 4": (94, 1918),
+        "test visible, camera 5": (95, 1918),
+        "test infrared, camera 6": (96, 1920),
+    } | {
+        key: (3803, {"all": 301, "indoor": 112}[options["mode"]] * options["shots"])
+        for key, options in PROTOCOLS.items()
+    }
 
     def describe(self, options: EvalOptions) -> str:
         """Returns a protocol in words, without data set, split and number of draws."""
@@ -142,10 +117,6 @@ class Sysu(DataSet):
                 )
         return found[0], found[1]
 
-    def train(self, root: Path, trial: int) -> TrainSet:
-        """Lists the training images; labels number the identities in ascending order."""
-        return replace(super().train(root, trial), description=f"{self.title} (jpgs)")
-
     def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
         """Returns which training labels, (L,) bool, are the data set's validation identities."""
         return np.isin(pids, sorted(read_ids(root, _ids("val"))))
@@ -153,54 +124,48 @@ class Sysu(DataSet):
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes the infrared images the queries and draws the galleries from the visible ones."""
         cameras = GALLERY_CAMERAS[options.mode]
-        visible, infrared = self.items(root, options.subset, 1)
-        visible = [item for item in visible if item[2] in cameras]
-        query = image_list(root, sorted(infrared, key=lambda item: item[2]), "infrared")
-        places = [", ".join(f"cam{c}/" for c in each) for each in (INFRARED_CAMERAS, cameras)]
+        visible, infrared = self.images(root, options.subset, 1)
+        query = infrared.take(np.argsort(infrared.camids, kind="stable"))
+        gallery = visible.take(np.flatnonzero(np.isin(visible.camids, cameras)))
+        places = ", ".join(f"cam{camera}/" for camera in cameras)
         people = f"the identities in {_ids(options.subset)} (mode {options.mode}: queries in"
-        people += f" {places[0]}, gallery in {places[1]})"
-        check_not_empty(query, image_list(root, visible, "visible"), people)
-        trials = range(options.trials)
+        people += f" cam3/, cam6/, gallery in {places})"
+        check_not_empty(query, gallery, people)
+        trials, shots = range(options.trials), options.shots
         if options.gallery == "seeded":
-            draws = [seeded_draw(visible, trial, options.shots) for trial in trials]
+            draws = [seeded_draw(gallery, trial, shots) for trial in trials]
         else:
             cells = _read_official_draw(root)
-            draws = [_official_draw(root, cells, visible, t, options.shots) for t in trials]
+            draws = [_official_draw(cells, gallery, trial, shots) for trial in trials]
         protocol = f"{self.describe(options)}, {len(draws)} trials"
         protocol += ", validation identities" if options.subset == "val" else ""
-        return EvalSet(self.name, query, *drawn_gallery(root, draws, "visible"), "sysu", protocol)
+        return EvalSet(self.name, query, *drawn_gallery(gallery, draws), "sysu", protocol)
 
     def train_from_cache(self, path: Path) -> TrainSet | None:
         """Takes `train_{rgb,ir}_resized_{img,label}.npy` where all four exist."""
-        names = [
-            f"train_{w}_resized_{k}.npy" for w, k in product(CACHE_WORDS.values(), CACHE_KINDS)
-        ]
-        found = [name for name in names if (path / name).exists()]
-        if found and len(found) < len(names):
+        files = [*cache_files(path, "visible"), *cache_files(path, "infrared")]
+        found = [file.name for file in files if file.exists()]
+        if found and len(found) < len(files):
             log.warning("%s has only %s of the four caches; taking the jpgs", path, found)
-        if len(found) < len(names):
+        if len(found) < len(files):
             return None
         root = path.resolve()
-        labels = {modality: _cached_labels(root, word) for modality, word in CACHE_WORDS.items()}
+        labels = [_cached_labels(root, modality) for modality in ("visible", "infrared")]
         # Caches without the rest of the data set are enough to train on.
-        known = (root / "exp").is_dir()
-        most = labels["visible"].max() + 1
-        pids = np.array(_train_pids(root) if known else range(most), dtype=np.int64)
+        known = _train_pids(root) if (root / "exp").is_dir() else range(labels[0].max() + 1)
+        pids = np.array(known, dtype=np.int64)
         lists = []
-        for modality, values in labels.items():
-            file = root / f"train_{CACHE_WORDS[modality]}_resized_img.npy"
-            command = CACHE_COMMAND.format(root)
-            found = np.unique(values)
-            if not np.array_equal(found, np.arange(len(pids))):
+        for modality, own in zip(("visible", "infrared"), labels, strict=True):
+            file, values = cache_files(root, modality)[0], np.unique(own)
+            if not np.array_equal(values, np.arange(len(pids))):
                 raise DataError(
-                    f"the labels beside {file} are {len(found)} values in {found[0]}..{found[-1]};"
-                    f" expected each of 0..{len(pids) - 1}, the training identities. Rebuild:"
-                    f" {command}"
+                    f"the labels beside {file} are {len(values)} values in"
+                    f" {values[0]}..{values[-1]}; expected each of 0..{len(pids) - 1}, the training"
+                    f" identities. {_rebuild(root)}"
                 )
-            unknown = np.full(len(values), -1, np.int64)
-            images = ImageList(root, (), pids[values], unknown, modality)
-            lists.append(replace(images, cache=file, cache_command=command))
-        return TrainSet(self.name, *lists, *labels.values(), pids, f"{self.title} (caches)")
+            unknown = np.full(len(own), -1, np.int64)
+            lists.append(ImageList(root, (), pids[own], unknown, modality, cache=file))
+        return TrainSet(*lists, *labels, pids, f"{self.title} (caches)")
 
 
 def _ids(role: str) -> str:
@@ -229,9 +194,8 @@ def _read_official_draw(root: Path) -> dict[int, np.ndarray]:
     if not os.path.isfile(real):
         raise DataError(f"{file} does not exist; {OFFICIAL_HELP}")
     try:
-        size = os.path.getsize(real)
-        if size > OFFICIAL_DRAW_LIMIT:
-            raise ValueError(f"{size} bytes, over {OFFICIAL_DRAW_LIMIT}")
+        if os.path.getsize(real) > OFFICIAL_DRAW_LIMIT:  # before scipy takes memory for it
+            raise ValueError(f"{os.path.getsize(real)} bytes, over {OFFICIAL_DRAW_LIMIT}")
         cells = loadmat(real, variable_names=["rand_perm_cam"])["rand_perm_cam"].ravel()
         return {camera: np.ravel(cells[camera - 1]) for camera in VISIBLE_CAMERAS}
     except Exception as error:  # a damaged file makes scipy raise nearly anything
@@ -239,42 +203,53 @@ def _read_official_draw(root: Path) -> dict[int, np.ndarray]:
 
 
 def _official_draw(
-    root: Path, cells: dict[int, np.ndarray], items: Sequence[Item], trial: int, shots: int
-) -> list[Item]:
-    """Draws one of the authors' galleries: cameras ascending, within each identities ascending."""
-    drawn: list[Item] = []
-    groups = groups_by_camera(items)
+    cells: dict[int, np.ndarray], gallery: ImageList, trial: int, shots: int
+) -> list[int]:
+    """Draws rows of one of the authors' galleries: by camera, within each by identity."""
+    drawn: list[int] = []
+    groups = rows_by_camera(gallery)
     for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):
-        group = groups[pid, camera]
+        rows = groups[pid, camera]
         cell = cells[camera][pid - 1] if 1 <= pid <= len(cells[camera]) else None
-        matrix, count = np.asarray(cell), min(shots, len(group))
-        row = matrix[trial] if matrix.ndim == 2 and len(matrix) > trial else np.zeros(0)
-        legal = row.dtype.kind in "iuf" and set(row.tolist()) <= set(range(1, len(group) + 1))
-        if not legal or len(row) < count or len(np.unique(row)) < len(row):
+        matrix, count = np.asarray(cell), min(shots, len(rows))
+        order = matrix[trial] if matrix.ndim == 2 and len(matrix) > trial else np.zeros(0)
+        legal = order.dtype.kind in "iuf" and set(order.tolist()) <= set(range(1, len(rows) + 1))
+        if not legal or len(order) < count or len(np.unique(order)) < len(order):
             raise DataError(
-                f"{root / OFFICIAL_DRAW} has {row[:12].tolist()} for camera {camera}, identity"
-                f" {pid}, trial {trial + 1}; expected at least {count} different numbers in"
-                f" 1..{len(group)}, the images in {root}/cam{camera}/{pid:04d}; {OFFICIAL_HELP}"
+                f"{gallery.root / OFFICIAL_DRAW} has {order[:12].tolist()} for camera {camera},"
+                f" identity {pid}, trial {trial + 1}; expected at least {count} different numbers"
+                f" in 1..{len(rows)}, the images in {gallery.root}/cam{camera}/{pid:04d};"
+                f" {OFFICIAL_HELP}"
             )
-        drawn += [group[int(number) - 1] for number in row[:count]]
+        drawn += [rows[int(number) - 1] for number in order[:count]]
     return drawn
 
 
-def _cached_labels(root: Path, word: str) -> np.ndarray:
+def cache_files(folder: Path, modality: str) -> tuple[Path, Path]:
+    """Returns where one modality's cache is: its images' file and its labels'."""
+    stem = f"train_{'rgb' if modality == 'visible' else 'ir'}_resized"
+    return folder / f"{stem}_img.npy", folder / f"{stem}_label.npy"
+
+
+def _cached_labels(root: Path, modality: str) -> np.ndarray:
     """Checks one modality's cache; returns its (n,) int64 labels.
 
     Caches may be links to faster storage: no list names them, and loading runs nothing in them.
     """
-    files = [f"train_{word}_resized_{kind}.npy" for kind in CACHE_KINDS]
-    where, rebuild = f"{root}/{' or '.join(files)}", f"Rebuild: {CACHE_COMMAND.format(root)}"
+    files = cache_files(root, modality)
+    where = f"{root}/{' or '.join(file.name for file in files)}"
     try:
-        pixels, labels = (np.load(root / name, mmap_mode="r", allow_pickle=False) for name in files)
+        pixels, labels = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
     except Exception as error:  # a damaged header makes numpy raise nearly anything
-        raise DataError(f"{where} cannot be read ({error}). {rebuild}") from error
+        raise DataError(f"{where} cannot be read ({error}). {_rebuild(root)}") from error
     sized = pixels.ndim == 4 and pixels.shape[3] == 3 and labels.shape == pixels.shape[:1]
     if not sized or not labels.size or pixels.dtype != np.uint8 or labels.dtype.kind not in "iu":
         raise DataError(
             f"{where} is wrong: {pixels.dtype} {pixels.shape} and {labels.dtype} {labels.shape};"
-            f" expected uint8 (n, H, W, 3) and integers (n,), n > 0. {rebuild}"
+            f" expected uint8 (n, H, W, 3) and integers (n,), n > 0. {_rebuild(root)}"
         )
     return np.asarray(labels, dtype=np.int64)
+
+
+def _rebuild(root: Path) -> str:
+    return f"Rebuild: python pre_process_sysu.py --data-path {root} --overwrite"

@@ -188,7 +188,7 @@ def _check_split(
     if cached is not None:
         what = "caches: identities, visible, infrared"
         findings.count(what, _sizes(cached), None if train is None else _sizes(train))
-    test = findings.attempt(data.test_images, root, split)
+    test = findings.attempt(data.images, root, "test", split)
     if test is not None:
         people = np.union1d(test[0].pids, test[1].pids)
         what = f"{prefix}test: identities, visible, infrared"

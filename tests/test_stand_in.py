@@ -242,7 +242,7 @@ def test_people_do_not_depend_on_how_many_there_are(regdb, tmp_path):
             assert larger[name] == value
 
 
-def test_stopped_run_is_continued(regdb, tmp_path, monkeypatch):
+def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
     calls = []
 
     def stop_after_four(*args):
@@ -255,27 +255,7 @@ def test_stopped_run_is_continued(regdb, tmp_path, monkeypatch):
     monkeypatch.setattr(stand_in, "_draw_identity", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "data", **REGDB)
-    assert not (tmp_path / "data").exists()
-    partial = tmp_path / ".data.partial"
-    kept = {path: path.stat().st_mtime_ns for path in partial.rglob("*.bmp")}
-    assert len(kept) == 4 * 6
-    monkeypatch.setattr(stand_in, "_draw_identity", draw)
-    with pytest.raises(ValueError, match="stopped run with other settings"):
-        generate(tmp_path / "data", **(REGDB | {"seed": 6}))
-    generate(tmp_path / "data", **REGDB)
-    assert digest(tmp_path / "data") == digest(regdb)
-    assert not partial.exists()
-    for path, when in kept.items():
-        assert (tmp_path / "data" / path.relative_to(partial)).stat().st_mtime_ns == when
-
-
-def test_overwrite_drops_a_stopped_run(tmp_path):
-    partial = tmp_path / ".data.partial"
-    partial.mkdir()
-    (partial / "leftover").write_text("x")
-    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 2}
-    generate(tmp_path / "data", overwrite=True, **small)
-    assert not (tmp_path / "data" / "leftover").exists()
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------- identity
@@ -488,13 +468,13 @@ def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupt_says_how_to_continue(tmp_path, monkeypatch, capsys):
+def test_an_interrupt_is_no_traceback(tmp_path, monkeypatch, capsys):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stand_in, "generate", interrupt)
     assert stand_in.main(["--layout", "regdb", "--out", str(tmp_path / "data")]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "stopped" in capsys.readouterr().err
 
 
 def llcm_lists(folder: Path) -> dict[str, list[tuple[str, int]]]:
