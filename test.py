@@ -295,6 +295,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
             cannot be decoded.
     """
     from figures.image_grids import ranked_lists  # matplotlib takes a second to import
+    from figures.page import save
 
     if not (args.query_dir and args.gallery_dir and args.resume):
         raise ValueError(
@@ -333,8 +334,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         "re_rank": args.re_rank,
     }
     write_ranks(output, query, gallery, distmat, about)
-    ranked_lists(
-        output / "ranked_lists.png",
+    figure = ranked_lists(
         query_images=images(query),
         gallery_images=images(gallery),
         distmat=distmat,
@@ -342,6 +342,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         top=DRAWN,
         title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
     )
+    save(figure, output / "ranked_lists.png")
     log.info("wrote ranks.csv, ranks.json and ranked_lists.png into %s", output)
 
 

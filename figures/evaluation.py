@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from data_manager import EvalSet, ImageList
 from engine.evaluate import distances
 from eval_metrics import excluded
 from figures import charts, image_grids
+from figures.page import FORMATS, save
 
 Features = Mapping[str, np.ndarray]  # "query" (Q, D) and "gallery" (G, D), rows of norm 1
 MAX_IMAGES = 20  # of an identity and modality in the plane
@@ -24,24 +26,15 @@ PERPLEXITY = 20  # of t-SNE, for a few hundred points
 
 def first_trial(protocol: EvalSet) -> EvalSet:
     """Returns a protocol whose gallery is that of its first trial, which its words then say."""
-    if len(protocol.gallery_trials) == 1:
-        words = protocol.protocol
-    else:
-        words = f"{protocol.protocol}; first trial's gallery"
+    several = len(protocol.gallery_trials) > 1
+    words = protocol.protocol + ("; first trial's gallery" if several else "")
     gallery = protocol.gallery.take(protocol.gallery_trials[0])
     rows = (np.arange(len(gallery)),)
     return replace(protocol, gallery=gallery, gallery_trials=rows, protocol=words)
 
 
 def ignored(trial: EvalSet) -> np.ndarray:
-    """Returns which gallery images the protocol ignores for a query: (Q, G) bool.
-
-    Args:
-        trial: From `first_trial`.
-
-    Raises:
-        ValueError: An unknown camera rule.
-    """
+    """Returns which gallery images the protocol ignores for a query: (Q, G) bool."""
     query, gallery = trial.query, trial.gallery
     mask = excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
     return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
@@ -63,21 +56,14 @@ def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
 
 
 def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str], str]:
-    """Projects features (n, D) onto a plane.
-
-    Args:
-        points: The features.
-        method: "pca" or "tsne".
-        seed: Of t-SNE.
+    """Projects features (n, D) onto a plane, by "pca" or, with a seed, by "tsne".
 
     Returns:
         Points (n, 2), names of the axes, and what was done, in words.
 
     Raises:
-        ValueError: Under three points, or t-SNE without scikit-learn.
+        ValueError: t-SNE without scikit-learn.
     """
-    if len(points) < 3:
-        raise ValueError(f"{len(points)} images are too few for a plane, expected at least 3")
     if method == "tsne":
         perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
         tsne = tsne_class()(perplexity=perplexity, init="pca", random_state=seed)
@@ -92,11 +78,7 @@ def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tup
 
 
 def tsne_class() -> Any:
-    """Returns scikit-learn's t-SNE.
-
-    Raises:
-        ValueError: It is not installed.
-    """
+    """Returns scikit-learn's t-SNE; raises ValueError when it is not installed."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
@@ -108,7 +90,6 @@ def tsne_class() -> Any:
 
 
 def draw_ranked(
-    path: Path,
     trial: EvalSet,
     images: Mapping[str, np.ndarray],
     features: Features,
@@ -116,21 +97,14 @@ def draw_ranked(
     title: str,
     ranking: str = "no",
     **choice: int,
-) -> None:
-    """Draws ranked lists.
+) -> Figure:
+    """Draws ranked lists of a trial by a `ranking` of `engine.evaluate.distances`.
 
-    Args:
-        path: File to write.
-        trial: From `first_trial`.
-        images: "query" (Q, H, W, 3) and "gallery" (G, H, W, 3), uint8.
-        features: Of these images.
-        title: Data and protocol.
-        ranking: As `engine.evaluate.distances` takes it.
-        **choice: `num_queries`, `top` and `seed` of `image_grids.ranked_lists`.
+    Images are "query" (Q, H, W, 3) and "gallery" (G, H, W, 3), uint8; what can be chosen are
+    `num_queries`, `top` and `seed` of `image_grids.ranked_lists`.
     """
     ranked = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
-    image_grids.ranked_lists(
-        path,
+    return image_grids.ranked_lists(
         query_images=images["query"],
         gallery_images=images["gallery"],
         distmat=distances(features["query"], features["gallery"], ranking),
@@ -142,21 +116,15 @@ def draw_ranked(
     )
 
 
-def draw_distances(
-    path: Path, trial: EvalSet, features: Mapping[str, Features], *, title: str
-) -> None:
+def draw_distances(trial: EvalSet, features: Mapping[str, Features], *, title: str) -> Figure:
     """Draws distances across modalities, a panel for each of several features by name."""
-    charts.distance_histograms(
-        path,
-        {name: pair_distances(trial, each) for name, each in features.items()},
-        title=title,
-        note=f"Pairs of {trial.query.modality} queries and {trial.gallery.modality} gallery "
-        "images of test identities.",
-    )
+    panels = {name: pair_distances(trial, each) for name, each in features.items()}
+    sides = f"{trial.query.modality} queries and {trial.gallery.modality} gallery images"
+    note = f"Pairs of {sides} of test identities."
+    return charts.distance_histograms(panels, title=title, note=note)
 
 
 def draw_embedding(
-    path: Path,
     trial: EvalSet,
     features: Features,
     *,
@@ -164,19 +132,17 @@ def draw_embedding(
     ids: int = charts.MAX_CURVES,
     method: str = "pca",
     seed: int = 0,
-) -> None:
+) -> Figure:
     """Draws a few test identities' features in the plane; see `project`."""
     wanted = chosen_identities(trial, ids, seed)
     points, pids, infrared = [], [], []
     for role, images in (("query", trial.query), ("gallery", trial.gallery)):
-        rows = [np.flatnonzero(images.pids == pid)[:MAX_IMAGES] for pid in wanted]
-        kept = np.concatenate(rows)
+        kept = np.concatenate([np.flatnonzero(images.pids == pid)[:MAX_IMAGES] for pid in wanted])
         points.append(features[role][kept])
         pids.append(images.pids[kept])
         infrared.append(np.full(len(kept), images.modality == "infrared"))
     plane, axis_names, note = project(np.concatenate(points), method, seed)
-    charts.embedding(
-        path,
+    return charts.embedding(
         plane,
         np.concatenate(pids),
         np.concatenate(infrared),
@@ -193,17 +159,16 @@ def evaluation_figures(
     features: Features,
     results: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Draws ranked lists, CMC, distances and an embedding of an evaluation.
+    """Draws ranked lists, CMC, distances and an embedding of an evaluation, each as PNG and PDF.
 
     Args:
         folder: Where to.
         protocol: What was evaluated.
-        load: From an image list to its images (n, H, W, 3).
+        load: From an image list to its images (n, H, W, 3) uint8.
         features: Of all query and gallery images, of the last result's kind.
         results: As in ``results.json``; the last one's ranking is what the ranked lists show.
 
-    Returns:
-        Names of the files.
+    Returns the names of the files.
     """
     rows = protocol.gallery_trials[0]
     trial = first_trial(protocol)
@@ -211,15 +176,18 @@ def evaluation_figures(
     features = {"query": features["query"], "gallery": features["gallery"][rows]}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
-    names = ("ranked_lists.png", "cmc.png", "distances.png", "embedding.png")
-    ranked, cmc, histograms, plane = (folder / name for name in names)
-    draw_ranked(ranked, trial, images, features, title=title, ranking=ranking)
     curves = {
         each["test_feat"] + re_ranked_suffix(each): (each["cmc"], each["mAP"]) for each in results
     }
-    charts.cmc_curves(cmc, curves, title=f"{data}: {protocol.protocol}")
-    draw_distances(histograms, trial, {"after training": features}, title=title)
-    draw_embedding(plane, trial, features, title=title)
+    figures = {
+        "ranked_lists": draw_ranked(trial, images, features, title=title, ranking=ranking),
+        "cmc": charts.cmc_curves(curves, title=f"{data}: {protocol.protocol}"),
+        "distances": draw_distances(trial, {"after training": features}, title=title),
+        "embedding": draw_embedding(trial, features, title=title),
+    }
+    names = {f"{name}{form}": figure for name, figure in figures.items() for form in FORMATS}
+    for name, figure in names.items():
+        save(figure, folder / name)
     return list(names)
 
 

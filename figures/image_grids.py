@@ -1,17 +1,10 @@
-"""Figures made of images: ranked lists, addressing maps and the patches of prototypes.
-
-    ranked_lists("ranked.png", query_images=..., gallery_images=..., distmat=..., q_pids=...,
-                 g_pids=..., title="RegDB, visible to infrared, not re-ranked")
-
-All raise what `page.draw` raises for a path that cannot be written.
-"""
+"""Figures made of images: ranked lists, addressing maps and the patches of prototypes."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,11 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike
 
-from figures.page import BLUE, GREY, LINE, ORANGE, draw, tile_figure, write_left, write_middle
-from figures.prototypes import PATCH_CELLS, Fired, Patches
+from figures import page
+from figures.prototypes import MODALITIES, PATCH_CELLS, Fired, Patches, alike
 
-NAME_CHARACTERS, NAME_LINES = 14, 4  # of a query's file name beside it
-SAME_WEIGHT = 1e-3  # weights that differ by less than this share of them are called the same
+NAME_CHARACTERS, NAME_LINES = 14, 4  # of a query's file name beside it, of a long one its end
 # Heat over an image: colours that darken from yellow to red, and cover more the darker they are.
 HEAT_COLORS = matplotlib.colormaps["YlOrRd"](np.linspace(0.3, 1, 256))
 HEAT_COLORS[:, 3] = 0.8 * np.sqrt(np.linspace(0, 1, 256))
@@ -34,8 +26,7 @@ HEAT = ListedColormap(HEAT_COLORS)
 PALE = {"cmap": "gray", "vmin": -600, "vmax": 255}  # black becomes a light grey below the heat
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """How an answer of one kind is framed; colour, line and mark each suffice to tell it."""
 
     meaning: str
@@ -44,12 +35,12 @@ class Frame:
     mark: str
 
 
-RIGHT = Frame("right: same identity", BLUE, "-", "\N{CHECK MARK}")
-WRONG = Frame("wrong: other identity", ORANGE, "--", "\N{BALLOT X}")
+RIGHT = Frame("right: same identity", page.BLUE, "-", "\N{CHECK MARK}")
+WRONG = Frame("wrong: other identity", page.ORANGE, "--", "\N{BALLOT X}")
 
 
+@page.styled
 def ranked_lists(
-    path: str | Path,
     *,
     query_images: np.ndarray,
     gallery_images: np.ndarray,
@@ -57,23 +48,18 @@ def ranked_lists(
     q_pids: ArrayLike | None = None,
     g_pids: ArrayLike | None = None,
     excluded: np.ndarray | None = None,
-    query_names: Sequence[str] | None = None,
+    query_names: Sequence[str] = (),
     num_queries: int = 8,
     top: int = 10,
     title: str = "",
     seed: int = 0,
-) -> None:
+) -> Figure:
     """Draws random queries, each with its nearest gallery images, right and wrong told apart.
 
     Beside a query stand the rank of its first right answer and its average precision, over the
-    whole gallery. Queries are drawn among those with a right answer to find, in the proportion of
-    right and wrong nearest images, but a quarter or more of each kind where there are so many; the
-    figure says how many there were to draw from.
-
-    Without identities no answer is framed, and minus its distance stands below it.
+    whole gallery. Without identities no answer is framed, and minus its distance stands below it.
 
     Args:
-        path: File to write, .png or .pdf.
         query_images: (Q, H, W, 3) uint8.
         gallery_images: (G, H, W, 3) uint8.
         distmat: (Q, G), smaller is closer; ties keep gallery order.
@@ -82,250 +68,143 @@ def ranked_lists(
         excluded: (Q, G) bool, True where the protocol ignores a gallery image for a query.
         query_names: (Q,) names to stand beside queries of unknown identity.
         num_queries: How many to draw.
-        top: Gallery images a query.
+        top: Gallery images per query.
         title: What was measured: data set, protocol, whether re-ranked.
         seed: Of the random choice.
 
     Raises:
-        ValueError: Shapes or types that disagree, a distance that is not finite, or no query with
-            a right answer to find.
+        ValueError: No query has a right answer to find.
     """
-    distmat = np.asarray(distmat)
-    _check_distances(distmat)
-    if top < 1 or num_queries < 1:
-        raise ValueError(f"top is {top}, num_queries {num_queries}, expected at least 1 of each")
-    (q, g), size = distmat.shape, query_images.shape[1:3]
-    excluded = np.zeros((q, g), bool) if excluded is None else np.asarray(excluded, bool)
-    _check_shape("query_images", query_images, (q, *size, 3))
-    _check_shape("gallery_images", gallery_images, (g, *size, 3))
-    _check_shape("excluded", excluded, (q, g))
+    q, g = distmat.shape
+    excluded = np.zeros((q, g), bool) if excluded is None else excluded
+    rng = np.random.default_rng(seed)
     if q_pids is None or g_pids is None:
-        matches, names = None, [""] * q if query_names is None else list(query_names)
-        _check_shape("query_names", names, (q,))
+        hits = None
+        chosen = np.sort(rng.choice(q, min(num_queries, q), replace=False))
+        note = f"{len(chosen)} of {q:,} queries, drawn at random (seed {seed})."
     else:
-        _check_shape("q_pids", q_pids, (q,))
-        _check_shape("g_pids", g_pids, (g,))
-        matches = np.asarray(q_pids)[:, None] == np.asarray(g_pids)
-        names = [f"identity {pid}" for pid in np.asarray(q_pids)]
-    chosen, note = _choose_queries(distmat, excluded, matches, num_queries, seed)
+        hits = (np.asarray(q_pids)[:, None] == np.asarray(g_pids)) & ~excluded
+        chosen, note = _choose_queries(np.where(excluded, np.inf, distmat), hits, num_queries, rng)
+        note = f"Queries drawn at random (seed {seed}): {note}."
     if excluded.any():
         note += " Gallery images that the protocol ignores for a query are left out."
-
-    def make() -> Figure:
-        figure, body, axes = tile_figure(
-            title,
-            note,
-            rows=len(chosen),
-            widths=[1.0] * (1 + min(top, g)),
-            aspect=size[0] / size[1],
-            left=0.95,
-            below=LINE if matches is None else 0,
-        )
-        for place, cell in enumerate(axes[0]):
-            cell.set_title(place or "query", fontsize="medium")
-        for cells, query in zip(axes, chosen, strict=True):
-            order = np.argsort(distmat[query], kind="stable")
-            ranking = order[~excluded[query, order]]
-            for cell, row in zip(cells[1:], ranking.tolist(), strict=False):
-                cell.imshow(gallery_images[row])
-            cells[0].imshow(query_images[query])
-            if matches is None:
-                write_left(cells[0], _last_lines(names[query]))
-                _write_scores(cells[1:], -distmat[query, ranking])
+    height, width = query_images.shape[1:3]
+    figure, axes = page.image_grid(len(chosen), [1.0] * (1 + min(top, g)), height / width)
+    for place, cell in enumerate(axes[0]):
+        cell.set_title(place or "query", fontsize="medium")
+    for cells, query in zip(axes, chosen, strict=True):
+        order = np.argsort(distmat[query], kind="stable")
+        ranking = order[~excluded[query, order]]
+        cells[0].imshow(query_images[query])
+        for cell, row in zip(cells[1:], ranking, strict=False):
+            cell.imshow(gallery_images[row])
+            if hits is None:
+                score = f"{-distmat[query, row]:.2f}"
+                cell.set_xlabel(score.replace("-", "\N{MINUS SIGN}"))
             else:
-                hits = matches[query, ranking]
-                write_left(cells[0], f"{names[query]}\n{_summary(hits)}")
-                _frame(cells[1:], hits)
-        if matches is not None:
-            marks = [
-                Patch(fill=False, ec=f.color, ls=f.line, lw=1.8, label=f"{f.mark} {f.meaning}")
-                for f in (RIGHT, WRONG)
-            ]
-            body.legend(handles=marks, loc="outside lower center", ncols=2)
-        return figure
-
-    draw(path, make)
-
-
-def _check_shape(name: str, given: ArrayLike, expected: tuple[int, ...]) -> None:
-    if np.shape(given) != expected or 0 in expected:
-        raise ValueError(f"{name} has shape {np.shape(given)}, expected {expected}")
-
-
-def _check_distances(distmat: np.ndarray) -> None:
-    shape = distmat.shape
-    if distmat.ndim != 2 or 0 in shape or distmat.dtype.kind not in "fiu":
-        raise ValueError(
-            f"distmat has shape {shape} of {distmat.dtype}, expected numbers (Q, G), neither 0"
-        )
-    if not np.isfinite(distmat).all():
-        at = row, column = tuple(np.argwhere(~np.isfinite(distmat))[0])
-        raise ValueError(f"distmat[{row}, {column}] is {distmat[at]}, expected a finite distance")
+                _frame(cell, RIGHT if hits[query, row] else WRONG)
+        if hits is None:
+            lines = textwrap.wrap(query_names[query], NAME_CHARACTERS)
+            page.write_left(cells[0], "\n".join(lines[-NAME_LINES:]))
+        else:
+            found = np.flatnonzero(hits[query, ranking]) + 1  # the ranks of right answers
+            precision = 100 * np.mean(np.arange(1, len(found) + 1) / found)
+            name = f"identity {np.asarray(q_pids)[query]}"
+            page.write_left(cells[0], f"{name}\nfirst hit: {found[0]:,}\nAP: {precision:.1f} %")
+        for cell in cells[1 + len(ranking) :]:
+            cell.set_visible(False)
+    if hits is not None:
+        kinds = {"fill": False, "linewidth": 1.8}
+        marks = [
+            Patch(ec=each.color, ls=each.line, label=f"{each.mark} {each.meaning}", **kinds)
+            for each in (RIGHT, WRONG)
+        ]
+        page.add_legend(figure, marks, columns=2)
+    page.add_heading(figure, title, note)
+    return figure
 
 
 def _choose_queries(
-    distmat: np.ndarray,
-    excluded: np.ndarray,
-    matches: np.ndarray | None,
-    count: int,
-    seed: int,
+    distmat: np.ndarray, hits: np.ndarray, count: int, rng: np.random.Generator
 ) -> tuple[list[int], str]:
-    """Returns random rows, those with a right nearest image first, and what is said of the choice.
+    """Draws queries with a right answer to find, those whose nearest image is right first.
 
-    Args:
-        distmat: (Q, G).
-        excluded: (Q, G) bool, gallery images that do not count.
-        matches: (Q, G) bool, pairs of one identity; None where identities are not known.
-        count: How many rows, fewer where fewer have a right answer to find.
-        seed: Of the choice.
+    They are drawn in the proportion of right and wrong nearest images, but a quarter or more of
+    either kind where there are so many. Distances (Q, G) are infinite where an image does not
+    count; hits (Q, G) are the right answers that do. Returns rows, and what they are in words.
     """
-    rng = np.random.default_rng(seed)
-
-    def pick(rows: np.ndarray, number: int) -> list[int]:
-        return np.sort(rng.choice(rows, number, replace=False)).tolist()
-
-    total = len(distmat)
-    if matches is None:
-        if count >= total:
-            return list(range(total)), f"All {total:,} queries."
-        note = f"{count} of {total:,} queries, drawn at random (seed {seed})."
-        return pick(np.arange(total), count), note
-    hits = matches & ~excluded
     rows = np.flatnonzero(hits.any(axis=1))
     if not len(rows):
         raise ValueError(
-            f"none of {total} queries has its identity among the gallery images that count for it: "
-            "do query and gallery share identities?"
+            f"none of {len(hits)} queries has its identity among the gallery images that count for "
+            "it: do query and gallery share identities?"
         )
-    nearest = np.where(excluded, np.inf, distmat)[rows].argmin(axis=1)
-    successes, failures = rows[hits[rows, nearest]], rows[~hits[rows, nearest]]
-    right, wrong = _split(min(count, len(rows)), len(successes), len(failures))
-    return pick(successes, right) + pick(failures, wrong), (
-        f"Queries drawn at random (seed {seed}): {right} of the {len(successes):,} whose nearest "
-        f"image is right, {wrong} of the {len(failures):,} whose nearest is wrong."
+    right = hits[rows, distmat[rows].argmin(axis=1)]
+    successes, failures = rng.permutation(rows[right]), rng.permutation(rows[~right])
+    count = min(count, len(rows))
+    wrong = np.clip(round(count * len(failures) / len(rows)), count // 4, count - count // 4)
+    wrong = int(np.clip(wrong, count - len(successes), len(failures)))
+    note = (
+        f"{count - wrong} of the {len(successes):,} whose nearest image is right, "
+        f"{wrong} of the {len(failures):,} whose nearest is wrong"
     )
+    return sorted(successes[: count - wrong]) + sorted(failures[:wrong]), note
 
 
-def _split(count: int, successes: int, failures: int) -> tuple[int, int]:
-    """Returns how many of `count` queries to take of either kind, `count` at most their sum."""
-    least = count // 4
-    wanted = min(max(round(count * successes / (successes + failures)), least), count - least)
-    right = max(min(wanted, successes), count - failures)
-    return right, count - right
-
-
-def _summary(hits: np.ndarray) -> str:
-    """Returns first right rank and average precision of a ranking; hits (n,) bool in its order."""
-    ranks = np.flatnonzero(hits) + 1
-    if not len(ranks):
-        return "no right answer"
-    precision = np.mean(np.arange(1, len(ranks) + 1) / ranks)
-    return f"first hit: {ranks[0]:,}\nAP: {100 * precision:.1f} %"
-
-
-def _last_lines(name: str) -> str:
-    """Returns a name in lines; of a long one its end."""
-    lines = textwrap.wrap(name, NAME_CHARACTERS)
-    if len(lines) > NAME_LINES:
-        lines = ["\N{HORIZONTAL ELLIPSIS}", *lines[1 - NAME_LINES :]]
-    return "\n".join(lines)
-
-
-def _frame(cells: Sequence[Axes], hits: np.ndarray) -> None:
-    """Frames answers, each with its mark in a badge at the top left; hits (n,) bool."""
-    for cell, hit in zip(cells, hits, strict=False):
-        frame = RIGHT if hit else WRONG
-        cell.spines[:].set(visible=True, color=frame.color, linestyle=frame.line, linewidth=1.8)
-        badge = {"facecolor": "white", "edgecolor": frame.color, "pad": 1}
-        cell.text(0.03, 0.985, frame.mark, transform=cell.transAxes, va="top", bbox=badge)
-
-
-def _write_scores(cells: Sequence[Axes], scores: np.ndarray) -> None:
-    for cell, score in zip(cells, scores, strict=False):
-        cell.set_xlabel(f"{score:.2f}".replace("-", "\N{MINUS SIGN}"))
+def _frame(cell: Axes, frame: Frame) -> None:
+    """Frames an answer, with its mark in a badge at the top left."""
+    cell.spines[:].set(visible=True, color=frame.color, linestyle=frame.line, linewidth=1.8)
+    badge = {"facecolor": "white", "edgecolor": frame.color, "pad": 1}
+    cell.text(0.03, 0.985, frame.mark, transform=cell.transAxes, va="top", bbox=badge)
 
 
 # -------------------------------------------------------------------------------------- the memory
 
 
+@page.styled
 def addressing(
-    path: str | Path,
-    *,
-    images: np.ndarray,
-    names: Sequence[str],
-    levels: Mapping[str, Fired],
-    title: str = "",
-) -> None:
+    *, images: np.ndarray, names: Sequence[str], levels: Mapping[str, Fired], title: str = ""
+) -> Figure:
     """Draws where on each image the strongest prototypes of every granularity fire.
 
     Colours go from 0 to the greatest weight of that level in the figure, which is written above it.
 
     Args:
-        path: File to write, .png or .pdf.
         images: (n, H, W, 3) uint8.
         names: What stands before each image.
-        levels: By name, coarser ones to the right; all with as many prototypes k an image.
+        levels: By name, the finest first.
         title: Which network, which images.
-
-    Raises:
-        ValueError: No image, no level, or shapes that disagree.
     """
-    images = np.asarray(images)
-    if images.ndim != 4 or not len(images) or len(names) != len(images) or not levels:
-        raise ValueError(
-            f"images {images.shape}, {len(names)} names, {len(levels)} levels; expected "
-            "(n, H, W, 3), n names, at least one level"
-        )
-    for level, fired in levels.items():
-        shapes = fired.numbers.shape, fired.maps.shape
-        if shapes[0] != shapes[1][:2] or len(fired.numbers) != len(images) or fired.maps.ndim != 4:
-            raise ValueError(f"{level}: shapes are {shapes}, expected (n, k) and (n, k, h, w)")
     count = max(fired.numbers.shape[1] for fired in levels.values())
     pad = max(0.15, (3.2 - count) / 2)  # on both sides of a level, whose head needs the room
+    widths = [1.0, *[pad, *[1.0] * count, pad] * len(levels)]
+    aspect = images.shape[1] / images.shape[2]
+    figure, axes = page.image_grid(len(images), widths, aspect)
+    for row, image, name in zip(axes, images, names, strict=True):
+        row[0].imshow(image)
+        page.write_left(row[0], name)
+    for group, (level, fired) in enumerate(levels.items()):
+        first = 2 + group * (count + 2)
+        head = f"{level}, {fired.size:,} in all\n{_weight_range(fired.maps)}"
+        axes[0, first + (count - 1) // 2].set_title(head, fontsize="medium")
+        for row, image, numbers, maps in zip(axes, images, fired.numbers, fired.maps, strict=True):
+            for cell, number, weights in zip(row[first:], numbers, maps, strict=False):
+                cell.set_box_aspect(aspect)
+                if number < 0 or alike(fired.maps):
+                    page.write_middle(cell, "none" if number < 0 else "alike")
+                else:
+                    _heat_map(cell, image, weights, fired.maps.max())
+                    cell.set_xlabel(str(number))
+    place = {"ax": axes, "location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.01}
+    scale = figure.colorbar(ScalarMappable(cmap=HEAT), ticks=[], **place)
+    scale.set_label("weight, from 0 to the level's greatest in this figure")
+    scale.solids.set_alpha(None)  # its colours have their own
     note = (
         "Each image with the prototypes that its positions read most, strongest first: colour is "
         "the prototype's weight at a position, below stands the prototype's number."
     )
-
-    def make() -> Figure:
-        figure, body, axes = tile_figure(
-            title,
-            note,
-            rows=len(images),
-            widths=[1.0, *[pad, *[1.0] * count, pad] * len(levels)],
-            aspect=images.shape[1] / images.shape[2],
-            left=0.9,
-            below=LINE,
-            around=6 * LINE,
-        )
-        for row, image, name in zip(axes, images, names, strict=True):
-            row[0].imshow(image)
-            write_left(row[0], name)
-        for group, (level, fired) in enumerate(levels.items()):
-            first = 2 + group * (count + 2)
-            head = f"{level}, {fired.size:,} in all\n{_weight_range(fired.maps)}"
-            axes[0, first + (count - 1) // 2].set_title(head, fontsize="medium")
-            for row, image, numbers, maps in zip(
-                axes, images, fired.numbers, fired.maps, strict=True
-            ):
-                for cell, number, weights in zip(row[first:], numbers, maps, strict=False):
-                    if number < 0 or _all_alike(fired.maps):
-                        write_middle(cell, "none" if number < 0 else "alike")
-                    else:
-                        _heat_map(cell, image, weights, fired.maps.max())
-                        cell.set_xlabel(str(number))
-        place = {"ax": axes, "location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.01}
-        scale = body.colorbar(ScalarMappable(cmap=HEAT), ticks=[], **place)
-        scale.set_label("weight, from 0 to the level's greatest in this figure")
-        scale.solids.set_alpha(None)  # its colours have their own
-        return figure
-
-    draw(path, make)
-
-
-def _all_alike(maps: np.ndarray) -> bool:
-    """Returns whether a level is read with the same weights at every position."""
-    return maps.max(initial=0) - maps.min(initial=1) < SAME_WEIGHT * maps.max(initial=0)
+    page.add_heading(figure, title, note)
+    return figure
 
 
 def _weight_range(maps: np.ndarray) -> str:
@@ -333,7 +212,7 @@ def _weight_range(maps: np.ndarray) -> str:
     most = float(maps.max(initial=0))
     if not most:
         return "reads zero everywhere"
-    if _all_alike(maps):
+    if alike(maps):
         return f"the same everywhere: {100 * most:.2g} %"
     return f"weights from 0 to {100 * most:.{0 if most >= 0.1 else 2}f} %"
 
@@ -344,56 +223,34 @@ def _heat_map(cell: Axes, image: np.ndarray, weights: np.ndarray, most: float) -
     extent = (0, width, height, 0)
     cell.imshow(image.mean(axis=2), extent=extent, **PALE)
     cell.imshow(weights, extent=extent, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest")
-    cell.spines[:].set(visible=True, color=GREY, linewidth=0.6)
+    cell.spines[:].set(visible=True, color=page.GREY, linewidth=0.6)
 
 
-def prototypes(
-    path: str | Path, rows: Sequence[Patches], *, title: str = "", note: str = ""
-) -> None:
-    """Draws prototypes, each with the visible and the infrared patches that address it most.
-
-    Args:
-        path: File to write, .png or .pdf.
-        rows: One prototype each.
-        title: Which network, which level.
-        note: Of which images the patches are.
-
-    Raises:
-        ValueError: No prototype.
-    """
-    if not rows:
-        raise ValueError("no prototype to draw, expected at least one")
-    count = max(1, *(max(len(row.visible), len(row.infrared)) for row in rows))
-
-    def make() -> Figure:
-        figure, _, axes = tile_figure(
-            title,
-            note,
-            rows=len(rows),
-            widths=[*[1.0] * count, 0.5, *[1.0] * count],
-            aspect=1,
-            left=1.1,
-            below=LINE,
-        )
-        axes[0, 0].set_title("visible", fontsize="medium")
-        axes[0, count + 1].set_title("infrared", fontsize="medium")
-        for cells, row in zip(axes, rows, strict=True):
-            write_left(cells[0], row.name)
-            _patch_row(cells[:count], row.visible, row.visible_weights)
-            _patch_row(cells[count + 1 :], row.infrared, row.infrared_weights)
-        return figure
-
-    draw(path, make)
+@page.styled
+def prototypes(rows: Sequence[Patches], *, title: str = "", note: str = "") -> Figure:
+    """Draws prototypes, one per row, with the patches of either modality that address it most."""
+    count = max(1, *(len(weights) for row in rows for weights in row.weights.values()))
+    figure, axes = page.image_grid(len(rows), [*[1.0] * count, 0.5, *[1.0] * count], aspect=1)
+    for row, cells in zip(rows, axes, strict=True):
+        page.write_left(cells[0], row.name)
+        for modality, side in zip(MODALITIES, (cells[:count], cells[count + 1 :]), strict=True):
+            axes[0, 0 if modality == "visible" else count + 1].set_title(
+                modality, fontsize="medium"
+            )
+            if not len(row.patches[modality]):
+                page.write_middle(side[0], "none")
+            pairs = zip(side, row.patches[modality], row.weights[modality], strict=False)
+            for cell, patch, weight in pairs:
+                _draw_patch(cell, patch)
+                cell.set_xlabel(f"{weight:.2f}")
+    page.add_heading(figure, title, note)
+    return figure
 
 
-def _patch_row(cells: Sequence[Axes], patches: np.ndarray, weights: np.ndarray) -> None:
-    """Draws patches (n, p, p, 3), the position itself framed, its weight below."""
-    if not len(patches):
-        write_middle(cells[0], "none")
-    for cell, patch, weight in zip(cells, patches, weights, strict=False):
-        side = len(patch) / PATCH_CELLS  # of the position
-        middle = (len(patch) - side) / 2
-        cell.imshow(patch, extent=(0, len(patch), len(patch), 0))
-        for color, width in (("white", 1.8), ("black", 0.8)):
-            cell.add_patch(Rectangle((middle, middle), side, side, fill=False, ec=color, lw=width))
-        cell.set_xlabel(f"{weight:.2f}")
+def _draw_patch(cell: Axes, patch: np.ndarray) -> None:
+    """Draws a patch (p, p, 3), the position itself framed."""
+    side = len(patch) / PATCH_CELLS  # of the position
+    middle = (len(patch) - side) / 2
+    cell.imshow(patch, extent=(0, len(patch), len(patch), 0))
+    for color, width in (("white", 1.8), ("black", 0.8)):
+        cell.add_patch(Rectangle((middle, middle), side, side, fill=False, ec=color, lw=width))

@@ -1,18 +1,13 @@
 """Tests of figures/image_grids.py: what is shown, which queries are drawn, what is refused."""
 
-from itertools import product
-
-import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
-from PIL import Image
 
 from figures import image_grids, page
 from figures.image_grids import RIGHT, WRONG, ranked_lists
-from figures.prototypes import Fired, Patches
+from figures.prototypes import MODALITIES, Fired, Patches
 
 Q, G, SIZE = 6, 9, (24, 12)
 Q_PIDS = np.array([3, 3, 7, 7, 9, 9])
@@ -33,26 +28,6 @@ def inputs(seed: int = 0) -> dict:
         "q_pids": Q_PIDS,
         "g_pids": G_PIDS,
     }
-
-
-def figure_of(monkeypatch, function, *arguments, **options):
-    """The figure that a function draws, without a file."""
-    made = []
-
-    def catch(path, make):
-        with matplotlib.rc_context(fname=page.STYLE):
-            made.append(make())
-
-    with monkeypatch.context() as patch:
-        patch.setattr(image_grids, "draw", catch)
-        function("unused.png", *arguments, **options)
-    return made[0]
-
-
-@pytest.fixture
-def draw(monkeypatch):
-    """`ranked_lists` that returns its figure."""
-    return lambda **arguments: figure_of(monkeypatch, ranked_lists, **arguments)
 
 
 def cells(figure) -> list[list]:
@@ -98,12 +73,12 @@ def nearest(distances, ignored) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_images_and_frames_against_a_naive_ranking(draw, seed):
+def test_images_and_frames_against_a_naive_ranking(seed):
     given = inputs(seed)
     rng = np.random.default_rng(100 + seed)
     given["distmat"] = rng.integers(0, 4, (Q, G))  # many ties
     excluded = rng.random((Q, G)) < 0.4
-    figure = draw(**given, excluded=excluded, num_queries=Q, top=5)
+    figure = ranked_lists(**given, excluded=excluded, num_queries=Q, top=5)
     queries = [row[0] - 10 for row in shown(figure)]
     assert len(queries) >= Q - 1
     expected = [nearest(given["distmat"][q], excluded[q])[:5] for q in queries]
@@ -114,13 +89,13 @@ def test_images_and_frames_against_a_naive_ranking(draw, seed):
     ]
 
 
-def test_first_hit_and_average_precision_stand_beside_a_query(draw):
+def test_first_hit_and_average_precision_stand_beside_a_query():
     given = inputs()
     given["distmat"] = np.arange(Q * G, dtype=float).reshape(Q, G)  # in gallery order
     excluded = np.zeros((Q, G), bool)
     excluded[:2], excluded[3], excluded[5] = True, True, True  # queries 2 and 4 are left
     excluded[4, 2] = True  # of 9: 3 7 3 7 9 3 7 9
-    beside = [row[0].get_ylabel() for row in cells(draw(**given, excluded=excluded))]
+    beside = [row[0].get_ylabel() for row in cells(ranked_lists(**given, excluded=excluded))]
     expected = [(1 / 2 + 2 / 5 + 3 / 8) / 3, (1 / 5 + 2 / 8) / 2]
     assert beside == [
         f"identity 7\nfirst hit: 2\nAP: {100 * expected[0]:.1f} %",
@@ -128,8 +103,8 @@ def test_first_hit_and_average_precision_stand_beside_a_query(draw):
     ]
 
 
-def test_top_is_cut_to_the_gallery(draw):
-    figure = draw(**inputs(), num_queries=1, top=50)
+def test_top_is_cut_to_the_gallery():
+    figure = ranked_lists(**inputs(), num_queries=1, top=50)
     assert [len(row) for row in shown(figure)] == [1 + G]
     heads = [axes.get_title() for axes in cells(figure)[0]]
     assert heads == ["query", *(str(rank) for rank in range(1, G + 1))]
@@ -143,7 +118,7 @@ def choose(success_share: float, total: int, count: int, seed: int = 0) -> tuple
     distmat = np.tile([1.0, 2.0], (total, 1))
     distmat[: round(success_share * total)] = [2.0, 1.0]
     matches = np.tile([False, True], (total, 1))
-    return image_grids._choose_queries(distmat, np.zeros((total, 2), bool), matches, count, seed)
+    return image_grids._choose_queries(distmat, matches, count, np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +140,6 @@ def test_successes_and_failures_are_drawn_and_counted(success_share, count, expe
     successes = round(200 * success_share)
     chosen, note = choose(success_share, 200, count)
     assert (sum(q < successes for q in chosen), sum(q >= successes for q in chosen)) == expected
-    assert "at random (seed 0)" in note
     assert f"{expected[0]} of the {successes} whose" in note
     assert f"{expected[1]} of the {200 - successes} whose" in note
 
@@ -181,19 +155,19 @@ def test_every_query_of_a_kind_can_be_chosen():
     assert chosen == set(range(12))
 
 
-def test_queries_without_right_answer_are_not_drawn(draw):
+def test_queries_without_right_answer_are_not_drawn():
     excluded = np.zeros((Q, G), bool)
     excluded[:4] = (Q_PIDS[:4, None] == G_PIDS) | (np.arange(G) < 2)
-    assert {row[0] for row in shown(draw(**inputs(), excluded=excluded))} == {14, 15}
+    assert {row[0] for row in shown(ranked_lists(**inputs(), excluded=excluded))} == {14, 15}
 
 
-def test_an_excluded_image_is_no_success(draw):
+def test_an_excluded_image_is_no_success():
     given = inputs() | {"g_pids": np.array([3, 3, 7, 7, 9, 9, 1, 1, 1])}
     given["distmat"] = np.tile(np.arange(9.0), (Q, 1))  # of identity 3 the nearest is right
     excluded = np.zeros((Q, G), bool)
     excluded[:2, 0] = True
     given["distmat"][:, 1] = 50  # but that is ignored, and the next right one is far
-    words = " ".join(texts(draw(**given, excluded=excluded, top=2)))
+    words = " ".join(texts(ranked_lists(**given, excluded=excluded, top=2)))
     assert "0 of the 0 whose nearest image is right, 6 of the 6" in words
     assert "ignores" in words
 
@@ -201,27 +175,24 @@ def test_an_excluded_image_is_no_success(draw):
 # ------------------------------------------------------------------------------------- legibility
 
 
-def check_inside(figure):
-    FigureCanvasAgg(figure).draw()
-    width, height = figure.bbox.size
-    for text in figure.findobj(Text):
-        box = text.get_window_extent()
-        inside = box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height
-        assert inside or not text.get_text(), text
+def check_width(figure):
+    assert figure.get_tightbbox().width <= page.PAGE_WIDTH + 0.1
 
 
-def test_no_text_leaves_the_figure(draw, monkeypatch):
+def test_no_figure_is_wider_than_a_page():
     given = inputs()
     given["q_pids"], given["g_pids"] = Q_PIDS + 9000, G_PIDS + 9000
     for top in (1, 3, 9):
-        figure = draw(**given, top=top, title="stand-in RegDB: price $5 and $6, trial 1 " * 3)
-        check_inside(figure)
+        figure = ranked_lists(
+            **given, top=top, title="stand-in RegDB: price $5 and $6, trial 1 " * 3
+        )
+        check_width(figure)
     for count in (1, 2, 4):
         maps = np.random.default_rng(0).random((2, count, 6, 3))
         levels = dict.fromkeys(("part", "instance", "semantic"), fired(maps))
-        check_inside(figure_of(monkeypatch, image_grids.addressing, **LEGIBLE, levels=levels))
+        check_width(image_grids.addressing(**LEGIBLE, levels=levels))
         rows = [patches(count, count)] * 2
-        check_inside(figure_of(monkeypatch, image_grids.prototypes, rows, title="t", note="n"))
+        check_width(image_grids.prototypes(rows, title="t", note="n"))
 
 
 def test_kinds_of_answer_differ_without_colour():
@@ -235,82 +206,20 @@ def test_kinds_of_answer_differ_without_colour():
 # ------------------------------------------------------------------------------------------ files
 
 
-def test_a_png_is_small_and_keeps_its_colours(tmp_path):
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:288, :144] / 144
-    shape = np.sin(np.multiply.outer(rng.uniform(2, 9, (8, 3)), x + y)).transpose(0, 2, 3, 1)
-    visible = (127 + 100 * shape + rng.normal(0, 4, shape.shape)).clip(0, 255).astype(np.uint8)
-    visible[:, 200:230, 20:40] = rare = (250, 20, 230)  # a small bag
-    path = tmp_path / "a.png"
-    given = {
-        "query_images": visible,
-        "gallery_images": np.repeat(visible, 3, axis=0),
-        "distmat": rng.random((8, 24)),
-        "q_pids": np.arange(8),
-        "g_pids": np.repeat(np.arange(8), 3),
-    }
-    ranked_lists(path, **given)
-    first = path.read_bytes()
-    ranked_lists(path, **given)
-    assert path.read_bytes() == first and len(first) < 300_000
-    image = Image.open(path)
-    assert image.width / image.info["dpi"][0] <= 7.2  # inches
-    pixels = np.asarray(image.convert("RGB"), int).reshape(-1, 3)
-    for color in (RIGHT.color, WRONG.color, "white", [v / 255 for v in rare]):
-        distance = np.abs(pixels - 255 * np.array(to_rgb(color))).max(axis=1)
-        assert (distance <= 12).sum() > 300, color
-
-
 def test_memory_maps_are_accepted(tmp_path):
     given = inputs()
     np.save(tmp_path / "g.npy", given["gallery_images"])
     given["gallery_images"] = np.load(tmp_path / "g.npy", mmap_mode="r")
-    ranked_lists(tmp_path / "a.png", **given)
-    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert shown(ranked_lists(**given))
 
 
 # --------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"distmat": np.zeros(G)}, r"distmat has shape \(9,\)"),
-        ({"distmat": np.zeros((0, G))}, r"distmat has shape \(0, 9\)"),
-        ({"distmat": np.zeros((Q, G), complex)}, "complex128"),
-        ({"distmat": np.full((Q, G), np.nan)}, r"distmat\[0, 0\] is nan"),
-        ({"distmat": np.full((Q, G), np.inf)}, r"distmat\[0, 0\] is inf"),
-        ({"distmat": np.zeros((G, Q))}, r"query_images has shape \(6, .*expected \(9, "),
-        ({"q_pids": np.zeros(5, int)}, r"q_pids has shape \(5,\).*expected \(6,\)"),
-        ({"g_pids": np.zeros((G, 1), int)}, r"g_pids has shape \(9, 1\)"),
-        ({"query_images": flat_images(0, 5)}, r"query_images has shape \(5, 24, 12, 3\)"),
-        ({"query_images": flat_images(0, Q)[..., 0]}, r"query_images.*expected \(6, .*, 3\)"),
-        ({"query_images": flat_images(0, Q)[:, :0]}, r"query_images has shape \(6, 0, 12, 3\)"),
-        ({"gallery_images": flat_images(0, Q)}, r"gallery_images has shape \(6, 24, 12, 3\)"),
-        (
-            {"gallery_images": flat_images(0, G)[:, ::2]},
-            r"gallery_images has shape \(9, 12, 12, 3\).*expected \(9, 24, 12, 3\)",
-        ),
-        ({"excluded": np.zeros((Q, 1), bool)}, r"excluded has shape \(6, 1\)"),
-        ({"excluded": np.ones((Q, G), bool)}, "none of 6 queries"),
-        ({"g_pids": G_PIDS + 50}, "none of 6 queries.*share identities"),
-        ({"num_queries": 0}, "num_queries 0"),
-        ({"top": 0}, "top is 0"),
-    ],
-)
-def test_bad_input(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        ranked_lists(tmp_path / "a.png", **(inputs() | change))
-    assert not list(tmp_path.iterdir())
-
-
-def test_shares_add_up():
-    for count, successes, failures in product(range(1, 12), range(9), range(9)):
-        if count <= successes + failures:
-            right, wrong = image_grids._split(count, successes, failures)
-            assert right + wrong == count
-            assert 0 <= right <= successes and 0 <= wrong <= failures
-            assert right >= min(successes, count // 4) and wrong >= min(failures, count // 4)
+@pytest.mark.parametrize("change", [{"excluded": np.ones((Q, G), bool)}, {"g_pids": G_PIDS + 50}])
+def test_queries_without_any_right_answer_are_refused(change):
+    with pytest.raises(ValueError, match="none of 6 queries.*share identities"):
+        ranked_lists(**(inputs() | change))
 
 
 # ------------------------------------------------------------------------------ unknown identities
@@ -321,10 +230,10 @@ def unknown(**more) -> dict:
     return given | {"query_names": [f"camera/{i}.jpg" for i in range(Q)]} | more
 
 
-def test_unknown_identities_have_scores_in_place_of_frames(draw):
+def test_unknown_identities_have_scores_in_place_of_frames():
     given = unknown(top=4)
     given["distmat"] = given["distmat"] - 0.5
-    figure = draw(**given)
+    figure = ranked_lists(**given)
     for q, row in enumerate(cells(figure)):
         expected = nearest(given["distmat"][q], np.zeros(G, bool))[:4]
         assert shown(figure)[q] == [10 + q, *(100 + j for j in expected)]
@@ -335,21 +244,18 @@ def test_unknown_identities_have_scores_in_place_of_frames(draw):
         assert not any(axes.texts or axes.spines["top"].get_visible() for axes in row)
 
 
-def test_unknown_queries_are_all_shown_or_drawn_at_random(draw):
-    assert "All 6 queries." in texts(draw(**unknown()))
-    assert "4 of 6 queries, drawn at random (seed 0)." in texts(draw(**unknown(num_queries=4)))
+def test_unknown_queries_are_all_shown_or_drawn_at_random():
+    assert "6 of 6 queries, drawn at random (seed 0)." in texts(ranked_lists(**unknown()))
+    assert "4 of 6 queries, drawn at random (seed 0)." in texts(
+        ranked_lists(**unknown(num_queries=4))
+    )
 
 
-def test_of_a_long_name_the_end_is_kept(draw):
+def test_of_a_long_name_the_end_is_kept():
     names = ["a/very/long/folder/" * 6 + f"and_{i}.jpg" for i in range(Q)]
-    beside = cells(draw(**unknown(query_names=names)))[2][0].get_ylabel()
-    assert beside.startswith("\N{HORIZONTAL ELLIPSIS}") and len(beside.splitlines()) == 4
+    beside = cells(ranked_lists(**unknown(query_names=names)))[2][0].get_ylabel()
+    assert len(beside.splitlines()) == 4
     assert "".join(beside.splitlines()).endswith("and_2.jpg")
-
-
-def test_names_are_one_a_query(tmp_path):
-    with pytest.raises(ValueError, match=r"query_names has shape \(2,\), expected \(6,\)"):
-        ranked_lists(tmp_path / "a.png", **unknown(query_names=["a", "b"]))
 
 
 # -------------------------------------------------------------------------------------- the memory
@@ -368,9 +274,9 @@ def rich(seed=0):
 LEGIBLE = {"images": flat_images(10, 2), "names": ["identity 1\nvisible", "identity 1\ninfrared"]}
 
 
-def test_addressing_has_a_heat_map_for_each_prototype(monkeypatch):
+def test_addressing_has_a_heat_map_for_each_prototype():
     levels = {"part": rich(), "instance": rich(1), "semantic": rich(2)}
-    figure = figure_of(monkeypatch, image_grids.addressing, **LEGIBLE, levels=levels, title="t")
+    figure = image_grids.addressing(**LEGIBLE, levels=levels, title="t")
     assert [len(row) for row in cells(figure)[:2]] == [1 + 9] * 2
     assert [len(axes.images) for axes in cells(figure)[0]] == [1] + [2] * 9  # heat over the image
     np.testing.assert_allclose(cells(figure)[1][2].images[1].get_array(), levels["part"].maps[1, 1])
@@ -380,12 +286,12 @@ def test_addressing_has_a_heat_map_for_each_prototype(monkeypatch):
     assert words.count("weights from 0 to 99 %") + words.count("weights from 0 to 100 %") >= 1
 
 
-def test_nothing_addressed_and_all_alike_are_said(monkeypatch):
+def test_nothing_addressed_and_all_alike_are_said():
     none = fired(np.zeros((2, 3, 6, 3)), np.full((2, 3), -1))
     alike = fired(np.full((2, 3, 6, 3), 1 / 150))
     part = fired([np.eye(6)[:1, None, :3].repeat(6, 1).repeat(3, 0) * 0.04] * 2)
     levels = {"part": part, "instance": none, "semantic": alike}
-    figure = figure_of(monkeypatch, image_grids.addressing, **LEGIBLE, levels=levels)
+    figure = image_grids.addressing(**LEGIBLE, levels=levels)
     words = texts(figure)
     assert words.count("none") == words.count("alike") == 6
     assert "reads zero everywhere" in words
@@ -401,42 +307,18 @@ def test_heat_darkens_where_a_prototype_fires_and_keeps_the_image_elsewhere():
     assert colors[0, 3] == 0
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"images": flat_images(0, 2)[:0]}, r"images \(0, 24, 12, 3\)"),
-        ({"names": ["one"]}, "1 names"),
-        ({"levels": {}}, "0 levels"),
-        ({"levels": {"part": fired(np.zeros((3, 1, 2, 2)))}}, "part: shapes"),
-        ({"levels": {"part": fired(np.zeros((2, 1, 2, 2)), np.zeros((2, 4)))}}, "part: shapes"),
-    ],
-)
-def test_addressing_refusals(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        image_grids.addressing(
-            tmp_path / "a.png", **(LEGIBLE | {"levels": {"part": rich()}} | change)
-        )
-
-
 def patches(visible: int, infrared: int, name="part 7\n2 % of reads") -> Patches:
     sides = [np.full((n, 9, 9, 3), 40 * n, np.uint8) for n in (visible, infrared)]
-    return Patches(name, *sides, np.linspace(1, 0.5, visible), np.full(infrared, 0.25))
+    weights = np.linspace(1, 0.5, visible), np.full(infrared, 0.25)
+    return Patches(name, *(dict(zip(MODALITIES, each, strict=True)) for each in (sides, weights)))
 
 
-def test_prototypes_show_their_patches_and_weights(monkeypatch):
+def test_prototypes_show_their_patches_and_weights():
     rows = [patches(3, 2), patches(0, 1, "part 9\n1 % of reads")]
-    figure = figure_of(monkeypatch, image_grids.prototypes, rows, title="t", note="n")
+    figure = image_grids.prototypes(rows, title="t", note="n")
     assert [len(row) for row in cells(figure)] == [5, 1]
     words = texts(figure)
     assert {"part 7", "part 9", "1.00", "0.75", "0.50", "visible"} <= set(words)
     assert words.count("0.25") == 3 and words.count("none") == 1
     rectangle = cells(figure)[0][0].patches[0]
     assert rectangle.get_bbox().bounds == (3, 3, 3, 3)  # the middle third of 9 pixels
-
-
-def test_pictures_of_the_memory_are_files(tmp_path):
-    image_grids.addressing(tmp_path / "a.png", **LEGIBLE, levels={"part": rich()})
-    image_grids.prototypes(tmp_path / "b.pdf", [patches(2, 2)])
-    assert (tmp_path / "a.png").stat().st_size > 2000 < (tmp_path / "b.pdf").stat().st_size
-    with pytest.raises(ValueError, match="no prototype"):
-        image_grids.prototypes(tmp_path / "c.png", [])

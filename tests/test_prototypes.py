@@ -24,7 +24,7 @@ def network():
 def test_what_is_addressed_is_what_the_memory_reads(modality):
     net = network()
     images = torch.randn(2, 3, *SIZE)
-    levels, shape = prototypes.addressed(net, images, modality)
+    levels, shape = prototypes.addressing_weights(net, images.split(1), modality)
     assert shape == (6, 2) and set(levels) == {"part", "instance", "semantic"}
     with torch.no_grad():
         x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
@@ -88,7 +88,12 @@ def test_patches_are_cut_around_their_position():
 
 
 def test_a_memory_that_reads_nothing_is_refused():
-    both = dict.fromkeys(prototypes.MODALITIES, sparse.csc_matrix((24, 9)))
+    both = dict.fromkeys(prototypes.MODALITIES, sparse.csr_matrix((24, 9)))
     choice = {"numbers": None, "count": 3, "top": 2}
     with pytest.raises(ValueError, match="no position of the images reads any part prototype"):
         prototypes.prototype_patches(both, {}, (6, 2), level="part", **choice)
+
+
+def test_alike_are_equal_weights_that_are_read():
+    assert prototypes.alike(np.full(5, 0.04)) and prototypes.alike(np.array([0.04, 0.04001]))
+    assert not prototypes.alike(np.array([0.04, 0.05])) and not prototypes.alike(np.zeros(3))
