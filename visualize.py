@@ -166,9 +166,8 @@ def prototypes(args: argparse.Namespace) -> Figure:
     for images in (subject.trial.query, subject.trial.gallery):
         count, modality = min(args.images, len(images)), images.modality
         some = images.take(rng.choice(len(images), count, replace=False))
-        found, shape = addressing_weights(
-            subject.net, subject.batches(some), modality, (args.level,)
-        )
+        batches = subject.batches(some)
+        found, shape = addressing_weights(subject.net, batches, modality, args.level)
         weights[modality], shown[modality] = found[args.level], subject.images(some)
     choice = {"numbers": args.numbers, "count": args.count, "top": args.top}
     rows = prototype_patches(weights, shown, shape, level=args.level, **choice)

@@ -42,10 +42,8 @@ def cmc_curves(runs: Mapping[str, tuple[ArrayLike, float]], *, title: str = "") 
     axes = figure.subplots()
     for (name, (values, mean_ap)), marker in zip(runs.items(), MARKERS, strict=False):
         cmc = np.asarray(values, np.float64)
-        scores = f"Rank-1~{100 * cmc[0]:.1f}, mAP~{100 * mean_ap:.1f}"
-        label = page.wrapped(
-            f"{name}: {scores}".replace("~", "\N{NO-BREAK SPACE}"), LABEL_CHARACTERS
-        )
+        scores = f"Rank-1\xa0{100 * cmc[0]:.1f}, mAP\xa0{100 * mean_ap:.1f}"  # never torn apart
+        label = page.wrapped(f"{name}: {scores}", LABEL_CHARACTERS)
         axes.plot(range(1, len(cmc) + 1), 100 * cmc, marker=marker, markersize=3.5, label=label)
     axes.set(xlabel="rank", ylabel="matching rate (%)")
     lowest = axes.dataLim.y0
@@ -158,18 +156,22 @@ def training_curves(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figur
     """Draws loss terms, evaluations, rate and feature spread of a run's ``log.jsonl``."""
     figure = Figure(figsize=(page.PAGE_WIDTH, 4.3), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
-    losses = {name: _series(epochs, name) for name in _loss_terms(epochs)}
-    _plot_series(upper.subplots(), losses, "loss", log=True)
+    losses = upper.subplots()
+    keys = list(epochs[-1])
+    terms = keys[keys.index("lr") + 1 : keys.index("total") + 1]
+    _plot(losses, epochs, dict(zip(terms, terms, strict=True)), "loss")
+    losses.set_yscale("log", nonpositive="mask")
+    losses.yaxis.set_major_formatter("{x:g}")
+    losses.yaxis.set_minor_formatter(LogFormatter())
     upper.legend(loc="outside right upper", handlelength=3)
     results, rate, spread = lower.subplots(1, 3, sharex=True)
-    evaluated = [{"epoch": line["epoch"], **(line.get("eval") or {})} for line in epochs]
+    evaluated = [line["eval"] for line in epochs if line.get("eval")]
     metrics = {"Rank-1": "rank1", "mAP": "mAP", "mINP": "mINP"}
-    by_name = {name: _series(evaluated, key) for name, key in metrics.items()}
-    _plot_series(results, by_name, "evaluation (%)", scale=100)
+    _plot(results, evaluated, metrics, "evaluation (%)", scale=100)
     results.legend(handlelength=1.7)
-    _plot_series(rate, {"": _series(epochs, "lr")}, "learning rate")
+    _plot(rate, epochs, {"": "lr"}, "learning rate")
     rate.ticklabel_format(axis="y", scilimits=(-2, 2))
-    _plot_series(spread, {"": _series(epochs, "feature_spread")}, "feature spread")
+    _plot(spread, epochs, {"": "feature_spread"}, "feature spread")
     spread.set_ylim(0, 1.08 * max(1e-3, spread.dataLim.y1))
     note = "Loss terms are unweighted means over an epoch; the total is their weighted sum."
     page.add_heading(figure, title, note)
@@ -195,12 +197,12 @@ def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
         "entropy": "entropy of a read (nats)",
     }
     for chart, (number, label) in zip(charts, labels.items(), strict=True):
-        values = {level: _series(epochs, f"memory/{level}/{number}") for level in levels}
-        _plot_series(chart, values, label, scale=100 if "%" in label else 1)
+        keys = {level: f"memory/{level}/{number}" for level in levels}
+        _plot(chart, epochs, keys, label, scale=100 if "%" in label else 1)
     for chart in charts[::2]:
         chart.set_ylim(-4, 104)
     charts[1].set_yscale("symlog", linthresh=0.1)  # a few of a bank or all of it, often none
-    charts[1].set_ylim(bottom=-0.02)
+    charts[1].set_ylim(-0.02, 2 * charts[1].dataLim.y1 + 0.1)
     charts[1].yaxis.set_major_formatter("{x:g}")
     page.add_legend(figure, charts[0].lines, columns=3)
     note = (
@@ -212,37 +214,19 @@ def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     return figure
 
 
-def _loss_terms(epochs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the names of the loss terms in a log: those from after the rate to the total."""
-    keys = list(epochs[-1])
-    return [name for name in keys[: keys.index("total") + 1] if name not in ("epoch", "lr")]
-
-
-def _series(epochs: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the epochs whose line of the log has a number, and the number."""
-    pairs = [(line["epoch"], line[name]) for line in epochs if line.get(name) is not None]
-    numbers = np.array(pairs, np.float64).reshape(-1, 2)
-    return numbers[:, 0], numbers[:, 1]
-
-
-def _plot_series(
+def _plot(
     chart: Axes,
-    series: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    lines: Sequence[Mapping[str, Any]],
+    keys: Mapping[str, str],
     label: str,
-    *,
     scale: float = 1,
-    log: bool = False,
 ) -> None:
-    """Plots numbers times `scale` over the epochs, one curve for each name."""
-    for (name, (epochs, values)), marker in zip(series.items(), cycle(MARKERS), strict=False):
-        values = scale * np.where(values > 0, values, np.nan) if log else scale * values
-        look = {"marker": marker, "markersize": 3.5, "markevery": max(1, len(epochs) // 12)}
-        chart.plot(epochs, values, label=name, linewidth=1.1, **look)
-    if not any(np.isfinite(line.get_ydata()).any() for line in chart.lines):
+    """Plots the numbers that lines of a log have under some keys, times `scale`, over epochs."""
+    for (name, key), marker in zip(keys.items(), cycle(MARKERS), strict=False):
+        points = [(line["epoch"], scale * line[key]) for line in lines if line.get(key) is not None]
+        look = {"marker": marker, "markersize": 3.5, "markevery": max(1, len(points) // 12)}
+        chart.plot(*np.reshape(points, (-1, 2)).T, label=name, linewidth=1.1, **look)
+    if not any(len(line.get_xdata()) for line in chart.lines):
         page.write_middle(chart, "nothing logged")
-    elif log:
-        chart.set_yscale("log")
-        chart.yaxis.set_major_formatter("{x:g}")
-        chart.yaxis.set_minor_formatter(LogFormatter())
     chart.set(xlabel="epoch", ylabel=label)
     chart.xaxis.get_major_locator().set_params(integer=True)

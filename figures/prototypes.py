@@ -14,7 +14,6 @@ import torch
 from scipy import sparse
 
 from model import OUTPUT_STRIDE, TwoStreamNet
-from networks.settings import LEVELS
 
 PATCH_CELLS = 3  # width and height of a drawn patch in positions of the map
 BEYOND = 200  # grey level of a patch beyond the image's edge
@@ -40,10 +39,7 @@ class Patches(NamedTuple):
 
 @torch.no_grad()
 def addressing_weights(
-    net: TwoStreamNet,
-    batches: Iterable[torch.Tensor],
-    modality: str,
-    levels: Sequence[str] = LEVELS,
+    net: TwoStreamNet, batches: Iterable[torch.Tensor], modality: str, only: str | None = None
 ) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
     """Reads the memory at every position of the images' maps.
 
@@ -51,13 +47,13 @@ def addressing_weights(
         net: In evaluation mode.
         batches: Normalised images (b, 3, H, W), n in all.
         modality: "visible" or "infrared".
-        levels: Those wanted.
+        only: The one level wanted; None takes them all.
 
     Returns:
         By level the addressing weights (n*h*w positions, prototypes); (h, w).
 
     Raises:
-        ValueError: The network has no memory, or the memory none of the levels.
+        ValueError: The network has no memory, or the memory no such level.
     """
     if net.memory is None:
         raise ValueError(
@@ -68,11 +64,9 @@ def addressing_weights(
     for images in batches:
         x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
         weights = net.memory(x).weights
-        if not set(levels) & set(weights):
-            raise ValueError(
-                f"the memory has no {' or '.join(levels)} level, expected {' or '.join(weights)}"
-            )
-        for level in filter(weights.__contains__, levels):
+        if only and only not in weights:
+            raise ValueError(f"the memory has no {only} level, expected {' or '.join(weights)}")
+        for level in [only] if only else weights:
             dense = weights[level].to_dense().float().cpu().numpy()
             found.setdefault(level, []).append(sparse.csr_matrix(dense))
     return {level: sparse.vstack(parts).tocsr() for level, parts in found.items()}, x.shape[2:]
