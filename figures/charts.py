@@ -202,7 +202,8 @@ def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     for chart in charts[::2]:
         chart.set_ylim(-4, 104)
     charts[1].set_yscale("symlog", linthresh=0.1)  # a few of a bank or all of it, often none
-    charts[1].set_ylim(-0.02, 2 * charts[1].dataLim.y1 + 0.1)
+    charts[1].margins(y=0.1)
+    charts[1].set_ylim(bottom=-0.02)
     charts[1].yaxis.set_major_formatter("{x:g}")
     page.add_legend(figure, charts[0].lines, columns=3)
     note = (
