@@ -1,8 +1,8 @@
 """The losses: identity, the three triplets, part alignment, part decorrelation.
 
-Triplet-type losses take ``(features (N, D), labels (N,))`` and return a scalar. All use Euclidean
-distances whose squares are clamped at 1e-12 before the root. A batch in which a term is undefined
-(a single identity, say) gives 0 and still back-propagates.
+Triplet losses take features (N, D) and labels (N,), give a scalar, and raise ValueError where the
+shapes disagree. All use Euclidean distances whose squares are clamped at 1e-12 before the root. A
+batch in which a term is undefined (a single identity, say) gives 0 and still back-propagates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.layers import at_least_float32
 from networks.settings import MARGIN
 
 MIN_SQUARED_DISTANCE = 1e-12
@@ -20,6 +21,7 @@ DECORRELATION_OFF_DIAGONAL = 0.051  # released setting, a Barlow-Twins-like bala
 DECORRELATION_SCALE = 200.0  # released setting
 ALIGNMENT_OFFSET = 0.1  # released: subtracted from the alignment in the total; has no gradient
 
+Output = Mapping[str, Any]  # of `model.TwoStreamNet` in training mode
 TRIPLET_TERMS = ("triplet", "center_triplet", "memory_triplet")
 
 
@@ -41,10 +43,6 @@ def _check(features: Tensor, labels: Tensor) -> None:
         )
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _hardest(distance: Tensor, same_identity: Tensor) -> tuple[Tensor, Tensor]:
     """Hardest positive and negative of each row: two (..., N); infinite where there is none."""
     positive = distance.masked_fill(~same_identity, -torch.inf).amax(dim=-1)
@@ -63,52 +61,39 @@ class HeteroCenterTripletLoss(nn.Module):
     Deviation: centres come from labels and modality, not from a row's position in the batch.
     """
 
-    def __init__(self, margin: float = MARGIN, num_centers: int | None = None) -> None:
-        """Sets margin and number of centres.
-
-        Args:
-            margin: Of the hinge.
-            num_centers: Centres in every batch, 2P where each of P identities has both modalities;
-                None counts them in each batch (a device sync on CUDA).
-        """
+    def __init__(self, margin: float = MARGIN) -> None:
         super().__init__()
-        self.margin, self.num_centers = margin, num_centers
+        self.margin = margin
 
     def forward(self, features: Tensor, labels: Tensor, modality: Tensor | None = None) -> Tensor:
-        """Computes the loss.
+        """Computes the loss: a scalar, summed over stripes where there are any.
 
         Args:
             features: (N, D), or (N, S, D) for S stripes with a loss of their own each.
             labels: Identity of each row, (N,).
-            modality: True (or 1) where a row is infrared, (N,). None: the first half of the rows is
+            modality: Whether each row is infrared, (N,). None: the first half of the rows is
                 visible, the second infrared.
 
-        Returns:
-            A scalar; with stripes, their losses' sum.
-
         Raises:
-            ValueError: When shapes disagree, or `modality` is None and N is odd.
+            ValueError: Also when `modality` is None and N is odd.
         """
         _check(features, labels)
-        rows = len(labels)
         if modality is None:
+            rows = len(labels)
             if rows % 2:
                 raise ValueError(f"without `modality` the batch must have an even size, got {rows}")
             modality = torch.arange(rows, device=labels.device) >= rows // 2
-        _check(features, modality)
         if features.ndim == 2:
             features = features.unsqueeze(1)  # (N, 1, D)
-        keys, order = (2 * labels + modality.to(labels.dtype)).sort()  # one key per centre
-        center = F.pad((keys.diff() != 0).cumsum(0), (1, 0))  # (N,) centre 0, 1, ... of each row
-        count = int(center[-1]) + 1 if self.num_centers is None else self.num_centers
-        member = center[:, None] == torch.arange(count, device=labels.device)  # (N, centres)
-        mean = member.to(features.dtype) / member.sum(dim=0)
-        centers = torch.einsum("nc,nsd->scd", mean, features[order])  # (S, centres, D)
-        identity = keys.new_zeros(count).scatter(0, center, keys // 2)  # (centres,)
-        same = identity[:, None] == identity  # (centres, centres)
-        positive, negative = _hardest(pairwise_distance(centers), same)  # (S, centres) each
+        same_identity = labels[:, None] == labels  # (N, N)
+        same_center = same_identity & (modality[:, None] == modality)  # (N, N)
+        # Each row gets its centre: the K rows of a centre have K copies of it, each of weight 1/K.
+        share = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,)
+        centers = torch.einsum("nm,msd->snd", same_center * share, features)  # (S, N, D)
+        positive, negative = _hardest(pairwise_distance(centers), same_identity)  # (S, N) each
         # With a single identity there is no negative: inf, hence a hinge of zero.
-        return F.relu(self.margin + positive - negative).mean(dim=1).sum()
+        hinge = F.relu(self.margin + positive - negative)
+        return (hinge * share).sum() / share.sum()
 
 
 class BatchHardTripletLoss(nn.Module):
@@ -122,14 +107,9 @@ class BatchHardTripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Computes the loss of features (N, D) with labels (N,): a scalar.
-
-        Raises:
-            ValueError: When shapes disagree.
-        """
+        """Computes the loss."""
         _check(features, labels)
-        same = labels[:, None] == labels
-        positive, negative = _hardest(pairwise_distance(features), same)
+        positive, negative = _hardest(pairwise_distance(features), labels[:, None] == labels)
         return F.relu(self.margin + positive - negative).mean()
 
 
@@ -144,56 +124,39 @@ class WeightedRegularizedTripletLoss(nn.Module):
     """
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Computes the loss of features (N, D) with labels (N,): a scalar.
-
-        Raises:
-            ValueError: When shapes disagree.
-        """
+        """Computes the loss."""
         _check(features, labels)
         distance = pairwise_distance(features)
         same = (labels[:, None] == labels).to(distance.dtype)
-        far = self._weights(distance, same)
-        near = self._weights(-distance, 1 - same)
-        gap = (distance * far).sum(dim=1) - (distance * near).sum(dim=1)
-        return F.softplus(gap).mean()
+        positive = (distance * _softmax_over(same, distance)).sum(dim=1)
+        negative = (distance * _softmax_over(1 - same, -distance)).sum(dim=1)
+        return F.softplus(positive - negative).mean()
 
-    @staticmethod
-    def _weights(score: Tensor, mask: Tensor) -> Tensor:
-        """Softmax of `score` over the mask's ones; rows sum to just under 1, or are zero."""
-        peak = (score * mask).amax(dim=1, keepdim=True)
-        weights = (score - peak).exp() * mask
-        return weights / (weights.sum(dim=1, keepdim=True) + WEIGHT_EPSILON)
+
+def _softmax_over(mask: Tensor, score: Tensor) -> Tensor:
+    """Softmax of `score` (N, N) over the mask's ones; rows sum to just under 1, or are zero."""
+    peak = (score * mask).amax(dim=1, keepdim=True)
+    weights = (score - peak).exp() * mask
+    return weights / (weights.sum(dim=1, keepdim=True) + WEIGHT_EPSILON)
 
 
 def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy against ``(1 - e) * onehot + e / L``.
+    """Cross-entropy against ``(1 - e) * onehot + e / L``, e the label smoothing.
 
-    Args:
-        logits: (N, L), or (N, S, L) for S stripes with a classifier each.
-        labels: (N,) in 0..L-1.
-        label_smoothing: e.
-
-    Returns:
-        A scalar, the mean over rows; with stripes, the stripes' sum.
+    Mean over the rows of logits (N, L) with labels (N,); of S stripes (N, S, L), the stripes' sum.
     """
     _check(logits, labels)
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    stripes = logits.shape[1]
-    rows = labels.repeat_interleave(stripes)
-    return stripes * F.cross_entropy(logits.flatten(0, 1), rows, label_smoothing=label_smoothing)
+    stripes = logits.unbind(dim=1) if logits.ndim == 3 else (logits,)  # S of (N, L)
+    return sum(F.cross_entropy(x, labels, label_smoothing=label_smoothing) for x in stripes)
 
 
 def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
-    """Part alignment: the part reads of half of the stripes against those of the other half.
+    """Part alignment: mean squared difference of the part reads of two halves of the stripes.
 
     Args:
         part_read: The part bank's read of the map, (N, C, H, W).
         order: A random order of the S stripes, fresh each step; the first S // 2 stripes are
             compared with the next S // 2.
-
-    Returns:
-        Mean squared error over every entry, a scalar.
 
     Raises:
         ValueError: When H does not divide into the stripes, or there are fewer than two.
@@ -213,15 +176,8 @@ def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
 def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
     """Part decorrelation ("prototype loss"): the stripes' mean part reads should be orthonormal.
 
-    With z (N, C, S) the stripe averages and ``G = z^T z / N`` (N, S, S):
-    ``(sum (diag - 1)^2 + 0.051 * sum offdiag^2) / 200``.
-
-    Args:
-        part_read: The part bank's read of the map, (N, C, H, W); S must divide H.
-        num_strips: S.
-
-    Returns:
-        A scalar.
+    With z (N, C, S) the stripe averages of the part read (N, C, H, W), of which S must divide H,
+    and ``G = z^T z / N`` (N, S, S): ``(sum (diag - 1)^2 + 0.051 * sum offdiag^2) / 200``.
 
     Source: the released code, which computes it and leaves it out of the total.
     """
@@ -237,12 +193,10 @@ class Criterion(nn.Module):
     """The loss terms of a method, by name and unweighted, and their weights.
 
     A term is a method ``(out, labels, order) -> scalar`` named like its weight; a new term is one
-    more method and one more weight. Terms of weight 0 are not computed. Arguments of a term:
-
-    - ``out``: what `model.TwoStreamNet` returns in training mode, float32 or wider, but for the
-      maps of ``memory_read``, which come in the network's precision;
-    - ``labels``: (N,), visible rows first, then infrared;
-    - ``order``: this step's random order of the S stripes.
+    more method and one more weight. Terms of weight 0 are not computed. ``out`` is what
+    `model.TwoStreamNet` returns in training mode, float32 or wider but for the maps of
+    ``memory_read``; ``labels`` (N,) has visible rows first, then infrared; ``order`` is this step's
+    random order of the S stripes.
 
     Attributes:
         weights: The weight of each term in the total.
@@ -258,74 +212,56 @@ class Criterion(nn.Module):
         *,
         margin: float = MARGIN,
         label_smoothing: float = 0.0,
-        num_centers: int | None = None,
         head: str = "pcb",
     ) -> None:
-        """Sets what the terms need.
-
-        Args:
-            weights: Weight of each term of the method.
-            margin: Margin of the hetero-centre triplets.
-            label_smoothing: e of both identity terms.
-            num_centers: See `HeteroCenterTripletLoss`.
-            head: "agw": ``triplet`` is AGW's weighted regularised triplet.
+        """Sets the weight of each term; with the head "agw" ``triplet`` is AGW's own.
 
         Raises:
             ValueError: When a weight's name is no term.
         """
         super().__init__()
-        unknown = [name for name in weights if not hasattr(self, name)]
-        if unknown:
-            raise ValueError(
-                f"there is no loss term {unknown[0]!r}: expected a method of this name"
-            )
+        for name in weights:
+            if not hasattr(self, name):
+                raise ValueError(f"there is no loss term {name!r}: expected a method of this name")
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
-        self.hetero_center = HeteroCenterTripletLoss(margin, num_centers)
-        self.feature_triplet = self.hetero_center
-        if head == "agw":
-            self.feature_triplet = WeightedRegularizedTripletLoss()
+        self.hetero_center = HeteroCenterTripletLoss(margin)
+        agw = WeightedRegularizedTripletLoss()
+        self.feature_triplet = agw if head == "agw" else self.hetero_center
 
-    def forward(
-        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
-    ) -> dict[str, Tensor]:
+    def forward(self, out: Output, labels: Tensor, order: Sequence[int]) -> dict[str, Tensor]:
         """Computes the terms: scalars by name."""
         used = [name for name, weight in self.weights.items() if weight]
         return {name: getattr(self, name)(out, labels, order) for name in used}
 
-    def id(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+    def id(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Identity: of each stripe, summed (AGW: of the feature after the neck)."""
         logits = out["part_logits"] if "part_logits" in out else out["logits"]
         return identity_loss(logits, labels, self.label_smoothing)
 
-    def triplet(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+    def triplet(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Hetero-centre triplet of the concatenated feature (AGW: its own triplet)."""
         return self.feature_triplet(out["feat"], labels)
 
-    def center_triplet(
-        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
-    ) -> Tensor:
+    def center_triplet(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Hetero-centre triplets of the stripes, summed."""
         return self.hetero_center(out["part_feats"], labels)
 
-    def memory_id(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+    def memory_id(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Identity of the memory feature ("ID loss" of the figure's memory branch)."""
         return identity_loss(out["memory_logits"], labels, self.label_smoothing)
 
-    def memory_triplet(
-        self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]
-    ) -> Tensor:
+    def memory_triplet(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Hetero-centre triplet of the memory feature ("semantic loss" of the figure)."""
         return self.hetero_center(out["memory_feat"], labels)
 
-    def alignment(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+    def alignment(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Part alignment ("instance loss" of the figure)."""
-        return part_alignment_loss(_at_least_float32(out["memory_read"].part), order)
+        return part_alignment_loss(at_least_float32(out["memory_read"].part), order)
 
-    def decorrelation(self, out: Mapping[str, Any], labels: Tensor, order: Sequence[int]) -> Tensor:
+    def decorrelation(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
         """Part decorrelation ("prototype loss" of the figure)."""
-        part = _at_least_float32(out["memory_read"].part)
-        return part_decorrelation_loss(part, len(order))
+        return part_decorrelation_loss(at_least_float32(out["memory_read"].part), len(order))
 
 
 def weighted_total(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

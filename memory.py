@@ -1,4 +1,4 @@
-"""The read of a bank, the memories of SG-MRA and MG-MRA, and the usage statistics of a memory.
+"""The read of a bank, and the memories of SG-MRA and MG-MRA.
 
 Letters in shapes: ``L`` training identities, ``T`` instance prototypes per identity, ``R`` part
 prototypes per instance, ``M = L*T*R`` part prototypes, ``C`` backbone channels, ``m`` prototypes of
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import sparse_read
-from networks.settings import HEALTH, INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
+from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
 EPSILON = 1e-12  # of the releases' divisions
 
@@ -26,9 +26,8 @@ def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
     """Reads a bank at every position of a map.
 
     ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
-    renormalised; ``value = weights @ bank``. Positions are independent: the whole map at once
-    equals stripe by stripe. Under autocast the products run in half precision; the part that all
-    prototypes have in common (which cancels in the softmax) is then kept out of them.
+    renormalised; ``value = weights @ bank``. Under autocast the products run in half precision; the
+    part that all prototypes have in common, which cancels in the softmax, is kept out of them.
 
     Args:
         x: Queries, (B, C, H, W).
@@ -52,7 +51,7 @@ def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
         scores = queries @ prototypes.t()  # (n, m)
         weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
         weights = hard_shrink(weights, shrink)
-        total = weights.sum(dim=1, keepdim=True)
+        total = weights.sum(dim=1, keepdim=True)  # (n, 1)
         weights = weights / total.clamp_min(EPSILON)
         values = weights @ prototypes + (total > 0) * common
     return values.view(b, h, w, c).permute(0, 3, 1, 2), weights
@@ -61,9 +60,9 @@ def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
 def hard_shrink(weights: Tensor, shrink: float) -> Tensor:
     """Sets weights at or below the threshold to zero.
 
-    Deviation: MemAE and the releases multiply by ``excess / (excess + 1e-12)``, where ``excess = w
-    - lambda``. Its derivative explodes within 1e-8 of the threshold, which float32 hardly resolves;
-    float64 keeps it, since the releases' first five steps depend on it.
+    Deviation: MemAE and the releases multiply by ``excess / (excess + 1e-12)``, where ``excess =
+    weights - shrink``. Its derivative explodes within 1e-8 of the threshold, which float32 hardly
+    resolves; float64 keeps it, since the releases' first five steps depend on it.
     """
     if weights.dtype != torch.float64:
         return F.threshold(weights, shrink, 0.0)
@@ -127,22 +126,16 @@ class SingleGranularityMemory(nn.Module):
                 is not above 0.
         """
         super().__init__()
-        sizes = {
-            "num_ids": num_ids,
-            "instances_per_id": instances_per_id,
-            "parts_per_instance": parts_per_instance,
-            "dim": dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        self.num_ids, self.dim = num_ids, dim
+        self.instances_per_id, self.parts_per_instance = instances_per_id, parts_per_instance
+        self.shrink, self.shrink_scale = shrink, shrink_scale
+        for name in ("num_ids", "instances_per_id", "parts_per_instance", "dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink must be in [0, 1), got {shrink}")
         if shrink_scale is not None and not shrink_scale > 0:
             raise ValueError(f"shrink_scale must be above 0, got {shrink_scale}")
-        self.num_ids, self.dim = num_ids, dim
-        self.instances_per_id, self.parts_per_instance = instances_per_id, parts_per_instance
-        self.shrink, self.shrink_scale = shrink, shrink_scale
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
@@ -161,14 +154,6 @@ class SingleGranularityMemory(nn.Module):
         """Reads the part bank at every position of x (B, C, H, W)."""
         part, weights = self.read("part", x, self.part_bank)
         return MemoryRead(part, weights={"part": weights})
-
-    def extra_repr(self) -> str:
-        """One line of sizes for ``print(model)``."""
-        shrink = f"{self.shrink_scale}/m" if self.shrink_scale else self.shrink
-        return (
-            f"L={self.num_ids}, T={self.instances_per_id}, R={self.parts_per_instance}, "
-            f"C={self.dim}, shrink={shrink}"
-        )
 
 
 class MultiGranularityMemory(SingleGranularityMemory):
@@ -227,71 +212,17 @@ class MultiGranularityMemory(SingleGranularityMemory):
     def forward(self, x: Tensor) -> MemoryRead:
         """Reads all granularities at every position of x (B, C, H, W)."""
         instance_bank, semantic_bank = self.banks()
-        part, weights_part = self.read("part", x, self.part_bank)
+        part, weights = self.read("part", x, self.part_bank)
+        by_level = {"part": weights}
         if self.variant == "released":
-            semantic, weights_semantic = self.read("semantic", x, semantic_bank)
-            weights = {"part": weights_part, "semantic": weights_semantic}
-            return MemoryRead(part, semantic=semantic, weights=weights)
-        instance, weights_instance = self.read("instance", part, instance_bank)
-        semantic, weights_semantic = self.read("semantic", instance, semantic_bank)
-        weights = dict(zip(LEVELS, (weights_part, weights_instance, weights_semantic), strict=True))
-        return MemoryRead(part, instance, semantic, weights)
-
-    def extra_repr(self) -> str:
-        """One line of sizes for ``print(model)``."""
-        return f"{super().extra_repr()}, variant={self.variant}"
+            semantic, by_level["semantic"] = self.read("semantic", x, semantic_bank)
+            return MemoryRead(part, semantic=semantic, weights=by_level)
+        instance, by_level["instance"] = self.read("instance", part, instance_bank)
+        semantic, by_level["semantic"] = self.read("semantic", instance, semantic_bank)
+        return MemoryRead(part, instance, semantic, by_level)
 
 
 def gated_mean(groups: Tensor, gate: nn.Conv1d) -> Tensor:
     """Mean over the members of each group, gated: (groups, members, C) -> (groups, C)."""
     with torch.autocast(groups.device.type, enabled=False):  # prototypes stay in full precision
         return (gate(groups).sigmoid() * groups).mean(dim=1)
-
-
-class MemoryHealth:
-    """Usage statistics of a memory, accumulated over an epoch's reads without any gradient.
-
-    Counters stay on the device: updating never waits for it.
-
-    Attributes:
-        counters: By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
-        used: By level (m,) float32: how many reads each prototype survived in.
-    """
-
-    def __init__(self) -> None:
-        self.counters: dict[str, Tensor] = {}
-        self.used: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Adds the reads of one batch, `MemoryRead.weights`."""
-        for level, own in weights.items():
-            own = own.detach()
-            positive = own.values() if own.layout == torch.sparse_csr else own  # (k,) or (n, m)
-            entropy = -torch.special.xlogy(positive, positive).sum(dtype=torch.float64)
-            if own.layout == torch.sparse_csr:
-                per_row = own.crow_indices().diff()  # (n,) survivors of each query
-                used = torch.bincount(own.col_indices(), minlength=own.shape[1])
-            else:
-                per_row, used = (own > 0).sum(dim=1), (own > 0).sum(dim=0)
-            rows = torch.full_like(entropy, len(per_row))
-            new = torch.stack([rows, (per_row == 0).sum(), per_row.sum(), entropy])
-            self.counters[level] = self.counters.get(level, 0) + new
-            self.used[level] = self.used.get(level, 0) + used.float()
-
-    def summary(self) -> dict[str, float]:
-        """Returns ``{level/number: value}`` over all updates.
-
-        ``zero_reads``: share of positions whose read is all zero. ``survivors``: mean number of
-        prototypes above the threshold per position. ``used``: share of the bank's prototypes that
-        any position addressed. ``entropy``: mean entropy in nats of the positions that read
-        something (0 when none did).
-        """
-        result = {}
-        for level, counters in self.counters.items():
-            rows, zero_rows, survivors, entropy = counters.tolist()
-            used = float((self.used[level] > 0).double().mean())
-            entropy = abs(entropy) / max(rows - zero_rows, 1)
-            numbers = (zero_rows / rows, survivors / rows, used, entropy)
-            result |= {f"{level}/{k}": v for k, v in zip(HEALTH, numbers, strict=True)}
-        return result

@@ -6,6 +6,7 @@ channels, ``L`` training identities. The last map of an image of H x W pixels is
 
 import copy
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,27 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
-from networks.backbone import (
-    BACKBONES,
-    OUTPUT_STRIDE,
-    build_backbone,
-    is_backbone,
-    read_weights,
-)
-from networks.layers import CLASSIFIER_STD, StripeLinear, gem, linear_classifier, neck_norm
+from networks.backbone import OUTPUT_STRIDE, find_backbone, read_weights
+from networks.layers import StripeLinear, at_least_float32, gem, linear_classifier, neck_norm
 from networks.released import convert_released_state_dict, load_matching, released_config
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES, VARIANTS
 from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 
-__all__ = ["TwoStreamNet", "convert_released_state_dict", "gem", "load_network"]
-
 log = logging.getLogger(__name__)
 
-HEADS = ("pcb", "agw")
 MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
-RELEASED_SIZE = (288, 144)  # (height, width) that the earlier releases trained at
-RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}  # not stored in such files
-MEMORY_SETTINGS = {  # of a memory named by a string, and their defaults
+# Of the earlier releases, whose files do not say it: settings, and the size of training images.
+RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}
+RELEASED_SIZE = {"img_h": 288, "img_w": 144}
+MEMORY_SETTINGS = {  # of a memory that the network builds, and their defaults
     "instances_per_id": INSTANCES_PER_ID,
     "parts_per_instance": PARTS_PER_INSTANCE,
     "shrink": SHRINK,
@@ -58,7 +51,7 @@ class TwoStreamNet(nn.Module):
         self,
         num_ids: int,
         head: str = "pcb",
-        memory: str | nn.Module | None = None,
+        memory: str | type[nn.Module] | nn.Module | None = None,
         memory_variant: str = "paper",
         share_net: int = 2,
         num_strips: int = 6,
@@ -75,8 +68,9 @@ class TwoStreamNet(nn.Module):
         Args:
             num_ids: Training identities L.
             head: "pcb" (HCT) or "agw".
-            memory: None, "sg", "mg", or a module from a map (N, C, H, W) to a `MemoryRead`.
-            memory_variant: Of the memory "mg"; see `memory.MultiGranularityMemory`.
+            memory: None, "sg", "mg", or a module from a map (N, C, H, W) to a `MemoryRead`; a class
+                is built with the arguments of `memory.MultiGranularityMemory`.
+            memory_variant: Of a memory that is built here; see `memory.MultiGranularityMemory`.
             share_net: First shared stage: 0 shares all, 1 all but the stem, ..., 5 nothing.
             num_strips: Stripes S.
             local_feat_dim: Channels of a stripe's feature.
@@ -87,64 +81,54 @@ class TwoStreamNet(nn.Module):
             memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
                 "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
                 classifier and losses of the memory branch and drops the memory: a control.
-            **memory_settings: Of a memory named by a string, as in `MEMORY_SETTINGS`.
+            **memory_settings: Of a memory that is built here, as in `MEMORY_SETTINGS`.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
             FileNotFoundError: When weights are neither there nor downloadable.
         """
         super().__init__()
-        _check_choice("head", head, HEADS)
+        _check_choice("head", head, ("pcb", "agw"))
         _check_choice("memory_variant", memory_variant, VARIANTS)
         _check_choice("share_net", share_net, range(len(STAGES) + 1))
         _check_choice("memory_levels", memory_levels, (None, "none", *LEVELS))
-        if not isinstance(memory, nn.Module):
+        if not isinstance(memory, nn.Module | type):
             _check_choice("memory", memory, (None, *MEMORIES))
         if not (gem_p > 0 and num_ids > 0 and num_strips > 0):
             numbers = f"{gem_p}, {num_ids}, {num_strips}"
             raise ValueError(f"gem_p, num_ids, num_strips must be positive; got {numbers}")
-        self.head = head
-        self.num_strips = num_strips
-        self.gem_p = gem_p
+        self.head, self.num_strips, self.gem_p = head, num_strips, gem_p
         self.memory_levels = memory_levels
 
+        # Backbone: the stages below share_net once a modality, the others once.
+        backbone = find_backbone(arch)
         state = None if weights in (None, "none") else read_weights(arch, weights)
-        backbone_state = state if state is not None and is_backbone(state) else None
-        stages = build_backbone(arch, backbone_state, str(weights), non_local=head == "agw")
-        self.dim = BACKBONES[arch].channels
-        self.visible = nn.Sequential(OrderedDict(list(stages.items())[:share_net]))
+        whole_network = state is not None and "conv1.weight" not in state  # no torchvision ResNet
+        stages = backbone.build(None if whole_network else state, str(weights), head == "agw")
+        stages = list(stages.items())
+        self.dim = backbone.channels
+        self.visible = nn.Sequential(OrderedDict(stages[:share_net]))
         self.infrared = copy.deepcopy(self.visible)
-        self.shared = nn.Sequential(OrderedDict(list(stages.items())[share_net:]))
+        self.shared = nn.Sequential(OrderedDict(stages[share_net:]))
 
+        # Head: HCT's stripes, or AGW's neck.
         if head == "pcb":
             self.part_reduce = StripeLinear(num_strips, self.dim, local_feat_dim)
             # One batch norm over S*d channels equals one over d channels for each stripe.
             self.part_norm = nn.BatchNorm1d(num_strips * local_feat_dim)
-            self.part_classifier = StripeLinear(num_strips, local_feat_dim, num_ids)
-            for weight in self.part_reduce.weight:
-                nn.init.kaiming_normal_(weight, mode="fan_in")
-            nn.init.normal_(self.part_classifier.weight, std=CLASSIFIER_STD)
+            self.part_classifier = StripeLinear(
+                num_strips, local_feat_dim, num_ids, classifies=True
+            )
         else:
             self.neck = neck_norm(self.dim)
             self.classifier = linear_classifier(self.dim, num_ids)
 
+        # Memory branch: the memory, and neck and classifier of its own.
         memory_settings = MEMORY_SETTINGS | memory_settings
-        if isinstance(memory, str):
-            variant = {"variant": memory_variant} if memory == "mg" else {}
-            memory = MEMORIES[memory](num_ids, dim=self.dim, **memory_settings, **variant)
-        self.config = {
-            "num_ids": num_ids,
-            "head": head,
-            "memory": _memory_name(memory),
-            "memory_variant": getattr(memory, "variant", memory_variant),
-            "share_net": share_net,
-            "num_strips": num_strips,
-            "local_feat_dim": local_feat_dim,
-            "gem_p": gem_p,
-            "arch": arch,
-            **{k: getattr(memory, k, v) for k, v in memory_settings.items()},
-            "memory_levels": memory_levels,
-        }
+        memory = MEMORIES.get(memory, memory)
+        if isinstance(memory, type):
+            variant = {} if memory is SingleGranularityMemory else {"variant": memory_variant}
+            memory = memory(num_ids, dim=self.dim, **memory_settings, **variant)
         self.memory = None if memory_levels == "none" else memory
         self.memory_neck = None
         if memory is not None:
@@ -155,18 +139,34 @@ class TwoStreamNet(nn.Module):
         if isinstance(self.memory, MultiGranularityMemory):  # gates that no loss would reach
             self.memory.part_gate.requires_grad_(memory_levels != "part")
             self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))
-        if state is not None and backbone_state is None:
+
+        own_name = None if memory is None else type(memory).__name__
+        self.config = {
+            "num_ids": num_ids,
+            "head": head,
+            "memory": next((k for k, v in MEMORIES.items() if type(memory) is v), own_name),
+            "memory_variant": getattr(memory, "variant", memory_variant),
+            "share_net": share_net,
+            "num_strips": num_strips,
+            "local_feat_dim": local_feat_dim,
+            "gem_p": gem_p,
+            "arch": arch,
+            **{k: getattr(memory, k, v) for k, v in memory_settings.items()},
+            "memory_levels": memory_levels,
+        }
+        if whole_network:
             load_matching(self, state, str(weights))
 
     def check_image_height(self, height: int) -> None:
         """Raises ValueError, with heights that do fit, unless the map divides into the stripes."""
         needs_stripes = self.head == "pcb" or self.memory is not None
-        if needs_stripes and -(-height // OUTPUT_STRIDE) % self.num_strips:
+        map_height = math.ceil(height / OUTPUT_STRIDE)
+        if needs_stripes and map_height % self.num_strips:
             unit = OUTPUT_STRIDE * self.num_strips
-            legal = sorted({max(1, height // unit) * unit, -(-height // unit) * unit, 3 * unit})
+            legal = sorted({max(1, height // unit) * unit, (height // unit + 1) * unit, 3 * unit})
             raise ValueError(
-                f"an image height of {height} gives a map of height {-(-height // OUTPUT_STRIDE)}, "
-                f"which does not divide into {self.num_strips} stripes; heights that do: "
+                f"an image height of {height} gives a map of height {map_height}, which does not "
+                f"divide into {self.num_strips} stripes; heights that do: "
                 f"{', '.join(map(str, legal))} (--img_h), or change --num_strips"
             )
 
@@ -180,14 +180,11 @@ class TwoStreamNet(nn.Module):
 
     def feature_map(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
         """Maps images (n, 3, H, W) of either or both modalities to (N, C, H/16, W/16)."""
-        streams = []
-        if visible is not None:
-            streams.append(self.visible(visible))
-        if infrared is not None:
-            streams.append(self.infrared(infrared))
-        if not streams:
+        streams = ((self.visible, visible), (self.infrared, infrared))
+        maps = [stream(images) for stream, images in streams if images is not None]
+        if not maps:
             raise ValueError("give visible images, infrared images or both; got neither")
-        return self.shared(torch.cat(streams) if len(streams) > 1 else streams[0])
+        return self.shared(torch.cat(maps))
 
     def part_features(self, feature_map: Tensor) -> Tensor:
         """Stripe features (N, S, d) of a map (N, C, H, W)."""
@@ -204,28 +201,20 @@ class TwoStreamNet(nn.Module):
     ) -> dict[str, Tensor | MemoryRead] | Tensor:
         """Training: everything the losses need; evaluation: the retrieval feature.
 
-        Args:
-            visible: Visible images (n, 3, H, W), or None.
-            infrared: Infrared images (n, 3, H, W), or None.
-
         Returns:
             In training mode a dict with N = all rows, visible first: ``feat`` (N, S*d; AGW: N, C),
             with the pcb head ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the AGW
             head ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits``
             (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none"). In
-            evaluation mode (N, D), L2-normalised: the concatenated stripes, or AGW's feature after
-            the neck.
+            evaluation mode (N, D), the headline of `embed`.
         """
         if not self.training:
             return self.embed(visible, infrared)
         x = self.feature_map(visible, infrared)  # (N, C, H, W)
         if self.head == "pcb":
             parts = self.part_features(x)
-            out = {
-                "feat": parts.flatten(1),
-                "part_feats": parts,
-                "part_logits": self.part_classifier(parts),
-            }
+            logits = self.part_classifier(parts)
+            out = {"feat": parts.flatten(1), "part_feats": parts, "part_logits": logits}
         else:
             feat = gem(x, self.gem_p, dims=(2, 3))
             out = {"feat": feat, "logits": self.classifier(self.neck(feat))}
@@ -238,7 +227,7 @@ class TwoStreamNet(nn.Module):
         return out
 
     def _memory_feature(self, x: Tensor) -> tuple[Tensor, MemoryRead | None]:
-        """Mean over positions of the map x plus its read: (N, C), float32 or wider; all reads."""
+        """Mean over positions of the map x plus its read, (N, C), and all reads."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         feat = x.mean(dim=(2, 3), dtype=dtype)
         if self.memory is None:
@@ -264,15 +253,15 @@ class TwoStreamNet(nn.Module):
         Args:
             visible: Visible images (n, 3, H, W), or None.
             infrared: Infrared images (n, 3, H, W), or None.
-            test_feat: None is the headline. "pcb": concatenated stripes; "neck" and "pool": AGW's
-                after and before the neck; "memory": the memory feature after its neck; "both": the
-                headline and the memory feature, side by side with equal weight.
+            test_feat: "pcb": concatenated stripes; "neck" and "pool": AGW's after and before the
+                neck; "memory": the memory feature after its neck; "both": the headline and the
+                memory feature, side by side with equal weight. None: the headline, pcb or neck.
 
         Raises:
             ValueError: When the network has no such feature.
         """
-        test_feat = self.test_feats()[0] if test_feat is None else test_feat
-        return self.embed_all(visible, infrared, (test_feat,))[test_feat]
+        name = test_feat or self.test_feats()[0]
+        return self.embed_all(visible, infrared, (name,))[name]
 
     def embed_all(
         self, visible: Tensor | None, infrared: Tensor | None, test_feats: Sequence[str]
@@ -285,18 +274,17 @@ class TwoStreamNet(nn.Module):
 
     def _embed_map(self, x: Tensor, test_feat: str) -> Tensor:
         """One kind of retrieval feature (N, D) of a map (N, C, H, W)."""
-        features = []
-        if test_feat in ("pcb", "both") and self.head == "pcb":
-            features.append(self.part_features(x).flatten(1))
-        elif test_feat != "memory":
-            pooled = gem(x, self.gem_p, dims=(2, 3))
-            features.append(pooled if test_feat == "pool" else self.neck(pooled))
-        if test_feat in ("memory", "both"):
-            features.append(self.memory_neck(self._memory_feature(x)[0]))
-        features = [
-            F.normalize(f.to(torch.promote_types(f.dtype, torch.float32))) for f in features
-        ]
-        return F.normalize(torch.cat(features, dim=1)) if len(features) > 1 else features[0]
+        if test_feat == "both":
+            pair = [self._embed_map(x, name) for name in (self.test_feats()[0], "memory")]
+            return F.normalize(torch.cat(pair, dim=1))
+        if test_feat == "pcb":
+            feat = self.part_features(x).flatten(1)
+        elif test_feat == "memory":
+            feat = self.memory_neck(self._memory_feature(x)[0])
+        else:
+            feat = gem(x, self.gem_p, dims=(2, 3))
+            feat = self.neck(feat) if test_feat == "neck" else feat
+        return F.normalize(at_least_float32(feat))
 
 
 def load_network(
@@ -313,9 +301,8 @@ def load_network(
         gem_p: Pooling exponent in place of the stored one; an earlier release's file stores none,
             and takes 3.0 without it.
         memory_variant: Likewise; an earlier release's file takes "released" without it.
-        memory: The class of a memory of the user's own, built with the arguments of
-            `memory.MultiGranularityMemory`. Without it such a checkpoint is loaded without its
-            memory, which the method's own retrieval feature does not need.
+        memory: The class of a memory of the user's own. Without it such a checkpoint is loaded
+            without its memory, which the method's own retrieval feature does not need.
 
     Returns:
         The network, and the checkpoint's other entries.
@@ -334,7 +321,11 @@ def load_network(
         else:
             config = {**RELEASED_DEFAULTS, **released_config(state), **given}
             state = convert_released_state_dict(state)
-        if memory is None and config.get("memory") not in (None, *MEMORIES):
+        if memory is not None:
+            if config["memory"] != memory.__name__:
+                raise ValueError(f"its memory is {config['memory']!r}, not {memory.__name__!r}")
+            config["memory"] = memory
+        elif config.get("memory") not in (None, *MEMORIES):
             log.warning(
                 "%s has a memory of the class %s: loaded without it (--memory MODULE.CLASS)",
                 *(path, config["memory"]),
@@ -342,10 +333,10 @@ def load_network(
             state = {k: v for k, v in state.items() if not k.startswith("memory.")}
             config |= {"memory": "mg", "memory_levels": "none"}
         with torch.device("meta"):  # shapes first: a file may ask for any amount of memory
-            shapes = {k: v.shape for k, v in _network(config, memory).state_dict().items()}
+            shapes = {k: v.shape for k, v in TwoStreamNet(**config).state_dict().items()}
         if shapes != {k: v.shape for k, v in state.items()}:
             raise ValueError("its configuration does not belong to its weights")
-        net = _network(config, memory)
+        net = TwoStreamNet(**config)
         net.load_state_dict(state)
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -353,44 +344,18 @@ def load_network(
     return net, rest
 
 
-def _network(config: dict[str, Any], memory: type[nn.Module] | None) -> TwoStreamNet:
-    """The network of a configuration; `memory` is the class of a user's own memory."""
-    if memory is None:
-        return TwoStreamNet(**config)
-    if config["memory"] != memory.__name__:
-        raise ValueError(f"its memory is {config['memory']!r}, not {memory.__name__!r}")
-    settings = {k: config[k] for k in MEMORY_SETTINGS}
-    dim = BACKBONES[config["arch"]].channels
-    own = memory(config["num_ids"], dim=dim, variant=config["memory_variant"], **settings)
-    return TwoStreamNet(**{k: v for k, v in config.items() if k not in settings} | {"memory": own})
-
-
 def trained_size(info: dict[str, Any]) -> tuple[int, int]:
     """Height and width, pixels, of the images that a checkpoint was trained on.
 
-    Args:
-        info: The entries that `load_network` gives beside the network.
-
     Raises:
-        CheckpointError: When they are no numbers.
+        CheckpointError: When `info`, what `load_network` gives beside the network, has no numbers.
     """
     trained = plain_entry(info, "options", {}, "the checkpoint")
-    height, width = (
-        plain_entry(trained, name, size, "the checkpoint's options")
-        for name, size in zip(("img_h", "img_w"), RELEASED_SIZE, strict=True)
-    )
-    return height, width
+    sizes = RELEASED_SIZE.items()
+    return tuple(plain_entry(trained, k, v, "the checkpoint's options") for k, v in sizes)
 
 
 def _check_choice(name: str, value: object, legal: Sequence[object]) -> None:
     """Raises ValueError naming the value met and the legal ones."""
     if value not in legal:
         raise ValueError(f"{name} must be one of: {', '.join(map(str, legal))}; got {value!r}")
-
-
-def _memory_name(memory: nn.Module | None) -> str | None:
-    """How a network's configuration names its memory: "sg", "mg", or a user's class."""
-    if memory is None:
-        return None
-    own = {kind: name for name, kind in MEMORIES.items()}
-    return own.get(type(memory), type(memory).__name__)

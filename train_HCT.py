@@ -48,7 +48,6 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
             },
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
-            num_centers=2 * args.batch_size,
             head=run.head,
         )
 

@@ -64,7 +64,6 @@ def main(
             },
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
-            num_centers=2 * args.batch_size,
             head=run.head,
         )
 

@@ -35,8 +35,8 @@ from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
 from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import Criterion
-from memory import MemoryHealth
 from model import TwoStreamNet
+from networks.memory_health import MemoryHealth
 from networks.settings import LABEL_SMOOTHING
 from utils import keep_freed_memory
 
@@ -153,9 +153,7 @@ def _step(
         data[name] = data[name].to(memory_format=torch.channels_last)
     order, batch = data.pop("order"), SimpleNamespace(**data)
     weights = term_weights(net)
-    criterion = Criterion(
-        weights, label_smoothing=LABEL_SMOOTHING, num_centers=2 * _sizes(args.batch)[0]
-    )
+    criterion = Criterion(weights, label_smoothing=LABEL_SMOOTHING)
 
     def step() -> None:
         amp = variant == "bf16"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from engine import distributed
 from loss import TRIPLET_TERMS, Criterion, weighted_total
-from memory import MemoryHealth
+from networks.memory_health import MemoryHealth
 
 CHECK_EVERY = 10  # steps between two looks at the losses: a look waits for the device
 REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"

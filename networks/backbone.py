@@ -5,7 +5,7 @@ Another backbone is one more entry of `BACKBONES`: the channels of its last map,
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,81 +22,6 @@ NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so
 OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
 
 Stages = OrderedDict[str, nn.Module]
-
-
-def build_backbone(
-    arch: str,
-    state: Mapping[str, Tensor] | None = None,
-    origin: str = "",
-    *,
-    non_local: bool = False,
-) -> Stages:
-    """Builds the stages of a backbone.
-
-    Args:
-        arch: A name in `BACKBONES`.
-        state: Weights under torchvision's names; None for random ones.
-        origin: Where the weights come from, for messages.
-        non_local: Whether AGW's non-local blocks are added.
-
-    Returns:
-        The stages by name, first to last.
-
-    Raises:
-        ValueError: When there is no such backbone.
-        CheckpointError: When the weights do not fit.
-    """
-    return find_backbone(arch).build(state, origin, non_local)
-
-
-def resnet_stages(
-    arch: str, state: Mapping[str, Tensor] | None, origin: str, non_local: bool
-) -> Stages:
-    """Stages of a torchvision ResNet whose last stride is 1 in place of 2."""
-    resnet = torchvision.models.get_model(arch, weights=None)
-    if state is not None:
-        _load(resnet, state, origin)
-    for module in resnet.layer4[0].modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-    stem = ((name, getattr(resnet, name)) for name in ("conv1", "bn1", "relu", "maxpool"))
-    stages: Stages = OrderedDict(stem=nn.Sequential(OrderedDict(stem)))
-    channels = resnet.fc.in_features  # of layer4; each earlier stage has half of the next one's
-    for i, name in enumerate(STAGES[1:]):
-        count = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
-        stages[name] = Stage(getattr(resnet, name), channels // 2 ** (3 - i), count)
-    return stages
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A backbone that ``--arch`` can name.
-
-    Attributes:
-        channels: C, channels of the last map.
-        build: From weights, their origin and whether non-local blocks are wanted to the stages.
-    """
-
-    channels: int
-    build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
-
-
-BACKBONES = {
-    arch: Backbone(channels, partial(resnet_stages, arch))
-    for arch, channels in {
-        "resnet18": 512,
-        "resnet34": 512,
-        "resnet50": 2048,
-        "resnet101": 2048,
-    }.items()
-}
-
-
-def find_backbone(arch: str) -> Backbone:
-    """Returns an entry of `BACKBONES`; ValueError, naming all of them, where there is none."""
-    if arch not in BACKBONES:
-        raise ValueError(f"arch must be one of: {', '.join(BACKBONES)}; got {arch!r}")
-    return BACKBONES[arch]
 
 
 class NonLocal(nn.Module):
@@ -143,60 +68,92 @@ class Stage(nn.Module):
         return x
 
 
-# --- Starting weights -----------------------------------------------------------------------------
-
-
-def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
-    """Returns the state dict that ``--weights`` names: "imagenet", or a file.
-
-    Args:
-        arch: Whose ImageNet weights.
-        weights: "imagenet", or a file with a torchvision backbone or a whole network.
+def resnet_stages(
+    arch: str, state: Mapping[str, Tensor] | None, origin: str, non_local: bool
+) -> Stages:
+    """Stages of a torchvision ResNet whose last stride is 1 in place of 2.
 
     Raises:
-        FileNotFoundError: As `imagenet_state_dict`.
-        CheckpointError: When a file cannot be used.
+        CheckpointError: When the weights `state` do not fit.
     """
-    if str(weights) == "imagenet":
-        return imagenet_state_dict(arch)
-    return state_dict_of(load_checkpoint(weights), weights)
-
-
-def imagenet_state_dict(arch: str) -> dict[str, Tensor]:
-    """Reads torchvision's ImageNet weights (V1, as the earlier releases used).
-
-    Raises:
-        FileNotFoundError: When they are neither cached nor downloadable, naming file and place.
-    """
-    weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        name = weights.url.rsplit("/", 1)[1]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise FileNotFoundError(
-            f"ImageNet weights for {arch} could not be downloaded ({error}). Put {name} (from "
-            f"{weights.url}) into {folder}, or name its place with --weights PATH, or train from "
-            f"random weights with --weights none (and --preset scratch)"
-        ) from error
-
-
-def is_backbone(state: Iterable[str]) -> bool:
-    """Whether names are those of a torchvision ResNet, rather than of a whole network."""
-    return "conv1.weight" in state
+    resnet = torchvision.models.get_model(arch, weights=None)
+    if state is not None:
+        _load(resnet, state, origin)
+    for module in resnet.layer4[0].modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+    stem = ((name, getattr(resnet, name)) for name in ("conv1", "bn1", "relu", "maxpool"))
+    stages: Stages = OrderedDict(stem=nn.Sequential(OrderedDict(stem)))
+    channels = resnet.fc.in_features  # of layer4; each earlier stage has half of the next one's
+    for i, name in enumerate(STAGES[1:]):
+        count = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
+        stages[name] = Stage(getattr(resnet, name), channels // 2 ** (3 - i), count)
+    return stages
 
 
 def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Loads torchvision-named weights into a torchvision ResNet, classifier aside."""
-    own = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
-    wrong = [
-        k
-        for k, v in own.items()
-        if not k.endswith("num_batches_tracked") and (k not in state or state[k].shape != v.shape)
-    ]
+    """Loads torchvision-named weights into a torchvision ResNet, classifier and counters aside."""
+    unused = ("fc.weight", "fc.bias", "num_batches_tracked")
+    own = {k: v for k, v in resnet.state_dict().items() if not k.endswith(unused)}
+    wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
     if wrong:
         raise CheckpointError(
             f"{origin} does not fit this backbone: {len(wrong)} of {len(own)} entries are missing "
             f"or of another shape, {wrong[0]} first; is --arch right?"
         )
-    resnet.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
+    resnet.load_state_dict({k: state[k] for k in own}, strict=False)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone that ``--arch`` can name.
+
+    Attributes:
+        channels: C, channels of the last map.
+        build: From weights, their origin and whether non-local blocks are wanted to the stages.
+    """
+
+    channels: int
+    build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
+
+
+BACKBONES = {
+    "resnet18": Backbone(512, partial(resnet_stages, "resnet18")),
+    "resnet34": Backbone(512, partial(resnet_stages, "resnet34")),
+    "resnet50": Backbone(2048, partial(resnet_stages, "resnet50")),
+    "resnet101": Backbone(2048, partial(resnet_stages, "resnet101")),
+}
+
+
+def find_backbone(arch: str) -> Backbone:
+    """Returns an entry of `BACKBONES`; ValueError, naming all of them, where there is none."""
+    if arch not in BACKBONES:
+        raise ValueError(f"arch must be one of: {', '.join(BACKBONES)}; got {arch!r}")
+    return BACKBONES[arch]
+
+
+def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
+    """Returns the state dict that ``--weights`` names.
+
+    Args:
+        arch: Whose ImageNet weights.
+        weights: "imagenet" (torchvision's V1, as the earlier releases used), or a file with a
+            torchvision backbone or a whole network.
+
+    Raises:
+        FileNotFoundError: When ImageNet weights are neither cached nor downloadable.
+        CheckpointError: When a file cannot be used.
+    """
+    if str(weights) != "imagenet":
+        return state_dict_of(load_checkpoint(weights), weights)
+    imagenet = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+    try:
+        return imagenet.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        name = imagenet.url.rsplit("/", 1)[1]
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise FileNotFoundError(
+            f"ImageNet weights for {arch} could not be downloaded ({error}). Put {name} (from "
+            f"{imagenet.url}) into {folder}, or name its place with --weights PATH, or train from "
+            f"random weights with --weights none (and --preset scratch)"
+        ) from error

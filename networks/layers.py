@@ -3,11 +3,18 @@
 Shapes: ``N`` images, ``S`` stripes, ``L`` training identities.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 GEM_EPSILON = 1e-12
 CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Returns half precision as float32, and anything else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
@@ -21,19 +28,26 @@ def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
         p: Exponent.
         dims: Dimensions that are pooled and left out of the result.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = at_least_float32(x)
     scale = x.detach().amax(dim=dims, keepdim=True).clamp_min(1)
     mean = (x / scale).pow(p).mean(dim=dims, keepdim=True)
     return ((mean + GEM_EPSILON / scale.pow(p)).pow(1 / p) * scale).squeeze(dims)
 
 
 class StripeLinear(nn.Module):
-    """One linear layer a stripe, all in one batched product: (N, S, in) -> (N, S, out)."""
+    """One linear layer a stripe, all in one batched product: (N, S, in) -> (N, S, out).
 
-    def __init__(self, num_strips: int, in_features: int, out_features: int) -> None:
+    Weights start from Kaiming's normal distribution, those of a classifier near zero.
+    """
+
+    def __init__(
+        self, num_strips: int, in_features: int, out_features: int, *, classifies: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_strips, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(num_strips, out_features))
+        std = CLASSIFIER_STD if classifies else math.sqrt(2 / in_features)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies stripe s's layer to x[:, s]."""

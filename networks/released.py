@@ -16,26 +16,31 @@ from utils import CheckpointError
 
 log = logging.getLogger(__name__)
 
-_STREAMS = {
-    "visible_module.visible": "visible",
-    "thermal_module.thermal": "infrared",
-    "base_resnet.base": "shared",
-}
-_RENAMED = {
-    "mem_rep.memory.weight": "memory.part_bank",
-    "mem_rep.memory.reweight_layer_part": "memory.part_gate",
-    "mem_rep.memory.reweight_layer_ins": "memory.instance_gate",
-}
-_NON_LOCAL = {"g.0": "g", "theta": "theta", "phi": "phi", "W.0": "project", "W.1": "norm"}
-_RESNET_DEPTHS = {  # blocks a stage, and whether a block has a third convolution
-    ((2, 2, 2, 2), False): "resnet18",
-    ((3, 4, 6, 3), False): "resnet34",
-    ((3, 4, 6, 3), True): "resnet50",
-    ((3, 4, 23, 3), True): "resnet101",
+RENAMED = (  # how a released name begins, and how ours does
+    (r"visible_module\.visible\.(conv1|bn1)\.", r"visible.stem.\1."),
+    (r"visible_module\.visible\.layer(\d)\.", r"visible.layer\1.blocks."),
+    (r"thermal_module\.thermal\.(conv1|bn1)\.", r"infrared.stem.\1."),
+    (r"thermal_module\.thermal\.layer(\d)\.", r"infrared.layer\1.blocks."),
+    (r"base_resnet\.base\.layer(\d)\.", r"shared.layer\1.blocks."),
+    (r"NL_(\d)\.(\d+)\.(theta|phi)\.", r"shared.layer\1.non_local.\2.\3."),
+    (r"NL_(\d)\.(\d+)\.g\.0\.", r"shared.layer\1.non_local.\2.g."),
+    (r"NL_(\d)\.(\d+)\.W\.0\.", r"shared.layer\1.non_local.\2.project."),
+    (r"NL_(\d)\.(\d+)\.W\.1\.", r"shared.layer\1.non_local.\2.norm."),
+    (r"mem_rep\.memory\.weight$", r"memory.part_bank"),
+    (r"mem_rep\.memory\.reweight_layer_part\.", r"memory.part_gate."),
+    (r"mem_rep\.memory\.reweight_layer_ins\.", r"memory.instance_gate."),
+    (r"bottleneck\.", r"neck."),
+    (r"classifier\.", r"classifier."),
+)
+DEPTHS = {  # blocks of layer3, and whether a block has a third convolution
+    (2, False): "resnet18",
+    (6, False): "resnet34",
+    (6, True): "resnet50",
+    (23, True): "resnet101",
 }
 
 
-def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list[str]:
+def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Starts a network from another one's weights: every entry of the same name and shape.
 
     Classifiers and memories of another number of identities stay as they are; the log names them.
@@ -45,9 +50,6 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list
         state: Entries under this project's names, or an earlier release's.
         origin: File name, for messages.
 
-    Returns:
-        Names of the entries that stayed as they were.
-
     Raises:
         CheckpointError: When less than half of the network's entries are there.
     """
@@ -55,7 +57,6 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list
         state = convert_released_state_dict(state)
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    kept = [k for k in own if k not in fitting]
     if len(fitting) < len(own) / 2:
         raise CheckpointError(
             f"{origin} fits only {len(fitting)} of the network's {len(own)} entries; it belongs to "
@@ -63,9 +64,9 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> list
             f"{', '.join(list(state)[:4])}, ..."
         )
     net.load_state_dict(fitting, strict=False)
+    kept = [k for k in own if k not in fitting]
     if kept:
         log.info("%s: %d entries start afresh: %s", origin, len(kept), ", ".join(kept[:8]))
-    return kept
 
 
 def is_released(state: Iterable[str]) -> bool:
@@ -94,64 +95,35 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
             f"{', '.join(list(state)[:4])}, ..."
         )
     shared_from = _first_shared_stage(state)
-    with_memory = "mem_rep.memory.weight" in state
+    of_memory = "memory_" if "mem_rep.memory.weight" in state else ""
     converted: dict[str, Tensor] = {}
     for name, value in state.items():
-        new = _backbone_name(name, shared_from) or _head_name(name, with_memory)
-        if new:
-            converted[new] = value
+        for old, new in RENAMED:
+            renamed, count = re.subn(f"^{old}", new, name)
+            if not count:
+                continue
+            stage = re.match(r"(\w+)\.layer(\d)\.", renamed)
+            if stage and (stage[1] == "shared") != (int(stage[2]) >= shared_from):
+                continue  # a copy that is never run
+            prefix = of_memory if renamed.startswith(("neck.", "classifier.")) else ""
+            converted[prefix + renamed] = value
     return converted | _stacked_stripes(state)
 
 
-def _first_shared_stage(state: dict[str, Tensor]) -> int:
-    """`share_net` of a released checkpoint: the lowest stage among the shared entries.
-
-    AGW's shared module holds a whole ResNet, of which the stem is never run.
-    """
+def _first_shared_stage(state: Iterable[str]) -> int:
+    """`share_net` of a released checkpoint: the lowest stage among the shared entries."""
     stages = {int(m[1]) for m in (re.match(r"base_resnet\.base\.layer(\d)", k) for k in state) if m}
     return min(stages, default=5)
 
 
-def _backbone_name(name: str, shared_from: int) -> str | None:
-    """New name of a released backbone or non-local entry; None for others and unused ones."""
-    match = re.match(r"NL_(\d)\.(\d+)\.(g\.0|theta|phi|W\.0|W\.1)\.(\w+)$", name)
-    if match:
-        stage, index, part, leaf = match.groups()
-        return f"shared.layer{stage}.non_local.{index}.{_NON_LOCAL[part]}.{leaf}"
-    for old, new in _STREAMS.items():
-        if not name.startswith(old + "."):
-            continue
-        rest = name[len(old) + 1 :]
-        layer = re.match(r"layer(\d)\.(.*)", rest)
-        stage = int(layer[1]) if layer else 0
-        if (new == "shared") != (stage >= shared_from):
-            return None  # a copy that is never run
-        return f"{new}.layer{stage}.blocks.{layer[2]}" if layer else f"{new}.stem.{rest}"
-    return None
-
-
-def _head_name(name: str, with_memory: bool) -> str | None:
-    """New name of a released neck, classifier or memory entry."""
-    for old, new in _RENAMED.items():
-        if name == old or name.startswith(old + "."):
-            return new + name[len(old) :]
-    module, _, leaf = name.partition(".")
-    prefix = "memory_" if with_memory else ""
-    if module == "bottleneck":
-        return f"{prefix}neck.{leaf}"
-    if module == "classifier":
-        return f"{prefix}classifier.{leaf}"
-    return None
-
-
 def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released per-stripe convolutions, batch norms and classifiers, stacked."""
-    stripes = range(sum(bool(re.match(r"fc_list\.\d+\.bias$", k)) for k in state))
+    stripes = _count(r"fc_list\.(\d+)\.bias$", state)
     if not stripes:
         return {}
 
     def column(template: str) -> list[Tensor]:
-        return [state[template.format(i)] for i in stripes]
+        return [state[template.format(i)] for i in range(stripes)]
 
     stacked = {
         "part_reduce.weight": torch.stack(column("local_conv_list.{}.0.weight")).flatten(2),
@@ -165,6 +137,11 @@ def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
+def _count(pattern: str, names: Iterable[str]) -> int:
+    """How many different values a pattern's group has among names."""
+    return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
+
+
 def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of the `TwoStreamNet` that a released checkpoint belongs to.
 
@@ -174,29 +151,25 @@ def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         ValueError: When the entries are no released network's.
     """
     state = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    blocks = tuple(
-        len({m[1] for m in (re.match(rf".*\.layer{i}\.(\d+)\.", k) for k in state) if m})
-        for i in range(1, 5)
-    )
+    blocks = _count(r".*\.layer3\.(\d+)\.", state)
     bottleneck = any(k.endswith("layer4.0.conv3.weight") for k in state)
-    if (blocks, bottleneck) not in _RESNET_DEPTHS:
-        raise ValueError(f"unknown backbone: {blocks} blocks in layers 1 to 4")
+    if (blocks, bottleneck) not in DEPTHS:
+        raise ValueError(f"unknown backbone: {blocks} blocks in layer3")
     config: dict[str, Any] = {
-        "arch": _RESNET_DEPTHS[blocks, bottleneck],
+        "arch": DEPTHS[blocks, bottleneck],
         "share_net": _first_shared_stage(state),
         "head": "pcb" if "fc_list.0.weight" in state else "agw",
         "memory": None,
     }
     if config["head"] == "pcb":
-        config["num_strips"] = sum(bool(re.match(r"fc_list\.\d+\.bias$", k)) for k in state)
-        config["local_feat_dim"] = state["local_conv_list.0.0.weight"].shape[0]
-        config["num_ids"] = state["fc_list.0.weight"].shape[0]
-    if "classifier.weight" in state:
-        config["num_ids"] = state["classifier.weight"].shape[0]
+        config["num_strips"] = _count(r"fc_list\.(\d+)\.bias$", state)
+        config["local_feat_dim"] = len(state["local_conv_list.0.0.weight"])
+    classifier = "fc_list.0.weight" if config["head"] == "pcb" else "classifier.weight"
+    config["num_ids"] = len(state[classifier])
     if "mem_rep.memory.weight" in state:
         config["memory"] = "sg"
-        if "mem_rep.memory.reweight_layer_part.weight" in state:
-            config["memory"] = "mg"
-            config["parts_per_instance"] = state["mem_rep.memory.reweight_layer_part.bias"].numel()
-            config["instances_per_id"] = state["mem_rep.memory.reweight_layer_ins.bias"].numel()
+    if "mem_rep.memory.reweight_layer_part.weight" in state:
+        config["memory"] = "mg"
+        config["parts_per_instance"] = len(state["mem_rep.memory.reweight_layer_part.bias"])
+        config["instances_per_id"] = len(state["mem_rep.memory.reweight_layer_ins.bias"])
     return config

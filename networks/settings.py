@@ -2,7 +2,7 @@
 
 VARIANTS = ("paper", "released")  # of MG-MRA's memory
 LEVELS = ("part", "instance", "semantic")  # granularities, the finest first
-HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `memory.MemoryHealth.summary`
+HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
 
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped
 INSTANCES_PER_ID = 5  # T

@@ -76,7 +76,7 @@ class _WeightedSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         queries, bank, weights = ctx.saved_tensors
         rows = torch.repeat_interleave(weights.crow_indices().diff())  # query of each survivor
         alpha = weights.values()  # (k,)
@@ -88,11 +88,8 @@ class _WeightedSums(torch.autograd.Function):
         grad_scores = _csr(
             weights.crow_indices(), weights.col_indices(), grad_scores, weights.shape
         )
-        grad_queries = grad_bank = None
-        if ctx.needs_input_grad[0]:
-            grad_queries = (grad_scores @ bank).to(queries.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bank = grad_scores.t() @ queries.to(bank.dtype) + weights.t() @ grad
+        grad_queries = (grad_scores @ bank).to(queries.dtype)
+        grad_bank = grad_scores.t() @ queries.to(bank.dtype) + weights.t() @ grad
         return grad_queries, grad_bank, None
 
 

@@ -27,8 +27,8 @@ from engine.train import (  # noqa: E402
     training_step,
 )
 from loss import Criterion  # noqa: E402
-from memory import MemoryHealth  # noqa: E402
 from model import TwoStreamNet  # noqa: E402
+from networks.memory_health import MemoryHealth  # noqa: E402
 
 IDS, IMAGES = 6, 2  # P, K of the whole batch
 
@@ -50,7 +50,7 @@ def one_step(settings: dict) -> dict:
     weights = term_weights(net)
     if "memory" in settings:
         weights["decorrelation"] = 0.5
-    criterion = Criterion(weights, label_smoothing=0.1, num_centers=2 * IDS, head=net.head)
+    criterion = Criterion(weights, label_smoothing=0.1, head=net.head)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.0)
     terms, _, addressing = training_step(

@@ -14,13 +14,13 @@ from torch import nn
 from benchmarks.plain import term_weights
 from engine.train import feature_spread, make_optimizer, training_step
 from loss import Criterion
-from memory import MemoryHealth
 from model import TwoStreamNet
+from networks.memory_health import MemoryHealth
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
 WAITS = (fake.DynamicOutputShapeException, fake.DataDependentOutputException)
 CUDA = torch.device("cuda:0")
-IDS, PEOPLE, ROWS = 206, 4, 16
+IDS, ROWS = 206, 16
 
 
 def on_gpu(net: nn.Module) -> nn.Module:
@@ -35,9 +35,7 @@ def on_gpu(net: nn.Module) -> nn.Module:
     return net
 
 
-def steps(
-    net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_centers: int | None = 2 * PEOPLE
-) -> dict[str, torch.Tensor]:
+def steps(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """Everything that two steps of an epoch compute, backward pass aside; what they report."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # it would look for CUDA
     net = on_gpu(net)
@@ -47,7 +45,7 @@ def steps(
     labels = torch.zeros(ROWS, dtype=torch.int64, device=CUDA)
     batch = SimpleNamespace(visible=images[0], infrared=images[1], labels=labels)
     weights = term_weights(net) | ({"decorrelation": 0.01} if net.config["memory"] else {})
-    criterion = Criterion(weights, num_centers=num_centers, head=net.head)
+    criterion = Criterion(weights, head=net.head)
     order = [4, 0, 5, 2, 1, 3]
     health = MemoryHealth()
     for _ in range(2):  # the second adds to the first's counters
@@ -75,8 +73,6 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant, mon
 
 def test_waiting_would_be_noticed(monkeypatch):
     net = TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
-    with fake.FakeTensorMode(), pytest.raises(WAITS):
-        steps(net, monkeypatch, num_centers=None)  # counted in each batch
     monkeypatch.setattr("networks.sparse_read.pays_off", lambda *_: True)
     with fake.FakeTensorMode(), pytest.raises(WAITS):
         steps(net, monkeypatch)

@@ -13,9 +13,10 @@ from datasets.transforms import Augmentation
 from engine.evaluate import embed
 from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import Criterion
-from memory import MemoryHealth, read
+from memory import read
 from model import TwoStreamNet
 from networks.layers import gem
+from networks.memory_health import MemoryHealth
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,7 +97,7 @@ def step(device, memory, amp, plain=False):
     net = net.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.01)
-    criterion = Criterion(weights, num_centers=8)
+    criterion = Criterion(weights)
     terms, _, _ = training_step(
         net, criterion, optimizer, SimpleNamespace(**images), amp=amp, **settings
     )

@@ -112,18 +112,6 @@ def test_gradcheck_of_triplets(name):
     assert torch.autograd.gradcheck(TRIPLETS[name], (features.requires_grad_(), labels))
 
 
-@pytest.mark.parametrize("ids", [1, 2, 5])
-def test_the_number_of_centres_handed_in_is_the_one_counted(ids):
-    gen = torch.Generator().manual_seed(5)
-    labels = (7 * torch.arange(ids)).repeat_interleave(3).repeat(2)
-    features = torch.randn(6 * ids, 2, 7, generator=gen, dtype=torch.float64, requires_grad=True)
-    results = []
-    for count in (None, 2 * ids):
-        value = HeteroCenterTripletLoss(margin=2.0, num_centers=count)(features, labels)
-        results.append((value, *torch.autograd.grad(value, features)))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
-
-
 def test_order_of_the_rows_does_not_matter_to_the_hetero_centre_loss():
     features, labels = batch()
     loss = HeteroCenterTripletLoss()

@@ -7,12 +7,12 @@ from recipe import GOLDEN
 
 from memory import (
     SHRINK,
-    MemoryHealth,
     MemoryRead,
     MultiGranularityMemory,
     SingleGranularityMemory,
     read,
 )
+from networks.memory_health import MemoryHealth
 from networks.sparse_read import sparse_read
 
 GOLDEN_NAMES = {

@@ -17,8 +17,8 @@ from benchmarks.plain import (
 from engine.train import make_optimizer, set_learning_rate, training_step
 from eval_metrics import eval_regdb, eval_sysu
 from loss import Criterion
-from memory import MemoryHealth
 from model import TwoStreamNet
+from networks.memory_health import MemoryHealth
 from re_rank import k_reciprocal
 
 IDS = 150  # 4500 parts: the float32 reads take the sparse route
@@ -35,8 +35,8 @@ def pair(memory, survivors, dtype):
             net.memory.part_bank.mul_(BANK_SCALE[survivors])
     net.train()
     batch = {
-        "visible": torch.randn(8, 3, 96, 48, dtype=dtype),
-        "infrared": torch.randn(8, 3, 96, 48, dtype=dtype),
+        "visible": torch.randn(8, 3, 96, 32, dtype=dtype),
+        "infrared": torch.randn(8, 3, 96, 32, dtype=dtype),
         "labels": torch.tensor([3, 1, 149, 7]).repeat_interleave(2).repeat(2),
         "order": [4, 0, 5, 2, 1, 3],
         "weights": term_weights(net) | ({"decorrelation": 0.01} if memory == "mg" else {}),
