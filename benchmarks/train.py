@@ -3,6 +3,7 @@
     python -m benchmarks.train                     # the paper's shape, on the CPU: half an hour
     python -m benchmarks.train --device cuda --batches 8x4 16x4 32x8
     python -m benchmarks.train --small             # a quick look
+    python -m benchmarks.train --float32           # on a processor without native bf16
 
 Prints Markdown tables and, with ``--json``, writes all numbers. Variants take turns, so that
 whatever else the machine does hits all of them alike, each in a process of its own that does a few
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -43,6 +45,8 @@ from utils import keep_freed_memory
 MEMORIES = {"HCT": None, "SG-MRA": "sg", "MG-MRA": "mg"}
 # "kept": the plain rendering with the allocator's settings that our training runs under.
 VARIANTS = ("plain float32", "plain float32, kept", "float32", "bf16")
+# Forward and backward of torchvision's network, without losses or optimiser: the common yardstick.
+YARDSTICK = f"torchvision/{VARIANTS[0]}"
 STOCK = VARIANTS[:1]  # variants under the C library's own settings
 SECTIONS = ("steps", "identities", "batches", "input")
 GEM_P = 10.0  # RegDB's
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--methods", nargs="+", choices=MEMORIES, default=list(MEMORIES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--float32", action="store_true", help="float32 in place of bf16")
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--height", type=int, default=288)
     parser.add_argument("--width", type=int, default=144)
@@ -81,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.small:
         args.arch, args.height, args.width, args.repeats = "resnet18", 96, 48, 2
         args.identities, args.batches = [206, 395], ["4x4", "8x4"]
+    if args.float32:
+        args.variants = [variant for variant in args.variants if variant != "bf16"]
     device = torch.device(args.device)
     if args.child:
         sys.stdout.write(json.dumps(_turn_here(args, device, *args.child.split("/"))) + "\n")
@@ -97,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results[name] = sections[name](args, device)
     finish(results, device, args.json)
     return 0
+
+
+def _precision(args: argparse.Namespace) -> str:
+    """The variant of ours that grows, and that waits for its input."""
+    return "float32" if args.float32 else "bf16"
 
 
 def _sizes(batch: str) -> tuple[int, int]:
@@ -136,6 +148,8 @@ def _step(
     health: MemoryHealth | None = None,
 ) -> Step:
     """One training step, ready to be called."""
+    if f"{method}/{variant}" == YARDSTICK:
+        return _torchvision_step(args, device, batch)
     net = _network(args, method, ids)
     data = _data(args, device, batch)
     if variant.startswith("plain"):
@@ -162,6 +176,19 @@ def _step(
         )
         if health is not None and addressing is not None:
             health.update(addressing)
+
+    return step
+
+
+def _torchvision_step(args: argparse.Namespace, device: torch.device, batch: str) -> Step:
+    """Forward and backward of a plain torchvision network in float32 on the same images."""
+    data = _data(args, device, batch)
+    images = torch.cat([data["visible"], data["infrared"]])
+    net = torchvision.models.get_model(args.arch, weights=None).to(device).train()
+
+    def step() -> None:
+        net.zero_grad()
+        net(images).sum().backward()
 
     return step
 
@@ -213,7 +240,7 @@ def _turn_here(
     """A few steps of one variant, the first not timed."""
     if variant not in STOCK:
         keep_freed_memory()
-    health = MemoryHealth() if MEMORIES[method] else None
+    health = MemoryHealth() if MEMORIES.get(method) else None
     step = _step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)
     synchronize = _synchronize(device)
     step()
@@ -248,6 +275,7 @@ def _peak(device: torch.device) -> int:
 def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every method in every variant, at one shape."""
     names = [f"{method}/{variant}" for method in args.methods for variant in args.variants]
+    names.insert(0, YARDSTICK)
     times = _measured(args, names, "training steps", batch=args.batch, ids=args.ids)
     ceiling = _ceiling(device) if device.type == "cuda" else None
     rows, nothing = [], {"median": float("nan"), "peak": float("nan")}
@@ -256,18 +284,20 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         plain = times.get(f"{method}/{VARIANTS[0]}", nothing)
         numbers["speedup"] = plain["median"] / numbers["median"]
         numbers["over_hct"] = numbers["median"] / times.get(f"HCT/{variant}", nothing)["median"]
+        numbers["over_torchvision"] = numbers["median"] / times[YARDSTICK]["median"]
         numbers["peak_share"] = numbers["peak"] / plain["peak"]
         if ceiling and "flops" in numbers:
             numbers["share_of_bf16_ceiling"] = numbers["flops"] / numbers["median"] / ceiling
         rows.append(
             (
-                method,
+                f"torchvision {args.arch}" if name == YARDSTICK else method,
                 variant,
                 1e3 * numbers["median"],
                 1e3 * numbers["min"],
                 1e3 * numbers["cpu"],
                 numbers["speedup"],
                 numbers["over_hct"],
+                numbers["over_torchvision"],
                 numbers["peak"] / 2**30,
                 numbers["peak_share"],
                 numbers.get("share_of_bf16_ceiling", "-"),
@@ -281,13 +311,15 @@ def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "CPU ms",
         "plain / this",
         "this / HCT",
+        "this / torchvision",
         "peak GiB",
         "this / plain",
         "bf16 ceiling",
     )
     ids, images = _sizes(args.batch)
     shape = f"{2 * ids * images} images of {args.height} x {args.width}, {args.arch}"
-    table(f"One training step, {shape}, {args.ids} identities", header, rows)
+    title = f"One training step, {shape}, {args.ids} identities (torchvision: no losses)"
+    table(title, header, rows)
     addressed = {
         name.split("/")[0]: numbers["addressed"]
         for name, numbers in times.items()
@@ -320,11 +352,12 @@ def _ceiling(device: torch.device) -> float:
 def _grow(
     args: argparse.Namespace, cases: Sequence[tuple[Any, str, int]], what: str
 ) -> dict[str, Any]:
-    """HCT's and MG-MRA's bf16 step as something grows; one size in memory at a time."""
+    """HCT's and MG-MRA's step as something grows; one size in memory at a time."""
     results, rows = {}, []
     methods = [method for method in ("HCT", "MG-MRA") if method in args.methods]
+    precision = _precision(args)
     for label, batch, ids in cases:
-        names = [f"{method}/bf16" for method in methods]
+        names = [f"{method}/{precision}" for method in methods]
         try:
             times = _measured(args, names, f"{what} {label}", batch=batch, ids=ids)
         except subprocess.CalledProcessError as error:  # out of memory, most likely
@@ -336,7 +369,7 @@ def _grow(
         rows.append((label, *(1e3 * m for m in medians), medians[-1] / medians[0], *peaks))
     header = (what, *(f"{method} ms" for method in methods), "ratio")
     header += tuple(f"{method} peak GiB" for method in methods)
-    table(f"bf16 steps by {what}", header, rows)
+    table(f"{precision} steps by {what}", header, rows)
     return results
 
 
@@ -372,7 +405,8 @@ def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     alone = interleaved(
         {"batch": lambda: loader.batch(0, 0)}, 10, synchronize=synchronize, description="batches"
     )["batch"]["median"]
-    step = _step(args, device, "HCT", "bf16", batch=args.batch, ids=args.ids)
+    precision = _precision(args)
+    step = _step(args, device, "HCT", precision, batch=args.batch, ids=args.ids)
     step()
     waits, whole = [], []
     for _ in range(args.repeats + 1):
@@ -388,7 +422,7 @@ def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     rows = [
         ("first batch, the images being cached", 1e3 * first),
         ("a batch made alone", 1e3 * alone),
-        ("HCT's bf16 step waits for its batch", 1e3 * wait),
+        (f"HCT's {precision} step waits for its batch", 1e3 * wait),
         ("that step, waiting included", 1e3 * total),
     ]
     table("Input pipeline", ("what", "ms"), rows)

@@ -1,27 +1,56 @@
 """The benchmark scripts run and write the numbers they print."""
 
+import contextlib
+import io
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import evaluation, train
 
 TINY = ["--arch", "resnet18", "--height", "96", "--width", "48", "--batch", "2x2", "--ids", "12"]
+ONCE = ["--repeats", "1", "--steps", "1"]
 
 
-def test_training_benchmark(tmp_path, capsys):
+def here(command, **_):
+    """Runs a turn in this process in place of one of its own, which spares the imports."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert train.main(command[3:]) == 0  # after python -m benchmarks.train
+    return SimpleNamespace(stdout=output.getvalue())
+
+
+def test_training_benchmark(tmp_path, capsys, monkeypatch):
+    processes = SimpleNamespace(run=here, PIPE=None, CalledProcessError=None)
+    monkeypatch.setattr(train, "subprocess", processes)
     file = tmp_path / "train.json"
-    argv = [*TINY, "--only", "steps", "input", "--methods", "HCT", "MG-MRA", "--repeats", "1"]
+    argv = [*TINY, *ONCE, "--float32", "--only", "steps", "input", "--methods", "HCT", "MG-MRA"]
+    assert train.main([*argv, "--json", str(file)]) == 0
+    times = json.loads(file.read_text())["steps"]["times"]
+    float32 = [variant for variant in train.VARIANTS if variant != "bf16"]
+    assert times.keys() == {
+        train.YARDSTICK,
+        *(f"{method}/{variant}" for method in ("HCT", "MG-MRA") for variant in float32),
+    }
+    assert all(t["median"] > 0 for t in times.values())
+    for name in ("HCT/float32", "MG-MRA/float32"):
+        ratio = times[name]["median"] / times[train.YARDSTICK]["median"]
+        assert times[name]["over_torchvision"] == pytest.approx(ratio)
+    assert times["MG-MRA/float32"]["addressed"]
+    out = capsys.readouterr().out
+    assert "| torchvision resnet18 | plain float32 |" in out
+    assert "| MG-MRA | float32 |" in out
+    assert "HCT's float32 step waits for its batch" in out
+
+
+def test_turns_in_processes_of_their_own(tmp_path):
+    file = tmp_path / "train.json"
+    argv = [*TINY, *ONCE, "--only", "steps", "--methods", "HCT", "--variants", "float32"]
     assert train.main([*argv, "--json", str(file)]) == 0
     results = json.loads(file.read_text())
-    assert set(results["steps"]["times"]) == {
-        f"{method}/{variant}" for method in ("HCT", "MG-MRA") for variant in train.VARIANTS
-    }
-    assert all(t["median"] > 0 for t in results["steps"]["times"].values())
+    assert results["steps"]["times"].keys() == {train.YARDSTICK, "HCT/float32"}
     assert results["setting"]["torch"]
-    out = capsys.readouterr().out
-    assert "| MG-MRA | bf16 |" in out
-    assert "Input pipeline" in out
 
 
 def test_evaluation_benchmark(tmp_path, capsys):
