@@ -17,8 +17,8 @@ import stand_in
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
-    "--arch resnet18 --weights none --img_h 96 --img_w 32 --batch-size 2 --num_pos 2 --epochs 1"
-    " --local_feat_dim 16 --gpu cpu --quiet"
+    "--arch resnet18 --weights none --img_h 32 --img_w 16 --num_strips 2 --local_feat_dim 16"
+    " --batch-size 2 --num_pos 2 --epochs 1 --gpu cpu --quiet"
 )
 BLOCK = re.compile(r"^```(python|diff|)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS = dict(

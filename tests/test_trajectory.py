@@ -68,7 +68,7 @@ def final_norms(method, net, state):
     released = list(state)
     trained = net.state_dict()
     for ours, origin in convert_released_state_dict(numbered(method)).items():
-        for number in origin.unique().tolist():
+        for number in origin.flatten().unique_consecutive().tolist():
             if released[number] in norms:
                 norms[released[number]] = trained[ours][origin == number].norm().item()
     return norms
