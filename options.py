@@ -102,6 +102,7 @@ READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
 )
+VARIANT = "MG-MRA: the paper's figure, or the release's first or later upload (released)"
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
 RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
@@ -130,7 +131,7 @@ TRAIN = {
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
-        Flag("memory-variant", "paper", "MG-MRA: the figure's or the later upload's", VARIANTS),
+        Flag("memory-variant", "paper", VARIANT, VARIANTS),
         Flag("shrink", SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
         Flag("memory-levels", None, READ, ("none", *LEVELS)),

@@ -13,6 +13,7 @@ from typing import Any
 
 import options
 from data_manager import DATASETS, EvalOptions, eval_set, train_set
+from networks.settings import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 TABLES = (*DATASETS, "ablation", "memory")  # of a data set: the methods under all its protocols
@@ -65,7 +66,7 @@ MEMORY_ABLATIONS: dict[str, dict[str, Options]] = {
         "+ instance": {"memory-levels": "instance"},
         "+ semantic: MG-MRA": {},
     },
-    "variant": {v: {"memory-variant": v} for v in ("paper", "released")},
+    "variant": {v: {"memory-variant": v} for v in VARIANTS},
     "lambda": {
         **{str(v): {"shrink": v} for v in (0, 0.001, 0.0025, 0.005)},
         **{f"{c} / m": {"shrink": "auto", "shrink-scale": c} for c in (0.5, 1, 2)},

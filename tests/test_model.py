@@ -306,7 +306,7 @@ def test_agw_without_memory_takes_any_height():
         ({"arch": "vgg16"}, "arch must be one of: resnet18"),
         ({"gem_p": 0.0}, "gem_p"),
         ({"num_ids": 0}, "num_ids"),
-        ({"memory": "mg", "memory_variant": "x"}, "paper, released"),
+        ({"memory": "mg", "memory_variant": "x"}, "paper, first, released"),
     ],
 )
 def test_illegal_settings(settings, message):

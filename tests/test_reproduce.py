@@ -136,9 +136,9 @@ def test_options_become_flags_and_flags_options():
     [
         ("regdb", "regdb", 50, 10 * (5 * 2 * 2 + 1), 10),
         ("sysu", "sysu", 5, 5 * 8 * 2 + 1, 1),
-        ("ablation", "regdb", 10 * 28, None, 10),
-        ("ablation", "sysu", 28, None, 1),
-        ("memory", "llcm", 16, None, 1),
+        ("ablation", "regdb", 10 * 29, None, 10),
+        ("ablation", "sysu", 29, None, 1),
+        ("memory", "llcm", 17, None, 1),
         ("llcm", "llcm", 5, 5 * 2 * 2 + 1, 1),
     ],
 )
@@ -205,7 +205,8 @@ def test_the_control_and_the_scaled_threshold_are_in_the_tables():
     for name in ("ablation", "memory"):
         steps, _ = planned(name, trials=1)
         flags = [" ".join(flags_of(step.options)) for step in steps if step.trains]
-        for wanted in ("--memory-levels none", "--shrink auto --shrink-scale 0.5", "released"):
+        variants = (f"--memory-variant {name}" for name in ("first", "released"))
+        for wanted in ("--memory-levels none", "--shrink auto --shrink-scale 0.5", *variants):
             assert any(wanted in line for line in flags), wanted
     rows = planned("ablation", trials=1)[1]
     assert {row.re_rank for row in rows} == {"no", "k_reciprocal", "random_walk"}
