@@ -103,6 +103,10 @@ READ = (
     "memory (default: the method's coarsest)"
 )
 VARIANT = "MG-MRA: the paper's figure, or the release's first or later upload (released)"
+MEMORY_IDS = (
+    "identities that the memory has prototypes for; the releases' has 206 on every data set "
+    "(default: the training identities)"
+)
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
 RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
@@ -137,6 +141,7 @@ TRAIN = {
         Flag("memory-levels", None, READ, ("none", *LEVELS)),
         Flag("instances-per-id", INSTANCES_PER_ID, "instance prototypes per identity, T", COUNT),
         Flag("parts-per-instance", PARTS_PER_INSTANCE, "part prototypes per instance, R", COUNT),
+        Flag("memory-ids", None, MEMORY_IDS, COUNT),
     ),
     "losses": (
         Flag("margin", MARGIN, "margin of the triplet losses (feature distance)", WEIGHT),
@@ -371,7 +376,7 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
         given: The flags that were given.
     """
     of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
-    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance")
+    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance", "memory_ids")
     of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
     flags = {}
     if given.get("shrink") != "auto":

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recipe import released_file
 from short_run import NARROW
 
 import stand_in
@@ -283,6 +284,41 @@ def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
     )
     train("train_HCT.py", tiny, folder, "--epochs", 1, "--overwrite", "--optim", "adam")
     assert (folder / "last.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize("method", ["SGMRA", "MGMRA"])
+def test_a_bank_of_another_number_of_identities(method, tiny, tmp_path):
+    script, folder, flags = f"train_{method}.py", tmp_path / "run", ("--memory-ids", 3)
+    train(script, tiny, folder, *flags, "--epochs", 1)
+    train(script, tiny, folder, *flags, "--epochs", 2, "--resume")
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert len(saved["net"]["memory.part_bank"]) == 3 * 5 * 6
+    assert (saved["config"]["memory_ids"], saved["config"]["num_ids"]) == (3, 4)
+    _, error = train(script, tiny, folder, "--epochs", 3, "--resume", code=2)
+    assert "(memory_ids 3 there, None here)" in error
+    where = ("--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--quiet")
+    call("test.py", *where, "--resume", folder / "last.pt", "--test-feat", "both", cwd=tmp_path)
+    fine = ("--weights", folder / "last.pt", "--epochs", 1)
+    _, error = train(script, tiny, tmp_path / "same", *fine, *flags)
+    assert "start afresh" not in error
+    _, error = train(script, tiny, tmp_path / "other", *fine)
+    assert "1 entries start afresh: memory.part_bank" in error
+
+
+@pytest.mark.parametrize("given", [(), ("--gem-p", 10, "--memory-variant", "first")])
+def test_a_released_sysu_file_is_evaluated_and_its_exponent_said(given, data, tmp_path):
+    released_file(tmp_path / "sysu_best.t", "MGMRA", 395, legacy=True)
+    _, error = call(
+        *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--gpu", "cpu", "--quiet"),
+        *("--resume", "sysu_best.t", "--output-dir", "test", "--test-feat", "memory"),
+        *("--img_h", 96, "--img_w", 32, "--trials", 1, *given),
+        cwd=tmp_path,
+    )
+    assert error.count("stores no GeM exponent") == error.count("WARNING") == (not given)
+    result = json.loads((tmp_path / "test" / "results.json").read_text())
+    used = (result["gem_p"], result["memory_variant"], result["test_feat"])
+    assert used == ((10.0, "first", "memory") if given else (3.0, "released", "memory"))
+    assert result["rows"][0]["gem_p"] == used[0]
 
 
 class OwnMemory(MultiGranularityMemory):
