@@ -146,6 +146,10 @@ class SingleGranularityMemory(nn.Module):
             return self.shrink
         return min(self.shrink_scale / num_prototypes, 1.0)
 
+    def bank_sizes(self) -> dict[str, int]:
+        """Returns how many prototypes m the bank of each level has."""
+        return {"part": len(self.part_bank)}
+
     def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
         return read(x, bank, self.threshold(level, len(bank)))
@@ -201,6 +205,12 @@ class MultiGranularityMemory(SingleGranularityMemory):
         self.levels = ("part", "semantic") if variant == "released" else LEVELS
         self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
         self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
+
+    def bank_sizes(self) -> dict[str, int]:
+        """Returns how many prototypes m the bank of each level has."""
+        instances = self.num_ids * self.instances_per_id
+        sizes = (len(self.part_bank), instances, self.num_ids)
+        return {k: m for k, m in zip(LEVELS, sizes, strict=True) if k in self.levels}
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""
