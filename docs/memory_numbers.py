@@ -12,12 +12,11 @@ Letters in shapes: ``n`` queries, ``m`` prototypes of a bank, ``C`` channels.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -26,14 +25,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_loader import EvalLoader  # noqa: E402
+from benchmarks.plain import TERM_WEIGHTS  # noqa: E402
+from data_loader import EvalLoader, ImageCache  # noqa: E402
 from data_manager import data_name, train_set  # noqa: E402
-from datasets.decode import ImageCache  # noqa: E402
 from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
-from figures.page import GREY, PAGE_WIDTH, draw  # noqa: E402
+from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled  # noqa: E402
 from loss import Criterion  # noqa: E402
-from memory import MemoryHealth, MultiGranularityMemory  # noqa: E402
+from memory import MultiGranularityMemory  # noqa: E402
 from model import TwoStreamNet, load_network, trained_size  # noqa: E402
+from networks.memory_health import MemoryHealth  # noqa: E402
 from networks.settings import LEVELS, SHRINK  # noqa: E402
 
 PAGE = ROOT / "docs/what_the_memory_does.md"
@@ -45,43 +45,43 @@ LARGEST_NORM = 1e4  # a query that needs more is never read
 MAP_NORMS = (40, 60)  # a position of ResNet-50's last map with ImageNet weights: an estimate
 RULES = {  # settings of the memory, as flags and as arguments
     "`paper`, lambda 0.0025": {},
+    "`first`, lambda 0.0025": {"variant": "first"},
     "`released`, lambda 0.0025": {"variant": "released"},
     "`paper`, `--shrink auto`": {"shrink_scale": 1.0},
     "`paper`, `--shrink auto --shrink-scale 3`": {"shrink_scale": 3.0},
 }
 TRAININGS = {  # the same as arguments of the network
     "`paper`": {},
+    "`first`": {"memory_variant": "first"},
     "`released`": {"memory_variant": "released"},
     "`paper`, `--shrink 0`": {"shrink": 0.0},
     "`paper`, `--shrink auto`": {"shrink_scale": 1.0},
     "`paper`, `--memory-levels part`": {"memory_levels": "part"},
-}
-PUBLISHED_WEIGHTS = {
-    "id": 1.0,
-    "triplet": 1.0,
-    "center_triplet": 2.0,
-    "memory_id": 0.1,
-    "memory_triplet": 1.0,
-    "alignment": 0.1,
-    "decorrelation": 0.0,
 }
 STEPS, IDS_PER_BATCH, IMAGES_PER_ID = 4, 4, 2  # of the comparison with no memory
 FIRST_RATE = 0.01  # of the published warm-up's first epoch
 IMAGES = 64  # of each modality, for a checkpoint
 
 
-# ------------------------------------------------------------------------------- a bank's numbers
+# --- a bank's numbers -----------------------------------------------------------------------------
 
 
-def initial_memory(num_ids: int, **settings: Any) -> MultiGranularityMemory:
-    """The memory of so many training identities before any training, C = 2048, T = 5, R = 6."""
+def initial_memory(*sizes: int, **settings: Any) -> MultiGranularityMemory:
+    """The memory before any training, of sizes L and, other than the method's, T, R, C."""
     torch.manual_seed(0)
-    return MultiGranularityMemory(num_ids, **settings).requires_grad_(False)
+    return MultiGranularityMemory(*sizes, **settings).requires_grad_(False)
 
 
 def banks_of(memory: MultiGranularityMemory) -> dict[str, Tensor]:
     """The banks (m, C) by level."""
     return dict(zip(LEVELS, (memory.part_bank.detach(), *memory.banks()), strict=True))
+
+
+def statistics(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """Usage statistics of one read's addressing weights, as in the log of a training."""
+    health = MemoryHealth()
+    health.update(weights)
+    return health.summary()
 
 
 def rectified_queries(dim: int) -> Tensor:
@@ -167,21 +167,20 @@ def rule_rows(num_ids: int) -> list[list[str]]:
     rows = []
     for name, settings in RULES.items():
         memory = initial_memory(num_ids, **settings)
-        read, health = memory(x), MemoryHealth()
-        health.update(read.weights)
-        found = health.summary()
-        zero = [f"{100 * found[f'{k}/zero_reads']:.0f}" for k in memory.levels]
-        zero = zero if len(zero) == len(LEVELS) else [zero[0], "-", zero[1]]
-        survivors = found["semantic/survivors"] / num_ids
+        read = memory(x)
+        found = statistics(read.weights)
+        shares = {k: f"{100 * found[f'{k}/zero_reads']:.0f}" for k in memory.levels}
+        zero = " / ".join(shares.get(level, "-") for level in LEVELS)
+        kept = f"{100 * found['semantic/survivors'] / num_ids:.0f}"
         value = read.semantic.flatten(1)  # (n, C)
         varies = (value - value.mean(dim=0)).norm(dim=1).mean()
         numbers = [f"{float(v) / NORM:.1e}" for v in (value.norm(dim=1).mean(), varies)]
         numbers = ["0" if float(number) < 1e-8 else number for number in numbers]
-        rows.append([f"{num_ids}", name, " / ".join(zero), f"{100 * survivors:.0f}", *numbers])
+        rows.append([f"{num_ids}", name, zero, kept, *numbers])
     return rows
 
 
-# ------------------------------------------------------------------- training, with and without it
+# --- training, with and without it ----------------------------------------------------------------
 
 
 def loss_terms(*, lr: float = FIRST_RATE, **settings: Any) -> tuple[Tensor, list[float], float]:
@@ -201,8 +200,8 @@ def loss_terms(*, lr: float = FIRST_RATE, **settings: Any) -> tuple[Tensor, list
     """
     torch.manual_seed(0)
     net = TwoStreamNet(206, memory="mg", arch="resnet18", **settings).double().train()
-    weights = PUBLISHED_WEIGHTS | {"alignment": 0.0}
-    criterion = Criterion(weights, label_smoothing=0.1, num_centers=2 * IDS_PER_BATCH)
+    weights = TERM_WEIGHTS | {"alignment": 0.0}
+    criterion = Criterion(weights, label_smoothing=0.1)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, lr)
     gen = torch.Generator().manual_seed(1)
@@ -218,9 +217,7 @@ def loss_terms(*, lr: float = FIRST_RATE, **settings: Any) -> tuple[Tensor, list
         )
         losses.append(torch.stack(list(terms.values())))
         if addressing is not None:
-            health = MemoryHealth()
-            health.update(addressing)
-            zero.append(health.summary()["part/zero_reads"])
+            zero.append(statistics(addressing)["part/zero_reads"])
     gradient = math.nan
     if net.memory is not None:
         bank = net.memory.part_bank
@@ -240,7 +237,7 @@ def training_rows() -> list[list[str]]:
     return rows
 
 
-# ---------------------------------------------------------------------------------- a checkpoint
+# --- a checkpoint ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -248,12 +245,14 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
     """What was measured on a checkpoint in words, and its rows, one a level.
 
     Args:
-        path: A checkpoint of this project with MG-MRA's memory, variant ``paper``.
+        path: A checkpoint of this project with a cascade, MG-MRA's variants ``paper`` and
+            ``first``.
         data_path: The folder of the data set that it was trained on.
     """
     net, info = load_network(path)
-    if getattr(net.memory, "variant", None) != "paper":
-        raise ValueError(f"{path} has no memory of MG-MRA's variant paper")
+    memory = net.memory
+    if getattr(memory, "levels", None) != LEVELS:
+        raise ValueError(f"{path} has no memory of MG-MRA's variant paper or first")
     trained = info["options"]
     data = train_set(trained["dataset"], data_path, trial=trained["trial"])
     images = ImageCache(*trained_size(info))
@@ -264,14 +263,13 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
         for batch in EvalLoader(images(some), batch_size=32, device=torch.device("cpu")):
             maps.append(net.feature_map(**{"visible": None, "infrared": None, name: batch}))
     maps = torch.cat(maps)  # (2 * images, C, H, W)
-    health = MemoryHealth()
-    health.update(net.memory(maps).weights)
-    found, norms = health.summary(), maps.norm(dim=1).flatten()
-    start = banks_of(initial_memory(net.config["num_ids"], dim=net.dim))
+    found, norms = statistics(memory(maps).weights), maps.norm(dim=1).flatten()
+    sizes = (memory.instances_per_id, memory.parts_per_instance, memory.dim)
+    start = banks_of(initial_memory(memory.num_ids, *sizes, variant=memory.variant))
     rows = []
     longest_query = float(norms.max())
-    for level, bank in banks_of(net.memory).items():
-        threshold = net.memory.threshold(level, len(bank))
+    for level, bank in banks_of(memory).items():
+        threshold = memory.threshold(level, len(bank))
         longest = float(bank.norm(dim=1).max())
         weight = largest_weight(longest_query, bank)
         rows.append(
@@ -288,72 +286,56 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
         )
         longest_query = 0.0 if weight <= threshold else longest
     first, last = info["log"][0], info["log"][-1]
-    share = PUBLISHED_WEIGHTS["alignment"] * last["alignment"] / last["total"]
-    alike = [f"memory/{level}/zero_reads" for level in LEVELS]
+    share = trained["w_alignment"] * last["alignment"] / last["total"]
+    in_log = "; ".join(
+        f"{level} {100 * first[key]:.1f} and {100 * last[key]:.1f}"
+        for level in LEVELS
+        if (key := f"memory/{level}/zero_reads")
+    )
     words = (
         f"{data_name(trained['dataset'], data_path)}, {net.config['num_ids']} identities, "
         f"{trained['arch']} (C = {net.dim}), {last['epoch']} epochs; norm of the map's positions "
         f"{norms.mean():.1f} on average, {norms.max():.1f} at most. Zero reads in the log, first "
-        f"and last epoch, %: "
-        + "; ".join(
-            f"{level} {100 * first[key]:.1f} and {100 * last[key]:.1f}"
-            for level, key in zip(LEVELS, alike, strict=True)
-        )
-        + f". Weighted alignment over total loss, last epoch: {share:.0e}. Last epoch's result: "
-        f"Rank-1 {100 * last['eval']['rank1']:.2f}, mAP {100 * last['eval']['mAP']:.2f}."
+        f"and last epoch, %: {in_log}. Weighted alignment over total loss, last epoch: "
+        f"{share:.0e}. Last epoch's result: Rank-1 {100 * last['eval']['rank1']:.2f}, mAP "
+        f"{100 * last['eval']['mAP']:.2f}."
     )
     return words, rows
 
 
-# ------------------------------------------------------------------------------ figure and page
+# --- figure and page ------------------------------------------------------------------------------
 
 
-def draw_figure(path: Path) -> None:
+@styled
+def figure_of_norms() -> Figure:
     """Draws the share of zero reads against the norm of the query, for each level and bank."""
-    needed: dict[tuple[str, int], np.ndarray] = {}
-    for num_ids in BANKS:
+    figure = Figure(figsize=(PAGE_WIDTH, 2.4), layout="constrained")
+    charts = dict(zip(LEVELS, figure.subplots(1, 3, sharex=True, sharey=True), strict=True))
+    norms = np.geomspace(0.05, 1000, 800)
+    for num_ids, data in BANKS.items():
         directions = rectified_queries(dim=2048)
         for level, bank in banks_of(initial_memory(num_ids)).items():
-            needed[level, num_ids] = norm_needed(directions, bank, SHRINK)
+            zero = norm_needed(directions, bank, SHRINK) > norms[:, None]
+            label = f"{num_ids} identities ({data})"
+            charts[level].plot(norms, 100 * zero.mean(axis=1), label=label)
             directions = some_of(bank)
     longest = {k: float(v.norm(dim=1).max()) for k, v in banks_of(initial_memory(713)).items()}
-    norms = np.geomspace(0.05, 1000, 800)
-
-    def make() -> Figure:
-        matplotlib.rcParams["savefig.dpi"] = 220
-        figure = Figure(figsize=(PAGE_WIDTH, 2.4), layout="constrained")
-        charts = figure.subplots(1, 3, sharex=True, sharey=True)
-        queries = {
-            "part": ("the map", MAP_NORMS, "ImageNet\nmaps:\n40 to 60", "right"),
-            "instance": (
-                "the part read",
-                (0.05, longest["part"]),
-                "all the\nqueries\nthere are",
-                "left",
-            ),
-            "semantic": (
-                "the instance read",
-                (0.05, longest["instance"]),
-                "none is\nlonger",
-                "left",
-            ),
-        }
-        for chart, (level, (query, span, words, side)) in zip(charts, queries.items(), strict=True):
-            chart.axvspan(*span, color="#cccccc", linewidth=0)
-            for num_ids, data in BANKS.items():
-                share = (needed[level, num_ids] > norms[:, None]).mean(axis=1)
-                chart.plot(norms, 100 * share, label=f"{num_ids} identities ({data})")
-            chart.set(title=f"{level} (query: {query})", xscale="log", ylim=(-4, 108))
-            x = 0.8 * span[0] if side == "right" else 1.25 * span[1]
-            chart.text(x, 45, words, color=GREY, ha=side, va="center")
-            chart.set_xlim(0.05, 1000)
-            chart.xaxis.set_major_formatter("{x:g}")
-        charts[0].set_ylabel("zero reads (% of queries)")
-        charts[1].set_xlabel("norm of the query")
-        figure.legend(*charts[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        return figure
-
-    draw(path, make)
+    for level, query, (start, end), words in (
+        ("part", "map", MAP_NORMS, "ImageNet\nmaps:\n40 to 60"),
+        ("instance", "part read", (norms[0], longest["part"]), "all the\nqueries\nthere are"),
+        ("semantic", "instance read", (norms[0], longest["instance"]), "none is\nlonger"),
+    ):
+        chart, left = charts[level], level == "part"  # on which side of the span is room
+        chart.axvspan(start, end, color="#cccccc", linewidth=0)
+        side = {"x": 0.8 * start, "ha": "right"} if left else {"x": 1.25 * end, "ha": "left"}
+        chart.text(**side, y=45, s=words, color=GREY, va="center")
+        title = f"{level} (query: {query})"
+        chart.set(title=title, xscale="log", xlim=(norms[0], norms[-1]), ylim=(-4, 108))
+        chart.xaxis.set_major_formatter("{x:g}")
+    charts["part"].set_ylabel("zero reads (% of queries)")
+    charts["instance"].set_xlabel("norm of the query")
+    add_legend(figure, charts["part"].get_lines(), columns=3)
+    return figure
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -409,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rules": table(RULE_HEADS, rules),
             "trainings": table(TRAINING_HEADS, training_rows()),
         }
-        draw_figure(FIGURE)
+        save(figure_of_norms(), FIGURE)
     text = PAGE.read_text(encoding="utf-8")
     for name, block in blocks.items():
         text = replace_block(text, name, block)
