@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from datasets.sysu_mm01 import INFRARED_CAMERAS
 
+TONE_CORRELATION = 0.5  # of the infrared tone of cloth with its visible brightness
 SUPERSAMPLE = 2  # drawn this much larger, then averaged down
 LLCM_INFRARED = 10  # added to the number of an LLCM camera for what it sees at night
 
@@ -102,18 +103,18 @@ def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> t
     return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
 
 
-def _tones(rng: np.random.Generator, correlation: float) -> np.ndarray:
+def _tones(rng: np.random.Generator) -> np.ndarray:
     """Visible brightness and infrared tone of a cloth: each uniform on 0..1, tied by a copula."""
     a, b = rng.standard_normal(2)
-    b = correlation * a + math.sqrt(1 - correlation**2) * b
+    b = TONE_CORRELATION * a + math.sqrt(1 - TONE_CORRELATION**2) * b
     return np.array([0.5 + 0.5 * math.erf(z / math.sqrt(2)) for z in (a, b)])
 
 
-def _cloth(rng: np.random.Generator, correlation: float, patterns: str = "plain") -> Fabric:
+def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
     """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs."""
-    one, two = _tones(rng, correlation), _tones(rng, correlation)
+    one, two = _tones(rng), _tones(rng)
     while np.abs(one - two).min() < 0.4:
-        one, two = _tones(rng, correlation), _tones(rng, correlation)
+        one, two = _tones(rng), _tones(rng)
     first, second = (
         Material(_colour(rng, 0.08 + 0.8 * seen, rng.uniform(0, 0.8)), 0.1 + 0.85 * warm)
         for seen, warm in (one.tolist(), two.tolist())
@@ -123,11 +124,8 @@ def _cloth(rng: np.random.Generator, correlation: float, patterns: str = "plain"
     )
 
 
-def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
-    """Returns the identity `pid` of the world `seed`.
-
-    `tone_correlation` (0..1) says how far infrared tones of cloth follow its visible brightness.
-    """
+def make_person(seed: int, pid: int) -> Person:
+    """Returns the identity `pid` of the world `seed`."""
     rng = np.random.default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
 
     def pick(words: str) -> str:
@@ -149,7 +147,7 @@ def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
     hair = Material((dark, fade * dark, fade**2 * dark), rng.uniform(0.1, 0.6))
     parts = dict.fromkeys(("inner", "other", "shoes", "hat", "strap", "belt", "scarf"), "plain")
     parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
-    fabrics = {part: _cloth(rng, tone_correlation, words) for part, words in parts.items()}
+    fabrics = {part: _cloth(rng, words) for part, words in parts.items()}
     upper = fabrics["upper"]
     fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
     fabrics["first"] = replace(upper, pattern="plain")
@@ -497,15 +495,11 @@ def _colour_in(figure: _Figure, look: Look, backdrop: np.ndarray) -> np.ndarray:
     picture = backdrop.copy()
     for number, (fabric, axis, half, (top, bottom)) in enumerate(figure.parts, start=1):
         ys, xs = np.nonzero(labels == number)
-        first, second = (
-            np.array(
-                [look.floor + (1 - look.floor) * material.infrared]
-                if look.infrared
-                else material.visible,
-                np.float32,
-            )
-            for material in (fabric.first, fabric.second)
-        )
+        pair = (fabric.first, fabric.second)
+        tones = np.array([material.visible for material in pair])
+        if look.infrared:
+            tones = np.array([[look.floor + (1 - look.floor) * each.infrared] for each in pair])
+        first, second = tones.astype(np.float32)
         u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
         weight = pattern_weight(fabric, u, (ys - top) / (bottom - top))[:, None]
         picture[ys, xs] = (first + weight * (second - first)) * shade[ys, xs, None]

@@ -87,7 +87,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     common = {"train_ids": 8, "test_ids": 6, "seed": 1, "workers": 1}
     stand_in.generate(root / "regdb", layout="regdb", images_per_id=8, **common)
-    stand_in.generate(root / "sysu", layout="sysu", images_per_id=2, val_ids=4, **common)
+    stand_in.generate(root / "sysu", layout="sysu", images_per_id=2, **common)
     stand_in.generate(root / "llcm", layout="llcm", images_per_id=3, **common)
     return root
 

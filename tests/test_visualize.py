@@ -59,7 +59,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("visualize")
     counts = {"train_ids": 3, "test_ids": 4, "images_per_id": 3, "seed": 1, "workers": 1}
     stand_in.generate(root / "regdb", layout="regdb", **counts)
-    stand_in.generate(root / "sysu", layout="sysu", val_ids=2, **counts)
+    stand_in.generate(root / "sysu", layout="sysu", **counts)
     for name, memory in (("mg", "mg"), ("sg", "sg"), ("none", None)):
         net = network(memory)
         content = {
