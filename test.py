@@ -340,7 +340,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         query_images=images(query),
         gallery_images=images(gallery),
         distmat=distmat,
-        query_names=query.paths,
+        names=query.paths,
         top=DRAWN,
         title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
     )

@@ -158,11 +158,6 @@ def test_embedding_shows_each_point_by_identity_and_modality(draw):
     ]
 
 
-def test_an_identity_in_one_modality_has_no_line_between(draw):
-    figure = draw(embedding, np.eye(2), np.array([1, 2]), np.array([True, False]))
-    assert sum(len(line.get_xdata()) == 2 for line in figure.axes[0].lines) == 0
-
-
 # ------------------------------------------------------------------------------------- a run's log
 
 
