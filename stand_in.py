@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,19 +35,20 @@ from datasets.stand_in_layouts import DRAWINGS, LISTS, Drawing, Settings, flag
 log = logging.getLogger(__name__)
 
 
-def generate(out: Path, *, workers: int = 1, overwrite: bool = False, **settings: Any) -> Path:
+def generate(out: Path, *, workers: int = 1, **settings: Any) -> Path:
     """Writes stand-in data to the folder `out`, which appears once it is complete; returns `out`.
 
     `settings` are the fields of `Settings`. The files do not depend on the number of processes,
-    `workers`; `overwrite` replaces stand-in data, and nothing else.
+    `workers`.
 
     Raises:
-        ValueError: A setting is out of range, or `out` must not be replaced.
+        ValueError: A setting is out of range, or there is something in `out`.
     """
     out, resolved = Path(out), Settings(**settings).resolved()
     if workers < 1:
         raise ValueError(f"--workers {workers}: expected 1 or more")
-    _check_replaceable(out, overwrite)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out {out}: is there already; delete it, or give another name")
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     drawings = DRAWINGS[resolved.layout](resolved)
@@ -65,26 +65,9 @@ def generate(out: Path, *, workers: int = 1, overwrite: bool = False, **settings
             (folder / name).write_bytes(content)
         marker = asdict(resolved) | {"val_ids": resolved.val_ids}
         (folder / STAND_IN_MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
         folder.rename(target)
     log.info("%d images of %d identities: %s", sum(map(len, drawings.values())), len(drawings), out)
     return out
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / STAND_IN_MARKER).is_file():
-        raise ValueError(
-            f"--out {out}: is not stand-in data (it has no {STAND_IN_MARKER}); expected a new"
-            " folder's name"
-        )
-    if not overwrite:
-        raise ValueError(
-            f"--out {out}: holds stand-in data already; add --overwrite to replace it, or give"
-            " another name"
-        )
 
 
 def _draw_identity(settings: Settings, folder: Path, pid: int, drawings: list[Drawing]) -> None:
@@ -114,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             add(name, type=kind, default=item.default, required=item.default is MISSING, help=text)
     add("--out", type=Path, required=True, help="folder to make")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    add("--overwrite", action="store_true", help="replace stand-in data that is there")
     args = parser.parse_args(argv)
     setup_logging()
     try:

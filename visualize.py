@@ -176,12 +176,8 @@ def cmc(args: argparse.Namespace) -> Figure:
         raise ValueError(f"{len(names)} --names for {len(files)} results, expected one each")
     if len(set(names)) < len(names):
         raise ValueError(f"names are {', '.join(names)}: tell them apart with --names")
-    runs = {
-        name + evaluation.re_ranked_suffix(result): (result["cmc"], result["mAP"])
-        for name, result in zip(names, results, strict=True)
-    }
     titles = dict.fromkeys(f"{result['dataset']}: {result['protocol']}" for result in results)
-    return charts.cmc_curves(runs, title="\n".join(titles))
+    return charts.cmc_curves(list(zip(names, results, strict=True)), title="\n".join(titles))
 
 
 def read_result(file: Path) -> dict[str, Any]:

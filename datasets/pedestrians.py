@@ -9,8 +9,9 @@ Longer than other modules: one drawing program, whose functions mean nothing apa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -65,8 +66,7 @@ HATS = {  # ellipses: x (in half heads, ahead), y (in heads), radii (in half hea
 SHOE_HEIGHT = {"low": 0.03, "ankle": 0.08, "tall": 0.17}
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(NamedTuple):
     """What reflects: an RGB colour and an infrared tone, all in 0..1."""
 
     visible: tuple[float, ...]
@@ -76,8 +76,7 @@ class Material:
 EYE = Material((0.1, 0.1, 0.1), 0.2)
 
 
-@dataclass(frozen=True)
-class Fabric:
+class Fabric(NamedTuple):
     """Two materials in a pattern that is fixed relative to the body part wearing it."""
 
     first: Material
@@ -87,8 +86,7 @@ class Fabric:
     phase: float = 0.0
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """An identity: measures (BODY), choices (STYLE), and what each part is made of."""
 
     body: dict[str, float]
@@ -103,25 +101,22 @@ def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> t
     return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
 
 
-def _tones(rng: np.random.Generator) -> np.ndarray:
-    """Visible brightness and infrared tone of a cloth: each uniform on 0..1, tied by a copula."""
-    a, b = rng.standard_normal(2)
-    b = TONE_CORRELATION * a + math.sqrt(1 - TONE_CORRELATION**2) * b
-    return np.array([0.5 + 0.5 * math.erf(z / math.sqrt(2)) for z in (a, b)])
-
-
 def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
-    """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs."""
-    one, two = _tones(rng), _tones(rng)
-    while np.abs(one - two).min() < 0.4:
-        one, two = _tones(rng), _tones(rng)
-    first, second = (
+    """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs.
+
+    A material's visible brightness and infrared tone are uniform on 0..1, tied by a copula.
+    """
+    tones = np.zeros((2, 2))  # (material, modality)
+    while np.abs(tones[0] - tones[1]).min() < 0.4:
+        seen, warm = rng.standard_normal((2, 2)).T
+        warm = TONE_CORRELATION * seen + math.sqrt(1 - TONE_CORRELATION**2) * warm
+        tones = 0.5 + 0.5 * np.vectorize(math.erf)(np.stack([seen, warm], axis=1) / math.sqrt(2))
+    materials = [
         Material(_colour(rng, 0.08 + 0.8 * seen, rng.uniform(0, 0.8)), 0.1 + 0.85 * warm)
-        for seen, warm in (one.tolist(), two.tolist())
-    )
-    return Fabric(
-        first, second, str(rng.choice(patterns.split())), rng.uniform(2.5, 6.5), rng.uniform(0, 1)
-    )
+        for seen, warm in tones.tolist()
+    ]
+    pattern = str(rng.choice(patterns.split()))
+    return Fabric(*materials, pattern, rng.uniform(2.5, 6.5), rng.uniform(0, 1))
 
 
 def make_person(seed: int, pid: int) -> Person:
@@ -150,12 +145,12 @@ def make_person(seed: int, pid: int) -> Person:
     fabrics = {part: _cloth(rng, words) for part, words in parts.items()}
     upper = fabrics["upper"]
     fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
-    fabrics["first"] = replace(upper, pattern="plain")
-    fabrics["second"] = replace(upper, first=upper.second, pattern="plain")
+    fabrics["first"] = upper._replace(pattern="plain")
+    fabrics["second"] = fabrics["first"]._replace(first=upper.second)
     fabrics["sleeve"] = fabrics[style["sleeve"]]
     if style["legs"] == "dress":
         fabrics["lower"] = upper
-    fabrics["seat"] = replace(fabrics["lower"], pattern="plain")
+    fabrics["seat"] = fabrics["lower"]._replace(pattern="plain")
     return Person(body, style, fabrics)
 
 
@@ -166,7 +161,7 @@ def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     columns = np.floor((u + 1) / 2 * scale + 2 * phase) % 2
     du = ((u + 1) / 2 * scale + phase) % 1 - 0.5
     dv = (0.8 * v * scale + phase) % 1 - 0.5
-    patterns: dict[str, Callable[[], np.ndarray]] = {
+    patterns = {
         "plain": lambda: np.zeros_like(u),
         "bands": lambda: bands,
         "columns": lambda: columns,

@@ -23,8 +23,8 @@ HISTOGRAM_BINS = 60
 
 
 @page.styled
-def cmc_curves(runs: Mapping[str, tuple[ArrayLike, float]], *, title: str = "") -> Figure:
-    """Draws matching curves: by a run's name its CMC (ranks from 1 on) and mAP, fractions.
+def cmc_curves(runs: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "") -> Figure:
+    """Draws cumulative matching curves: of each run its name and its result, from `results.json`.
 
     Raises:
         ValueError: Too many runs to tell apart.
@@ -33,11 +33,12 @@ def cmc_curves(runs: Mapping[str, tuple[ArrayLike, float]], *, title: str = "") 
         raise ValueError(f"{len(runs)} runs, expected 1 to {MAX_CURVES}, which can be told apart")
     figure = Figure(figsize=(page.COLUMN_WIDTH, 2.4), layout="constrained")
     axes = figure.subplots()
-    for (name, (values, mean_ap)), marker in zip(runs.items(), MARKERS, strict=False):
-        cmc = np.asarray(values, np.float64)
-        scores = f"Rank-1\xa0{100 * cmc[0]:.1f}, mAP\xa0{100 * mean_ap:.1f}"  # never torn apart
+    for (name, result), marker in zip(runs, MARKERS, strict=False):
+        cmc, mean_ap = 100 * np.asarray(result["cmc"], np.float64), 100 * result["mAP"]
+        name += "" if result["re_rank"] == "no" else f", {result['re_rank']}"
+        scores = f"Rank-1\xa0{cmc[0]:.1f}, mAP\xa0{mean_ap:.1f}"  # never torn apart
         label = page.wrapped(f"{name}: {scores}", LABEL_CHARACTERS)
-        axes.plot(range(1, len(cmc) + 1), 100 * cmc, marker=marker, markersize=3.5, label=label)
+        axes.plot(range(1, len(cmc) + 1), cmc, marker=marker, markersize=3.5, label=label)
     axes.set(xlabel="rank", ylabel="matching rate (%)")
     axes.set_xticks([rank for rank in (1, 5, 10, 15, 20) if rank <= axes.dataLim.x1])
     axes.set_ylim(max(0, 10 * np.floor(axes.dataLim.y0 / 10 - 0.3)), 101)

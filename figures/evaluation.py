@@ -151,21 +151,14 @@ def evaluation_figures(
     features = {"query": features["query"], "gallery": features["gallery"][rows]}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
-    curves = {
-        each["test_feat"] + re_ranked_suffix(each): (each["cmc"], each["mAP"]) for each in results
-    }
+    curves = [(each["test_feat"], each) for each in results]
     figures = {
         "ranked_lists": draw_ranked(trial, images, features, title=title, ranking=ranking),
         "cmc": charts.cmc_curves(curves, title=f"{data}: {protocol.protocol}"),
         "distances": draw_distances(trial, {"after training": features}, title=title),
         "embedding": draw_embedding(trial, features, title=title),
     }
-    names = {f"{name}{form}": figure for name, figure in figures.items() for form in FORMATS}
-    for name, figure in names.items():
-        save(figure, folder / name)
-    return list(names)
-
-
-def re_ranked_suffix(result: Mapping[str, Any]) -> str:
-    """Returns what a curve's name says of re-ranking: nothing, or its kind."""
-    return "" if result["re_rank"] == "no" else f", {result['re_rank']}"
+    for name, figure in figures.items():
+        for form in FORMATS:
+            save(figure, folder / f"{name}{form}")
+    return [f"{name}{form}" for name in figures for form in FORMATS]

@@ -354,7 +354,7 @@ def test_style_changes_the_silhouette_or_what_is_in_it(style):
     look = pedestrians.camera_look("regdb", 2, 0)
     images = []
     for changes in (base, base | style):
-        dressed = pedestrians.replace(person, style=person.style | changes)
+        dressed = person._replace(style=person.style | changes)
         image = render(dressed, look, np.random.default_rng(1), (128, 64))
         images.append(np.asarray(image, float))
     assert (np.abs(images[0] - images[1]).max(axis=2) > 30).mean() > 0.005
@@ -383,34 +383,16 @@ def test_bad_values_are_named(changes, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_data_is_not_overwritten(tmp_path):
-    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 2}
-    out = generate(tmp_path / "data", **small)
-    before = digest(out)
-    with pytest.raises(ValueError, match="holds stand-in data already"):
-        generate(out, **(small | {"seed": 9}))
-    assert digest(out) == before
-    generate(out, overwrite=True, **(small | {"seed": 9}))
-    assert digest(out) != before
-    assert json.loads((out / "stand_in.json").read_text())["seed"] == 9
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, overwrite):
-    precious = tmp_path / "RegDB" / "Visible" / "1" / "image.bmp"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("real")
-    with pytest.raises(ValueError, match="not stand-in data"):
-        generate(tmp_path / "RegDB", overwrite=overwrite, **REGDB)
-    assert precious.read_text() == "real"
-    assert [p.name for p in tmp_path.iterdir()] == ["RegDB"]
-
-
-def test_out_that_is_a_file(tmp_path):
-    (tmp_path / "data").write_text("x")
-    with pytest.raises(ValueError, match="is not stand-in data"):
-        generate(tmp_path / "data", overwrite=True, **REGDB)
+@pytest.mark.parametrize("name", ["image.bmp", "stand_in.json"])
+def test_what_is_there_is_never_replaced(tmp_path, name):
+    there = tmp_path / "RegDB" / name
+    there.parent.mkdir()
+    there.write_text("precious")
+    for out in (there.parent, there):
+        with pytest.raises(ValueError, match="is there already"):
+            generate(out, **REGDB)
+    assert there.read_text() == "precious"
+    assert [p.name for p in tmp_path.rglob("*")] == ["RegDB", name]
 
 
 def test_empty_folder_is_filled(tmp_path):
