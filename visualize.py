@@ -1,13 +1,8 @@
 """Draws one figure from a checkpoint, from several results, or from a run's log.
 
-    python visualize.py ranked     --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py distances  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py embedding  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt --ids 7
-    python visualize.py addressing --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py prototypes --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py ranked --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
     python visualize.py cmc runs/*/test_regdb_v2i_trial1_last --names HCT MG-MRA
     python visualize.py curves runs/MGMRA_regdb_trial1
-    python visualize.py health runs/MGMRA_regdb_trial1
 
 Test identities only: no figure shows an identity that the network was trained on. Every figure goes
 beside its input, or where --out says; --no-title leaves title and note to the paper's caption.
@@ -90,11 +85,11 @@ class Subject:
 def ranked(args: argparse.Namespace) -> Figure:
     """Draws queries with their nearest gallery images."""
     subject = Subject(args)
-    trial = subject.trial
+    trial, features = subject.trial, subject.features(subject.net)
     images = {"query": subject.images(trial.query), "gallery": subject.images(trial.gallery)}
     choice = {"num_queries": args.num_queries, "top": args.top, "seed": args.seed}
-    features, text = subject.features(subject.net), {"title": subject.data, "ranking": args.re_rank}
-    return evaluation.draw_ranked(trial, images, features, **text, **choice)
+    choice |= {"title": subject.data, "ranking": args.re_rank}
+    return evaluation.draw_ranked(trial, images, features, **choice)
 
 
 def distances(args: argparse.Namespace) -> Figure:

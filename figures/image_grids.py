@@ -215,26 +215,19 @@ def prototypes(rows: Sequence[Patches], *, title: str = "", note: str = "") -> F
     """Draws prototypes, one per row, with the patches of either modality that address it most."""
     count = max(1, *(len(weights) for row in rows for weights in row.weights.values()))
     figure, axes = page.image_grid(len(rows), [*[1.0] * count, 0.5, *[1.0] * count], aspect=1)
-    for row, cells in zip(rows, axes, strict=True):
-        page.write_left(cells[0], row.name)
-        for modality, side in zip(MODALITIES, (cells[:count], cells[count + 1 :]), strict=True):
-            axes[0, 0 if modality == "visible" else count + 1].set_title(
-                modality, fontsize="medium"
-            )
+    for modality, side in zip(MODALITIES, (axes[:, :count], axes[:, count + 1 :]), strict=True):
+        side[0, 0].set_title(modality, fontsize="medium")
+        for row, cells in zip(rows, side, strict=True):
             if not len(row.patches[modality]):
-                page.write_middle(side[0], "none")
-            pairs = zip(side, row.patches[modality], row.weights[modality], strict=False)
+                page.write_middle(cells[0], "none")
+            pairs = zip(cells, row.patches[modality], row.weights[modality], strict=False)
             for cell, patch, weight in pairs:
-                _draw_patch(cell, patch)
+                cell.imshow(patch, extent=(0, PATCH_CELLS, PATCH_CELLS, 0))  # 1 is a position
+                for color, width in (("white", 1.8), ("black", 0.8)):
+                    frame = {"fill": False, "ec": color, "lw": width}
+                    cell.add_patch(Rectangle((PATCH_CELLS // 2, PATCH_CELLS // 2), 1, 1, **frame))
                 cell.set_xlabel(f"{weight:.2f}")
+    for row, cell in zip(rows, axes[:, 0], strict=True):
+        page.write_left(cell, row.name)
     page.add_heading(figure, title, note)
     return figure
-
-
-def _draw_patch(cell: Axes, patch: np.ndarray) -> None:
-    """Draws a patch (p, p, 3), the position itself framed."""
-    side = len(patch) / PATCH_CELLS  # of the position
-    middle = (len(patch) - side) / 2
-    cell.imshow(patch, extent=(0, len(patch), len(patch), 0))
-    for color, width in (("white", 1.8), ("black", 0.8)):
-        cell.add_patch(Rectangle((middle, middle), side, side, fill=False, ec=color, lw=width))

@@ -323,4 +323,5 @@ def test_prototypes_show_their_patches_and_weights():
     assert {"part 7", "part 9", "1.00", "0.75", "0.50", "visible"} <= set(words)
     assert words.count("0.25") == 3 and words.count("none") == 1
     rectangle = cells(figure)[0][0].patches[0]
-    assert rectangle.get_bbox().bounds == (3, 3, 3, 3)  # the middle third of 9 pixels
+    assert rectangle.get_bbox().bounds == (1, 1, 1, 1)  # the middle of 3 x 3 positions
+    assert cells(figure)[0][0].images[0].get_extent() == [0, 3, 3, 0]
