@@ -83,8 +83,9 @@ def distance_histograms(
     page.add_legend(figure, axes[0].patches, columns=2)
     note += (
         " In wrong order: how often a random pair of different identities is closer than a random "
-        "pair of the same identity (50 % is chance). The vertical scales differ."
+        "pair of the same identity (50 % is chance)."
     )
+    note += " The vertical scales differ." if len(panels) > 1 else ""
     page.add_heading(figure, title, note)
     return figure
 
