@@ -106,25 +106,6 @@ def settings_of(table: str) -> list[Setting]:
     return found
 
 
-@dataclass(frozen=True)
-class Section:
-    """An evaluation protocol: a key of a data set's `protocols`, such as "v2i", "all 1 seeded"."""
-
-    dataset: str
-    protocol: str
-
-    @property
-    def options(self) -> Options:
-        """The options of ``test.py`` that ask for it."""
-        return DATASETS[self.dataset].protocols[self.protocol]
-
-    @property
-    def title(self) -> str:
-        """The protocol in a heading."""
-        data = DATASETS[self.dataset]
-        return f"{data.title}, {data.describe(EvalOptions(**self.options))}"
-
-
 # --- Options and command lines --------------------------------------------------------------------
 
 
@@ -165,7 +146,8 @@ class Row:
     """A row of a table and where its numbers come from.
 
     Attributes:
-        section: The protocol.
+        dataset: The data set's name.
+        protocol: A key of its `protocols`, such as "v2i", "all 1 seeded".
         setting: The method or setting.
         checkpoint: "last" or "best".
         files: ``results.json`` of each trial, or a single one that holds all trials.
@@ -173,7 +155,8 @@ class Row:
         training: Folders of the trainings.
     """
 
-    section: Section
+    dataset: str
+    protocol: str
     setting: Setting
     checkpoint: str
     files: Sequence[Path]
@@ -184,6 +167,12 @@ class Row:
     def re_rank(self) -> str:
         """The re-ranking's name, or "no"."""
         return self.setting.test.get("re_rank", "no")
+
+    @property
+    def title(self) -> str:
+        """Data set and protocol in a heading."""
+        data = DATASETS[self.dataset]
+        return f"{data.title}, {data.describe(EvalOptions(**data.protocols[self.protocol]))}"
 
 
 @dataclass(frozen=True)
@@ -199,25 +188,30 @@ class Step:
         """Whether it is a training, not an evaluation."""
         return self.script != "test.py"
 
+    @property
+    def command(self) -> list[str]:
+        """Script and flags; a training resumes where it was stopped, if it was."""
+        values = {**self.options, "output_dir": self.folder}
+        values |= {"resume": True} if self.trains else {}
+        return [os.path.relpath(ROOT / self.script), *flags_of(values)]
+
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:
         """All options of the script as plain values, as it understands those given."""
         args = _parser(self.trains).parse_args(flags_of(self.options))
-        return options.to_json(
-            options.resolve(args, self.script)[0]
-            if self.trains
-            else options.resolve_evaluation(args)
-        )
+        if self.trains:
+            return options.to_json(options.resolve(args, self.script)[0])
+        return options.to_json(options.resolve_evaluation(args))
 
-    def state(self) -> str:
-        """Returns what is there of it: "done", "begun" or "to do".
+    def is_done(self) -> bool:
+        """Tells whether its folder holds all of its results.
 
         Raises:
             ValueError: When the folder holds a training with other options, or a damaged file.
         """
         file = self.folder / ("options.json" if self.trains else "results.json")
         if not file.exists():
-            return "to do"
+            return False
         saved = read_json(file, "options")
         changed = [
             f"{name} {saved[name]!r} there, {value!r} here"
@@ -227,26 +221,17 @@ class Step:
         if not self.trains:
             weights = Path(self.options["resume"])
             stale = weights.exists() and weights.stat().st_mtime > file.stat().st_mtime
-            return "to do" if changed or stale else "done"
+            return not (changed or stale)
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with other options ({'; '.join(changed)}): give "
-                f"another folder with --runs, or do these anew with --again"
+                f"another folder with --runs, or remove this one"
             )
-        if not (self.folder / "last.pt").exists():
-            return "to do"
         report = self.folder / "training.json"
-        last = read_json(report, "last") if report.exists() else None
-        return "done" if last and last["epoch"] == saved["epochs"] else "begun"
-
-    def command(self, state: str, again: bool = False) -> list[str]:
-        """Returns script and flags that resume a stopped training, or start afresh."""
-        values = {**self.options, "output_dir": self.folder}
-        if self.trains and again:
-            values["overwrite"] = True
-        elif self.trains and state == "begun":
-            values["resume"] = True
-        return [os.path.relpath(ROOT / self.script), *flags_of(values)]
+        if not report.exists() or not (self.folder / "last.pt").exists():
+            return False
+        last = read_json(report, "last")
+        return bool(last) and last["epoch"] == saved["epochs"]
 
 
 def read_json(path: Path, entry: str) -> Any:
@@ -282,7 +267,7 @@ def plan(
     if data.splits > 1:
         splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
     test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
-    sections = [Section(dataset, protocol) for protocol in data.protocols]
+    protocols = list(data.protocols)
     rows = []
     steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
@@ -292,13 +277,15 @@ def plan(
         useless = options.unused(setting.script, {**extra, **own})
         used = {name: value for name, value in extra.items() if name not in useless}
         for split in splits:
-            folder = runs / _folder_name(setting, split)
-            step = Step(setting.script, {**split, **used, **own}, folder)
-            folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), folder)
-            steps.setdefault(folder, [step])
-            trainings.append(folder)
-        for section in sections if table in DATASETS and not setting.test else sections[:1]:
-            asked = {**section.options, **setting.test}
+            words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
+            words += [str(word) for option in setting.train.items() for word in option]
+            words += [f"trial{split['trial']}"] if "trial" in split else []
+            step = Step(setting.script, {**split, **used, **own}, runs / "_".join(words))
+            same = json.dumps([step.script, step.resolved])
+            trainings.append(folder_of.setdefault(same, step.folder))
+            steps.setdefault(trainings[-1], [step])
+        for protocol in protocols if table in DATASETS and not setting.test else protocols[:1]:
+            asked = {**data.protocols[protocol], **setting.test}
             for checkpoint in ("last",) if setting.test else ("last", "best"):
                 files = []
                 for training, split in zip(trainings, splits, strict=True):
@@ -308,28 +295,22 @@ def plan(
                     if all(step.folder != folder for step in steps[training]):
                         steps[training].append(Step("test.py", values, folder))
                     files.append(folder / "results.json")
-                rows.append(Row(section, setting, checkpoint, files, trials, trainings))
+                rows.append(Row(dataset, protocol, setting, checkpoint, files, trials, trainings))
     return [step for group in steps.values() for step in group], rows
 
 
-def _folder_name(setting: Setting, split: Options) -> str:
-    words = [setting.script.removeprefix("train_").removesuffix(".py"), split["dataset"]]
-    words += [str(word) for option in setting.train.items() for word in option]
-    return "_".join([*words, *([f"trial{split['trial']}"] if "trial" in split else [])])
-
-
 def check_lists(steps: Sequence[Step]) -> None:
-    """Reads every list that the steps need, so that a wrong one is found before any work.
+    """Reads every list that the steps need once, so that a wrong one is found before any work.
 
     Raises:
         DataError: A list is missing or wrong.
     """
-    seen = set()
+    seen = []
     for step in steps:
         read, names = eval_set, options.PROTOCOL
         if step.trains:
             read, names = train_set, ("dataset", "data_path", "trial")
-        values = tuple((name, step.resolved[name]) for name in names)
+        values = {name: step.resolved[name] for name in names}
         if (read, values) not in seen:
-            seen.add((read, values))
-            read(**dict(values))
+            seen.append((read, values))
+            read(**values)
