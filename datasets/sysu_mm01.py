@@ -86,14 +86,7 @@ class Sysu(DataSet):
     protocols = PROTOCOLS
     expected = {
         "train": (395, 22258, 11909),
-        "val": (99,),
         "test": (96, 6775, 3803),
-        "test visible, camera 1": (56, 1374),
-        "test visible, camera 2": (56, 1565),
-        "test infrared, camera 3": (93, 1883),
-        "test visible, camera 4": (94, 1918),
-        "test visible, camera 5": (95, 1918),
-        "test infrared, camera 6": (96, 1920),
     } | {
         key: (3803, {"all": 301, "indoor": 112}[options["mode"]] * options["shots"])
         for key, options in PROTOCOLS.items()

@@ -7,10 +7,8 @@ Expected counts are the data set's own (`DataSet.expected`); of stand-in data no
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,6 @@ from data_manager import (
     DataError,
     DataSet,
     EvalOptions,
-    ImageList,
-    TrainSet,
     checked_folder,
     data_name,
     eval_set,
@@ -38,19 +34,13 @@ SHOWN = 8  # findings of a kind that are listed; the others are counted
 
 
 class Findings:
-    """What a check found.
-
-    Attributes:
-        counts: The numbers by what they count.
-        wrong: What was expected in place of some of them, in words.
-        problems: What else is wrong and how to fix it.
-    """
+    """What a check found."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.counts: dict[str, tuple[int, ...]] = {}
-        self.wrong: dict[str, str] = {}
-        self.problems: list[str] = []
+        self.counts: dict[str, tuple[int, ...]] = {}  # the numbers by what they count
+        self.wrong: dict[str, str] = {}  # what was expected in place of some of them
+        self.problems: list[str] = []  # what else is wrong and how to fix it
 
     @property
     def good(self) -> bool:
@@ -97,30 +87,19 @@ class Findings:
 
 
 def check(dataset: str, data_path: Path, *, workers: int = 4, open_images: bool = True) -> Findings:
-    """Looks a data folder through.
-
-    Args:
-        dataset: A name in `data_manager.DATASETS`.
-        data_path: The folder.
-        workers: Threads that open images.
-        open_images: Whether to open every image.
-    """
+    """Looks the folder of one of `DATASETS` through; `workers` threads open its images."""
     data = DATASETS[dataset]
     findings = Findings(f"{data_name(dataset, data_path)} in {data_path}")
-    trials, each, expected = 10, data.images_per_id, data.expected
-    if (data_path / STAND_IN_MARKER).exists():
-        trials = findings.attempt(_stand_in_trials, data_path / STAND_IN_MARKER) or trials
-        each, expected = None, {}
+    trials, expected, marker = 10, data.expected, data_path / STAND_IN_MARKER
+    if marker.exists():
+        trials, expected = findings.attempt(_stand_in_trials, marker) or trials, {}
     root = findings.attempt(checked_folder, dataset, data_path)
     if root is None:
         return findings
-    listed: dict[str, list[ImageList]] = {"train": [], "test": []}
+    files: set[Path] = set()
     for split in range(1, min(data.splits, trials) + 1):
-        for role, lists in _check_split(findings, data, root, split, trials, expected).items():
-            listed[role] += lists
-    _count_images_per_id(findings, listed, each)
+        files |= _check_split(findings, data, root, split, trials, expected)
     if open_images:
-        files = {images.root / p for x in listed.values() for images in x for p in images.paths}
         for folder in data.folders:
             files |= {p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
         _open_all(findings, sorted(files), workers)
@@ -142,32 +121,24 @@ def _check_split(
     split: int,
     trials: int,
     expected: Mapping[str, Sequence[int | None]],
-) -> dict[str, tuple[ImageList, ...]]:
-    """Counts one split's "train" and "test" images; returns the lists that could be read."""
+) -> set[Path]:
+    """Counts one split's training and test images; returns the files that its lists name."""
     prefix = f"trial {split} " if data.splits > 1 else ""
+    sizes = None
     train = findings.attempt(train_set, data.name, root, trial=split, use_cache=False)
     if train is not None:
+        sizes = train.num_ids, *map(len, (train.visible, train.infrared))
         what = f"{prefix}train: identities, visible, infrared"
-        findings.count(what, _sizes(train), expected.get("train"))
-    if train is not None and "val" in data.expected:
-        held_out = findings.attempt(data.held_out, root, train.pids)
-        findings.count("of these val: identities", (sum(held_out),), expected.get("val"))
+        findings.count(what, sizes, expected.get("train"))
     cached = findings.attempt(data.train_from_cache, root)
     if cached is not None:
-        what = "caches: identities, visible, infrared"
-        findings.count(what, _sizes(cached), None if train is None else _sizes(train))
+        numbers = cached.num_ids, *map(len, (cached.visible, cached.infrared))
+        findings.count("caches: identities, visible, infrared", numbers, sizes)
     test = findings.attempt(data.images, root, "test", split) or ()
     if test:
         people = np.union1d(test[0].pids, test[1].pids)
         what = f"{prefix}test: identities, visible, infrared"
         findings.count(what, (len(people), *map(len, test)), expected.get("test"))
-    for images in test:
-        cameras = np.unique(images.camids)
-        for camera in cameras if len(cameras) > 1 else ():
-            rows = images.camids == camera  # (n,) bool
-            key = f"test {images.modality}, camera {camera}"
-            numbers = (len(np.unique(images.pids[rows])), rows.sum())
-            findings.count(f"{key}: identities, images", numbers, expected.get(key))
     for key, options in data.protocols.items():
         draws = {"trial": split, "trials": trials, **options}
         found = findings.attempt(eval_set, data.name, root, **draws)
@@ -175,31 +146,14 @@ def _check_split(
             numbers = (len(found.query), max(map(len, found.gallery_trials)))
             what = f"test, {data.describe(EvalOptions(**options))}: queries, gallery"
             findings.count(what, numbers, expected.get(key))
-    lists = {"train": () if train is None else (train.visible, train.infrared), "test": test}
-    paths = [{path for images in lists[role] for path in images.paths} for role in lists]
+    trained = () if train is None else (*train.visible.paths, *train.infrared.paths)
+    tested = [path for images in test for path in images.paths]
     findings.several(
-        sorted(paths[0] & paths[1]),
+        sorted({*trained} & {*tested}),
         f"{prefix}images are in training and in test lists",
         "the lists are of different splits, or one was replaced; take all of them from one source",
     )
-    return lists
-
-
-def _sizes(people: TrainSet) -> tuple[int, int, int]:
-    return people.num_ids, len(people.visible), len(people.infrared)
-
-
-def _count_images_per_id(
-    findings: Findings, listed: Mapping[str, Sequence[ImageList]], expected: int | None
-) -> None:
-    """Counts the images of each identity, over all splits; `expected` in either modality."""
-    for role, modality in product(listed, ("visible", "infrared")):
-        lists = [images for images in listed[role] if images.modality == modality]
-        distinct = {x for images in lists for x in zip(images.paths, images.pids, strict=True)}
-        if distinct:
-            numbers = Counter(pid for _, pid in distinct).values()
-            what = f"{role} {modality}: least, most images of an identity"
-            findings.count(what, (min(numbers), max(numbers)), expected and (expected, expected))
+    return {root / path for path in (*trained, *tested)}
 
 
 def _open_all(findings: Findings, files: list[Path], workers: int) -> None:

@@ -29,22 +29,16 @@ Options = Mapping[str, Any]
 class Setting:
     """What a table varies.
 
-    Attributes:
-        name: The method, or the value of what is varied.
-        script: The training script.
-        train: Options of the training, spelled as they are in its folder's name.
-        test: Options of the evaluation; with any, only the last epoch is evaluated, and only under
-            the data set's first protocol.
-        group: What an ablation varies here; "" for methods.
-        published: Method of ``published.csv`` whose numbers stand beside.
+    With options in `test`, only the last epoch is evaluated, and only under the data set's first
+    protocol.
     """
 
-    name: str
+    name: str  # the method, or the value of what is varied
     script: str = "train_MGMRA.py"
-    train: Options = field(default_factory=dict)
+    train: Options = field(default_factory=dict)  # spelled as they are in its folder's name
     test: Options = field(default_factory=dict)
-    group: str = ""
-    published: str | None = None
+    group: str = ""  # what an ablation varies
+    published: str | None = None  # method of ``published.csv`` whose numbers stand beside
 
 
 METHODS = (
@@ -143,25 +137,15 @@ def given_options(flags: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table and where its numbers come from.
-
-    Attributes:
-        dataset: The data set's name.
-        protocol: A key of its `protocols`, such as "v2i", "all 1 seeded".
-        setting: The method or setting.
-        checkpoint: "last" or "best".
-        files: ``results.json`` of each trial, or a single one that holds all trials.
-        trials: Trials that a complete row has.
-        training: Folders of the trainings.
-    """
+    """A row of a table and where its numbers come from."""
 
     dataset: str
-    protocol: str
+    protocol: str  # a key of the data set's `protocols`, such as "v2i", "all 1 seeded"
     setting: Setting
-    checkpoint: str
-    files: Sequence[Path]
-    trials: int
-    training: Sequence[Path] = ()
+    checkpoint: str  # "last" or "best"
+    files: Sequence[Path]  # ``results.json`` of each trial, or a single one that holds all
+    trials: int  # that a complete row has
+    training: Sequence[Path] = ()  # folders
 
     @property
     def re_rank(self) -> str:
@@ -251,16 +235,11 @@ def read_json(path: Path, entry: str) -> Any:
 def plan(
     table: str, *, dataset: str, runs: Path, trials: int, extra: Options
 ) -> tuple[list[Step], list[Row]]:
-    """Returns the commands behind a table, each training before its evaluations, and its rows.
+    """Returns the commands behind one of `TABLES`, each training before its evaluations; its rows.
 
-    Trainings that mean the same share a folder, and so do evaluations.
-
-    Args:
-        table: One of `TABLES`.
-        dataset: Whose layout and protocol.
-        runs: Folder of all runs.
-        trials: Splits, each with a training, or gallery draws.
-        extra: Options of every training and evaluation that has a use for them.
+    Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
+    splits, each with a training, or gallery draws; options in `extra` go to every training and
+    evaluation that has a use for them.
     """
     data = DATASETS[dataset]
     splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of

@@ -44,23 +44,14 @@ def _percent(line: dict[str, str], metric: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What the files of a row say.
-
-    Attributes:
-        row: The row.
-        trials: Trials asked for.
-        missing: Trial numbers, from 1, that are not there.
-        mean: Fractions by metric; {} unless every trial is there.
-        std: Population standard deviations over trials, likewise.
-        read: Of each file its entry for the row, with the ``commit`` of the code that wrote it.
-    """
+    """What the files of a row say."""
 
     row: Row
-    trials: int
-    missing: list[int]
-    mean: dict[str, float]
-    std: dict[str, float]
-    read: list[dict[str, Any]]
+    trials: int  # asked for
+    missing: list[int]  # trial numbers, from 1, that are not there
+    mean: dict[str, float]  # fractions by metric; {} unless every trial is there
+    std: dict[str, float]  # population standard deviations over trials, likewise
+    read: list[dict[str, Any]]  # of each file its entry for the row, and the code's ``commit``
 
 
 def measure(row: Row, trials: int | None = None) -> Result:
@@ -122,10 +113,7 @@ class Table:
 def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Table]:
     """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
 
-    Args:
-        title: The title of the whole.
-        results: In the order to print.
-        note: Added to each caption.
+    Every caption has the title and the note.
 
     Raises:
         ValueError: No file is there at all, or the files are of different data.
