@@ -240,22 +240,18 @@ def _encode(images: KReciprocal, k1: int, k2: int) -> sparse.csr_array:
     joins.eliminate_zeros()
     expanded = near + joins @ half  # R*(i): where it is not zero
     rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))  # (entries,)
-    weights = np.exp(-_squared_of(images, rows, expanded.indices) / images.farthest[rows])
-    expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
-    nearest = images.ids[:, :k2]  # (n, k2)
-    return _members(nearest) @ expanded / np.float32(nearest.shape[1])
-
-
-def _squared_of(images: KReciprocal, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Looks up the squared distances of pairs (p,) among the nearest, computes the others: (p,)."""
+    columns = expanded.indices  # (entries,)
+    # Squared distances are looked up among the nearest, the others computed: (entries,).
     known = sparse.csr_matrix(_members(images.ids, images.squared))  # (n, n)
-    squared = np.asarray(known[rows, columns]).ravel()  # (p,) 0 where not known
+    squared = np.asarray(known[rows, columns]).ravel()  # 0 where not known
     unknown = np.flatnonzero((squared == 0) & (rows != columns))
     for start in range(0, len(unknown), EXACT_ROWS):
         some = unknown[start : start + EXACT_ROWS]
-        apart = images.points[rows[some]] - images.points[columns[some]]  # (pairs, D)
-        squared[some] = _lengths(apart)
-    return squared
+        squared[some] = _lengths(images.points[rows[some]] - images.points[columns[some]])
+    weights = np.exp(-squared / images.farthest[rows])
+    expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
+    nearest = images.ids[:, :k2]  # (n, k2)
+    return _members(nearest) @ expanded / np.float32(nearest.shape[1])
 
 
 def _shared_weight(

@@ -23,32 +23,19 @@ import options
 from data_manager import DATASETS
 from reproduction import tables
 from reproduction.check_data import check
-from reproduction.plan import (
-    TABLES,
-    Row,
-    Step,
-    check_lists,
-    flags_of,
-    given_options,
-    plan,
-    read_json,
-)
+from reproduction.plan import TABLES, check_lists, choose, flags_of, given_options, plan, read_json
 from utils import make_writable_dir, user_errors, write_json
 
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
-    """`run`: prints the commands, then runs those that are not done.
-
-    Raises:
-        ValueError: When one fails.
-    """
+    """`run`: prints the commands, then runs those that are not done until one fails."""
     data = DATASETS[args.dataset]
     most = max(data.splits, data.gallery_draws)
     # An ablation trains on one split unless told otherwise.
     trials = 1 if args.table != data.name and data.splits > 1 else most
     trials = min(args.trials or trials, most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
-    steps = _wanted(*plan(args.table, runs=args.runs, **about), args.only)
+    steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"
         sys.stdout.write(f"{state} python {shlex.join(step.command)}\n")
@@ -73,18 +60,6 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
         sys.stdout.write(f"{mark} done in {(time.monotonic() - start) / 60:.1f} min\n")
 
 
-def _wanted(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
-    """Returns the evaluations of the rows that hold all texts, and their trainings."""
-    folders: set[Path] = set()
-    for row in rows:
-        title = f"{row.dataset} {row.protocol} {row.setting.group} {row.setting.name}"
-        if all(text in title for text in texts):
-            folders.update(row.training, (file.parent for file in row.files))
-    if not folders:
-        raise ValueError(f"--only {' '.join(texts)} leaves no row of the table")
-    return [step for step in steps if step.folder in folders]
-
-
 def table_command(args: argparse.Namespace) -> None:
     """`table`: writes Markdown, LaTeX and CSV beside the runs, and Markdown to the screen."""
     file = args.runs / f"{args.name}.json"
@@ -92,7 +67,7 @@ def table_command(args: argparse.Namespace) -> None:
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
     about = {name: read_json(file, name) for name in ("dataset", "trials", "extra")}
     _, rows = plan(args.table, runs=args.runs, **about)
-    results = [tables.measure(row, args.trials) for row in rows]
+    results = [tables.measure(row) for row in rows]
     kind = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}.get(args.table, "")
     title = kind + DATASETS[args.dataset].title
     silent = ("data_path", *options.INCIDENTAL)
@@ -122,9 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
         add("--dataset", choices=DATASETS, help="of the ablations (default: regdb)")
         text = "folder of all runs (default: runs/reproduce)"
         add("--runs", type=Path, default=Path("runs/reproduce"), help=text)
-        text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1)"
-        add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
     add = commands.choices["run"].add_argument
+    text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1)"
+    add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
     add("--dry-run", action="store_true", help="print the commands only")
     text = "only rows whose section, group and name hold all of these texts"
     add("--only", nargs="+", default=[], metavar="TEXT", help=text)

@@ -7,7 +7,7 @@ Expected counts are the data set's own (`DataSet.expected`); of stand-in data no
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -115,12 +115,7 @@ def _stand_in_trials(marker: Path) -> int:
 
 
 def _check_split(
-    findings: Findings,
-    data: DataSet,
-    root: Path,
-    split: int,
-    trials: int,
-    expected: Mapping[str, Sequence[int | None]],
+    findings: Findings, data: DataSet, root: Path, split: int, trials: int, expected: dict[str, Any]
 ) -> set[Path]:
     """Counts one split's training and test images; returns the files that its lists name."""
     prefix = f"trial {split} " if data.splits > 1 else ""

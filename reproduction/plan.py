@@ -119,10 +119,9 @@ def _parser(train: bool) -> Any:
 
 
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
-    """Returns what training flags ask for other than the defaults; unknown ones end the program.
+    """Returns what training flags ask for other than the defaults.
 
-    Raises:
-        ValueError: When the tables decide one of them.
+    Unknown ones end the program; one that the tables decide is a ValueError.
     """
     given, default = (vars(_parser(True).parse_args(words)) for words in (list(flags), []))
     extra = {name: value for name, value in given.items() if value != default[name]}
@@ -219,11 +218,7 @@ class Step:
 
 
 def read_json(path: Path, entry: str) -> Any:
-    """Returns an entry of a JSON file that a run has written.
-
-    Raises:
-        ValueError: When there is none.
-    """
+    """Returns an entry of a JSON file that a run has written; a ValueError where there is none."""
     try:
         return json.loads(path.read_text())[entry]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -278,12 +273,20 @@ def plan(
     return [step for group in steps.values() for step in group], rows
 
 
-def check_lists(steps: Sequence[Step]) -> None:
-    """Reads every list that the steps need once, so that a wrong one is found before any work.
+def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
+    """Returns the evaluations of the rows that hold all texts, and their trainings."""
+    folders: set[Path] = set()
+    for row in rows:
+        title = f"{row.dataset} {row.protocol} {row.setting.group} {row.setting.name}"
+        if all(text in title for text in texts):
+            folders.update(row.training, (file.parent for file in row.files))
+    if not folders:
+        raise ValueError(f"--only {' '.join(texts)} leaves no row of the table")
+    return [step for step in steps if step.folder in folders]
 
-    Raises:
-        DataError: A list is missing or wrong.
-    """
+
+def check_lists(steps: Sequence[Step]) -> None:
+    """Reads every list that the steps need once: a DataError before any work, if one is wrong."""
     seen = []
     for step in steps:
         read, names = eval_set, options.PROTOCOL

@@ -47,29 +47,27 @@ class Result:
     """What the files of a row say."""
 
     row: Row
-    trials: int  # asked for
     missing: list[int]  # trial numbers, from 1, that are not there
     mean: dict[str, float]  # fractions by metric; {} unless every trial is there
     std: dict[str, float]  # population standard deviations over trials, likewise
     read: list[dict[str, Any]]  # of each file its entry for the row, and the code's ``commit``
 
 
-def measure(row: Row, trials: int | None = None) -> Result:
-    """Reads a row's files; of their trials the first `trials` only, where it is given.
+def measure(row: Row) -> Result:
+    """Reads a row's files.
 
     Raises:
         ValueError: A file is no results file, or lacks the row's feature or re-ranking.
     """
-    wanted = range(1, min(row.trials, trials or row.trials) + 1)
     found: dict[int, dict[str, float]] = {}  # by trial
     read = []
-    for number, file in enumerate(row.files[: len(wanted)], start=1):
+    for number, file in enumerate(row.files, start=1):
         if file.exists():
             read.append(_read_result(file, row))
             found |= dict(enumerate(read[-1]["per_trial"], start=number))
-    missing = [trial for trial in wanted if trial not in found]
-    mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
-    return Result(row, len(wanted), missing, mean, std, read)
+    missing = [trial for trial in range(1, row.trials + 1) if trial not in found]
+    mean, std = ({}, {}) if missing else mean_and_std(list(found.values()))
+    return Result(row, missing, mean, std, read)
 
 
 def _read_result(file: Path, row: Row) -> dict[str, Any]:
@@ -162,15 +160,16 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
 
 def _cells(result: Result) -> list[str]:
     """Returns the metrics and the trials of a row."""
+    trials = result.row.trials
     if result.missing:
-        found = f"{result.trials - len(result.missing)} of {result.trials}"
+        found = f"{trials - len(result.missing)} of {trials}"
         missing = ", ".join(map(str, result.missing))
         return [*["missing"] * len(METRICS), f"{found}, missing: {missing}"]
     numbers = [f"{100 * result.mean[metric]:.2f}" for metric in METRICS]
-    if result.trials > 1:
+    if trials > 1:
         spread = [f"{100 * result.std[metric]:.2f}" for metric in METRICS]
         numbers = [f"{mean} +- {std}" for mean, std in zip(numbers, spread, strict=True)]
-    return [*numbers, str(result.trials)]
+    return [*numbers, str(trials)]
 
 
 def _published_table(row: Row, ours: set[str | None]) -> Table:
@@ -186,27 +185,24 @@ def _published_table(row: Row, ours: set[str | None]) -> Table:
 
 def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     """Returns the memory's health in the last epoch of each training that has it in its log."""
-    names = [f"{level}/{name}" for level in LEVELS for name in HEALTH]
+    names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in rows:
-        if row.setting.group not in MEMORY_ABLATIONS or row.checkpoint != "last":
-            continue
-        try:
-            logs = [(folder / "log.jsonl").read_text().splitlines()[-1] for folder in row.training]
-            epochs = [json.loads(line) for line in logs]
-        except (OSError, IndexError, ValueError):
-            continue
-        cells = []
-        for name in names:
-            values = [epoch[f"memory/{name}"] for epoch in epochs if f"memory/{name}" in epoch]
-            cells.append(f"{sum(values) / len(values):.3g}" if values else "-")
-        lines.append((row.setting.group, row.setting.name, *cells))
+        if row.setting.group in MEMORY_ABLATIONS and row.checkpoint == "last":
+            try:
+                logs = [(folder / "log.jsonl").read_text().splitlines() for folder in row.training]
+                epochs = [json.loads(lines[-1]) for lines in logs]
+            except (OSError, IndexError, ValueError):
+                continue
+            numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
+            cells = (f"{numbers[name]:.3g}" if name in numbers else "-" for name in names)
+            lines.append((row.setting.group, row.setting.name, *cells))
     caption += (
         " Memory health in training's last epoch, mean over trials: share of positions whose read "
         "is zero, prototypes above the threshold per position, share of prototypes used, entropy."
     )
-    header = ("varied", "method", *(name.replace("_", " ") for name in names))
-    return Table("Memory health", caption, header, lines)
+    titles = (name.removeprefix("memory/").replace("_", " ") for name in names)
+    return Table("Memory health", caption, ("varied", "method", *titles), lines)
 
 
 # --- Formats --------------------------------------------------------------------------------------
@@ -246,7 +242,7 @@ def comma_separated(results: Sequence[Result]) -> str:
         row, setting = result.row, result.row.setting
         line = {"section": f"{row.dataset} {row.protocol}", "varied": setting.group}
         line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
-        line |= {"test_feat": setting.test.get("test_feat"), "trials": result.trials}
+        line |= {"test_feat": setting.test.get("test_feat"), "trials": row.trials}
         line["missing"] = ", ".join(map(str, result.missing))
         line |= {name: _distinct([result], name) for name in ("dataset", "selection", "commit")}
         line |= {f"{metric}_mean": result.mean.get(metric) for metric in METRICS}
