@@ -89,7 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("check", help="verify a data folder", allow_abbrev=False).add_argument
     add("--dataset", choices=DATASETS, required=True, help="whose layout to expect")
     add("--data-path", type=Path, required=True, help="the data folder")
-    add("--workers", type=int, default=4, help="threads that open images (default: 4)")
     add("--skip-images", action="store_true", help="check lists and counts only, open no image")
     for name, text in (("run", "run a table's commands"), ("table", "write a table")):
         add = commands.add_parser(name, help=text, allow_abbrev=False).add_argument
@@ -114,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     with user_errors():
         if args.command == "check":
-            open_images, workers = not args.skip_images, args.workers
-            findings = check(args.dataset, args.data_path, workers=workers, open_images=open_images)
+            findings = check(args.dataset, args.data_path, open_images=not args.skip_images)
             sys.stdout.write(findings.report())
             return 0 if findings.good else 1
         of_methods = args.table in DATASETS

@@ -86,8 +86,8 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def check(dataset: str, data_path: Path, *, workers: int = 4, open_images: bool = True) -> Findings:
-    """Looks the folder of one of `DATASETS` through; `workers` threads open its images."""
+def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Findings:
+    """Looks the folder of one of `DATASETS` through."""
     data = DATASETS[dataset]
     findings = Findings(f"{data_name(dataset, data_path)} in {data_path}")
     trials, expected, marker = 10, data.expected, data_path / STAND_IN_MARKER
@@ -102,7 +102,7 @@ def check(dataset: str, data_path: Path, *, workers: int = 4, open_images: bool 
     if open_images:
         for folder in data.folders:
             files |= {p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
-        _open_all(findings, sorted(files), workers)
+        _open_all(findings, sorted(files))
     return findings
 
 
@@ -151,7 +151,7 @@ def _check_split(
     return {root / path for path in (*trained, *tested)}
 
 
-def _open_all(findings: Findings, files: list[Path], workers: int) -> None:
+def _open_all(findings: Findings, files: list[Path]) -> None:
     """Decodes every image; reports those that cannot be read, and those of an odd size."""
 
     def problem_of(path: Path) -> tuple[str, str] | None:
@@ -164,7 +164,7 @@ def _open_all(findings: Findings, files: list[Path], workers: int) -> None:
         odd = width < MIN_SIDE or height < MIN_SIDE or width > height
         return ("odd", f"{path} ({width} x {height})") if odd else None
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor() as pool:
         results = list(tqdm(pool.map(problem_of, files), "images", len(files), disable=None))
     texts = {kind: [x[1] for x in results if x and x[0] == kind] for kind in ("broken", "odd")}
     what = "images that open, of all"

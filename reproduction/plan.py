@@ -119,10 +119,7 @@ def _parser(train: bool) -> Any:
 
 
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
-    """Returns what training flags ask for other than the defaults.
-
-    Unknown ones end the program; one that the tables decide is a ValueError.
-    """
+    """Returns what training flags ask for other than the defaults; refuses the tables' own."""
     given, default = (vars(_parser(True).parse_args(words)) for words in (list(flags), []))
     extra = {name: value for name, value in given.items() if value != default[name]}
     for name in FIXED:

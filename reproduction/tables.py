@@ -65,8 +65,9 @@ def measure(row: Row) -> Result:
         if file.exists():
             read.append(_read_result(file, row))
             found |= dict(enumerate(read[-1]["per_trial"], start=number))
-    missing = [trial for trial in range(1, row.trials + 1) if trial not in found]
-    mean, std = ({}, {}) if missing else mean_and_std(list(found.values()))
+    wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
+    missing = [trial for trial in wanted if trial not in found]
+    mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
     return Result(row, missing, mean, std, read)
 
 
@@ -111,8 +112,6 @@ class Table:
 def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Table]:
     """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
 
-    Every caption has the title and the note.
-
     Raises:
         ValueError: No file is there at all, or the files are of different data.
     """
@@ -122,11 +121,9 @@ def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Ta
     data = _distinct(results, "dataset")
     if any(entry["dataset"] != data for entry in entries):
         raise ValueError(f"the results are of different data: {data}; use a folder each")
-    caption = f"{title}. Data: {data}."
-    caption += " Percent, mean +- population standard deviation over trials."
+    caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
     if any(entry.get("stand_in") for entry in entries):
-        caption += " Numbers on stand-in data say nothing of the real data set and are not to be"
-        caption += " compared with published ones."
+        caption += " Numbers on stand-in data say nothing of the real data set."
     caption += f" Code: {_distinct(results, 'commit')}.{f' {note}' if note else ''}"
     kinds: dict[tuple[str, str, bool], list[Result]] = {}
     for result in results:
@@ -191,12 +188,13 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
         if row.setting.group in MEMORY_ABLATIONS and row.checkpoint == "last":
             try:
                 logs = [(folder / "log.jsonl").read_text().splitlines() for folder in row.training]
-                epochs = [json.loads(lines[-1]) for lines in logs]
+                epochs = [json.loads(log[-1]) for log in logs]
             except (OSError, IndexError, ValueError):
                 continue
             numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
             cells = (f"{numbers[name]:.3g}" if name in numbers else "-" for name in names)
-            lines.append((row.setting.group, row.setting.name, *cells))
+            if numbers:
+                lines.append((row.setting.group, row.setting.name, *cells))
     caption += (
         " Memory health in training's last epoch, mean over trials: share of positions whose read "
         "is zero, prototypes above the threshold per position, share of prototypes used, entropy."

@@ -90,6 +90,8 @@ def test_trials_in_one_file_each_or_all_in_one(tmp_path):
         assert numbers.mean["mAP"] == pytest.approx(0.2)
         assert numbers.std["mAP"] == pytest.approx((0.02 / 3) ** 0.5)
         assert numbers.missing == []
+    more_draws = measure(row(tmp_path / "all.json", trials=2))
+    assert more_draws.mean["mAP"] == pytest.approx(0.15)
     too_few = measure(row(files[0], trials=3))
     assert (too_few.mean, too_few.missing) == ({}, [2, 3])
 
@@ -137,6 +139,20 @@ def test_re_ranked_rows_stand_apart_and_carry_their_name(tmp_path):
     assert "probably re-ranked" in second.rows[0][-1]
     methods = [line[0] for line in others.rows]
     assert "HCT" in methods and "MG-MRA re-ranked" not in methods
+
+
+def test_trainings_without_a_memory_have_no_row_of_its_health(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"memory/part/used": 0.25}\n{"memory/part/used": 0.5}\n')
+    (tmp_path / "hct").mkdir()
+    (tmp_path / "hct/log.jsonl").write_text('{"epoch": 1}\n')
+    file = write(tmp_path / "a.json")
+    rows = [
+        Row(*V2I, Setting(name, group="lambda"), "last", [file], 1, [folder])
+        for name, folder in (("HCT", tmp_path / "hct"), ("0.5", tmp_path), ("1", tmp_path / "no"))
+    ]
+    health = arranged(*rows)[-1]
+    assert health.header == ["varied", "method", "part/used"]
+    assert health.rows == [["lambda", "0.5", "0.5"]]
 
 
 def test_formats_hold_every_cell():
