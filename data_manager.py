@@ -1,8 +1,7 @@
 """Which images, which labels: training sets and retrieval protocols of the data sets.
 
-`train_set` and `eval_set` read the lists of a data set, check all that can be checked without
-decoding an image, and return `ImageList`s: relative paths, identities, cameras and where each path
-was named. A data set is a class (`datasets.base.DataSet`) and an entry in `DATASETS`.
+`train_set` and `eval_set` read the lists of a data set and check all that can be checked without
+decoding an image. A data set is a class (`datasets.base.DataSet`) and an entry in `DATASETS`.
 """
 
 from __future__ import annotations

@@ -91,8 +91,6 @@ def seed_everything(seed: int) -> None:
 def make_deterministic() -> None:
     """Restricts torch to operations with the same bits in each run; call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
 
 

@@ -33,23 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a training script.
+    """One run of a training script."""
 
-    Attributes:
-        args: Resolved flags.
-        sources: Where each flag's value came from.
-        name: Method, data set and trial.
-        device: Where to compute.
-        files: Where to write.
-        checkpoint: Entries of the checkpoint that --resume goes on from; None starts afresh.
-    """
-
-    args: argparse.Namespace
-    sources: dict[str, str]
-    name: str
+    args: argparse.Namespace  # resolved flags
+    sources: dict[str, str]  # where each flag's value came from
+    name: str  # method, data set and trial
     device: torch.device
     files: RunFiles
-    checkpoint: dict[str, Any] | None
+    checkpoint: dict[str, Any] | None  # that --resume goes on from; None starts afresh
 
     @property
     def head(self) -> str:
@@ -98,9 +89,9 @@ class Run:
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
         """Lists the images to train and to evaluate on; none is decoded."""
         args = self.args
-        subsets = ("fit", "val") if args.select_on == "val" else ("all", "test")
-        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=subsets[0])
-        return train, eval_set(**options.protocol(args, subset=subsets[1]))
+        fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
+        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit)
+        return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
         self,
@@ -111,8 +102,7 @@ class Run:
     ) -> Progress:
         """Checks what can be checked, loads the checkpoint if there is one, and opens the folders.
 
-        Returns:
-            How far the run is.
+        Returns how far the run is.
 
         Raises:
             ValueError: When the checkpoint does not fit, an option cannot change, or a folder
@@ -121,10 +111,6 @@ class Run:
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
-        if args.sync_bn and self.device.type != "cuda":
-            raise ValueError(
-                "--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version"
-            )
         identities, progress, changed = train.pids.tolist(), Progress(), ""
         if checkpoint is not None:
             if not args.test_only:
@@ -155,17 +141,14 @@ class Run:
     def _start_files(self, data: str, identities: list[int]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
+        last = files.checkpoint_dir / LAST
         if self.args.overwrite:
-            for folder, names in (
-                (files.checkpoint_dir, "*.pt"),
-                (files.output_dir, "*.json*"),
-                (files.tensorboard_dir, "events.*"),
-            ):
-                for file in folder.glob(names):
-                    file.unlink()
-        if self.checkpoint:
-            resume.set_damaged_aside(self.checkpoint, files.checkpoint_dir)
-            resume.carry_best(self.checkpoint, files.checkpoint_dir)
+            former = [*last.parent.glob("*.pt"), *files.output_dir.glob("*.json*")]
+            for file in [*former, *files.tensorboard_dir.glob("events.*")]:
+                file.unlink()
+        fell_back = self.checkpoint and self.checkpoint["path"] == last.with_name(PREVIOUS)
+        if fell_back and last.exists():  # damaged: no save may put it over the good one
+            last.replace(last.with_name("last.damaged.pt"))
         about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
         about["versions"] = utils.versions()
         utils.write_json(files.output_dir / "options.json", about)
@@ -243,13 +226,7 @@ class Run:
 
 @contextlib.contextmanager
 def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator[Run]:
-    """Opens a run; errors a user can mend, and signals, end it with a message.
-
-    Args:
-        method: Name in folders and logs.
-        description: Text of ``--help``.
-        argv: Command line; None takes the process's.
-    """
+    """Opens a run; errors a user can mend, and signals, end it with a message."""
     with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
@@ -293,7 +270,7 @@ def start_logging(file: Path | None = None) -> None:
 
 def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
     """What to run after an interruption."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
     former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
     kept = [str(word) for word in words if word not in former]
     command = shlex.join([Path(sys.argv[0]).name, *kept, "--resume"])
@@ -301,18 +278,13 @@ def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> 
 
 
 def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
-    """Where the run will write; nothing is made yet.
-
-    Raises:
-        ValueError: When the folder holds a run that would be overwritten.
-    """
+    """Where the run will write; raises where that would overwrite another one."""
     output = args.output_dir or Path("runs") / name
     checkpoints = args.model_path or output
-    resumes = args.resume is not None
-    if args.overwrite and resumes:
+    if args.overwrite and args.resume is not None:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
     existing = [checkpoints / n for n in (LAST, PREVIOUS) if (checkpoints / n).exists()]
-    if existing and not (resumes or args.overwrite):
+    if existing and args.resume is None and not args.overwrite:
         raise ValueError(
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"

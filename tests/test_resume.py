@@ -338,8 +338,6 @@ def test_the_same_bits_twice_on_cuda(data, tmp_path):
 def test_what_several_processes_cannot_do_is_said_before_any_work(
     data, tmp_path, capsys, monkeypatch
 ):
-    interrupted(data, tmp_path / "run", "--sync-bn", code=2)
-    assert "--sync-bn needs CUDA" in capsys.readouterr().err
     monkeypatch.setattr(distributed, "size", lambda: 3)
     interrupted(data, tmp_path / "run", "--batch-size", 4, code=2)
     error = capsys.readouterr().err
@@ -440,7 +438,7 @@ def test_an_optimiser_s_state_that_does_not_fit_is_refused(data, unbroken, tmp_p
         torch.save({**content, "optimizer": optimizer}, folder / "last.pt")
         interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
         error = capsys.readouterr().err
-        assert f"{folder / 'last.pt'} does not hold a run's state as expected" in error
+        assert f"{folder / 'last.pt'} cannot be resumed here" in error
 
 
 @pytest.mark.slow
