@@ -49,13 +49,10 @@ def restore(
     *,
     identities: Sequence[int],
 ) -> Progress:
-    """Loads the states of network, optimiser and generators.
-
-    The network is as the flags describe it, the optimiser keeps its settings; `identities` has the
-    raw identity of each label.
+    """Loads the states of network, optimiser, which keeps its settings, and generators.
 
     Raises:
-        CheckpointError: When it belongs to another network or other data, or is damaged.
+        CheckpointError: When it belongs to another network or other `identities`, or is damaged.
     """
     try:
         differing = [

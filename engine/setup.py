@@ -206,8 +206,7 @@ class Run:
                 amp=args.amp,
                 progress=self.shows_bars,
             )
-            result = distributed.from_main(results[0] if results else None)
-            del result["cmc"]  # of no use in a log
+            result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
             return {**result, "dataset": data_name(args.dataset, args.data_path)}
 
         return evaluate_now
