@@ -348,11 +348,7 @@ def load_network(
 
 
 def trained_size(info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width, pixels, of the images that a checkpoint was trained on.
-
-    Raises:
-        CheckpointError: When `info`, what `load_network` gives beside the network, has no numbers.
-    """
+    """Height and width, pixels, of the images that a checkpoint was trained on."""
     trained = plain_entry(info, "options", {}, "the checkpoint")
     sizes = RELEASED_SIZE.items()
     return tuple(plain_entry(trained, k, v, "the checkpoint's options") for k, v in sizes)

@@ -103,10 +103,6 @@ class Run:
         """Checks what can be checked, loads the checkpoint if there is one, and opens the folders.
 
         Returns how far the run is.
-
-        Raises:
-            ValueError: When the checkpoint does not fit, an option cannot change, or a folder
-                cannot be written to.
         """
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
@@ -116,11 +112,6 @@ class Run:
             if not args.test_only:
                 changed = options.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-            if progress.epoch > args.epochs and not args.test_only:
-                raise ValueError(
-                    f"{checkpoint['path']} has {progress.epoch} epochs and --epochs is "
-                    f"{args.epochs}"
-                )
         if distributed.is_main():
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
@@ -292,11 +283,7 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
 
 
 def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
-
-    Alone in a folder without one it starts at the beginning: the same command serves however early
-    a run was ended.
-    """
+    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
     if args.resume is None:
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")

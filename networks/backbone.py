@@ -88,7 +88,7 @@ def resnet_stages(
 
 
 def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Loads torchvision-named weights into a torchvision ResNet, classifier and counters aside."""
+    """Loads weights into a torchvision ResNet, classifier and counters aside."""
     unused = ("fc.weight", "fc.bias", "num_batches_tracked")
     own = {k: v for k, v in resnet.state_dict().items() if not k.endswith(unused)}
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
