@@ -163,8 +163,7 @@ class DataSet:
         direction: {"direction": direction} for direction in DIRECTIONS
     }
     # Counts of the complete data, for `reproduce.py check`; None is unknown. "train", "test":
-    # identities, visible, infrared images; "val": identities; "test visible, camera 1" and so on:
-    # identities, images; a key of `protocols`: query, gallery images.
+    # identities, visible, infrared images; a key of `protocols`: query, gallery images.
     expected: Mapping[str, tuple[int | None, ...]] = {}
 
     @property
