@@ -1,0 +1,78 @@
+"""README and docs tell the truth: commands parse, links exist, presets and Python lines agree."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import options
+import visualize
+from model import TwoStreamNet
+from reproduction.plan import TABLES
+from utils import save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+COMMANDS = re.findall(r"^python (\w+\.py.*?)(?:   +#.*)?$", README, re.MULTILINE)
+
+
+def test_readme_is_short():
+    assert len(README.split()) < 2000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_modules_exist(page):
+    text = page.read_text()
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    missing = [target for target in links if not (page.parent / target).exists()]
+    missing += [
+        name
+        for name in re.findall(r"`([\w/]+\.py)\b", text.partition("## Commands")[0])
+        if page.name in ("README.md", "details.md") and not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command):
+    script, *words = shlex.split(command)
+    if script.startswith("train_"):
+        args = options.train_parser("").parse_args(words)
+        resolved, _ = options.resolve(args, script)
+        assert resolved.lr == 0.1
+    elif script == "test.py":
+        options.resolve_evaluation(options.test_parser("").parse_args(words))
+    else:
+        assert (ROOT / script).exists()
+
+
+def test_readme_names_what_there_is():
+    for script in ("train_HCT", "train_SGMRA", "train_MGMRA", "test", "reproduce"):
+        assert any(command.startswith(f"{script}.py") for command in COMMANDS), script
+    figures = next(a for a in visualize.figure_parser("")._actions if a.dest == "figure").choices
+    for name in (*options.PRESETS, *figures, *TABLES):
+        assert f"`{name}`" in README, name
+
+
+@pytest.mark.parametrize("name", ["regdb", "sysu", "llcm", "scratch"])
+def test_preset_table(name):
+    cells = re.search(rf"^\| `{name}` \|(.*)$", README, re.MULTILINE)[1].split("|")
+    values = {**options.DEFAULTS, **options.PRESETS[name]}
+    p_by_k = f"{values['batch_size']} x {values['num_pos']}"
+    expected = [values["lr"], p_by_k, f"{values['gem_p']:g}", values["w_center"]]
+    assert [cell.strip() for cell in cells[:5]] == [*map(str, expected), values["label_smooth"]]
+
+
+def test_python_lines_run(tmp_path, monkeypatch):
+    net = TwoStreamNet(3, arch="resnet18")
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    content = {"net": net.state_dict(), "config": net.config}
+    save_checkpoint(tmp_path / "runs/demo/last.pt", content)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(re.search(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1], found)
+    assert found["distances"].shape == (4, 4)
+    assert torch.all(found["distances"] >= -1e-6)
