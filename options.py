@@ -103,6 +103,10 @@ READ = (
     "memory (default: the method's coarsest)"
 )
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
+PRESET = (
+    "values of flags not given (default: the data set's); one that is named here also decides "
+    "AGW's --epochs, --batch-size, --num_pos and --share_net, as far as it has them"
+)
 RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
 SELECT = (
     "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training "
@@ -155,7 +159,7 @@ TRAIN = {
         Flag("w_decorrelation", 0.0, "weight of the part decorrelation loss", WEIGHT),
     ),
     "optimisation": (
-        Flag("preset", None, "values of flags not given (default: the data set's)", tuple(PRESETS)),
+        Flag("preset", None, PRESET, tuple(PRESETS)),
         Flag("lr", 0.1, "base learning rate", FACTOR),
         Flag("optim", "sgd", "optimiser", ("sgd", "adam")),
         Flag("backbone-lr-scale", 0.1, "rate of all but the head, as a fraction of --lr", FACTOR),
@@ -207,8 +211,12 @@ DEFAULTS: dict[str, Any] = {
     if flag.default is not None
 }
 
-# Whatever the data set: AGW's own settings, which have no stripes and so no stripes' triplets.
-METHOD_VALUES = {"agw": {"pcb": "off", "label_smooth": "off", "gem_p": 3.0, "w_center": 0.0}}
+# AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
+# it trains and on what, a preset that is asked for by its name wins.
+AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
+AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
+METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
+NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
 NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
@@ -341,12 +349,16 @@ def resolve(
     """
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     method = given.get("method", DEFAULTS["method"])
+    of_method = METHOD_VALUES.get(method, {})
     preset = given.get("preset") or given.get("dataset") or DEFAULTS["dataset"]
+    if "preset" in given:
+        of_method = {k: v for k, v in of_method.items() if k in AGW or k not in PRESETS[preset]}
     values, sources = {**vars(args), "preset": preset}, {}
     for source, layer in (
         ("default", DEFAULTS),
         (f"preset {preset}", PRESETS[preset]),
-        (method.upper(), METHOD_VALUES.get(method, {})),
+        (method.upper(), of_method),
+        ("no stripes", NO_STRIPES if {**of_method, **given}.get("pcb") == "off" else {}),
         ("no memory", NO_MEMORY if given.get("memory_levels") == "none" else {}),
         ("flag", given),
     ):

@@ -117,8 +117,23 @@ def test_presets_name_known_flags_and_their_source():
 def test_agw_has_its_own_settings():
     args, sources = resolved("--method agw")
     assert (args.pcb, args.gem_p, args.label_smooth) == ("off", 3.0, "off")
-    assert sources["gem_p"] == "AGW"
+    assert sources["gem_p"] == sources["epochs"] == "AGW"
     assert resolved("--method agw --label_smooth on")[0].label_smooth == "on"
+    names = ("epochs", "batch_size", "num_pos", "share_net", "w_center", "label_smooth")
+    for dataset in options.DATASETS:
+        args, _ = resolved(f"--method agw --dataset {dataset}")
+        assert tuple(getattr(args, n) for n in names) == (81, 8, 4, 1, 0.0, "off"), dataset
+    line = "--method agw --dataset sysu --epochs 5 --batch-size 6 --share_net 2"
+    args, _ = resolved(line)
+    assert (args.epochs, args.batch_size, args.num_pos, args.share_net) == (5, 6, 4, 2)
+
+
+def test_a_preset_that_is_named_decides_how_agw_trains_and_not_what_it_is():
+    args, sources = resolved("--method agw --preset scratch")
+    assert (args.epochs, args.share_net, args.label_smooth) == (14, 1, "off")
+    assert sources["epochs"] == "preset scratch"
+    args, _ = resolved("--method agw --dataset sysu --preset sysu")
+    assert (args.epochs, args.batch_size, args.num_pos, args.w_center) == (81, 6, 8, 0.0)
 
 
 @pytest.mark.parametrize("line", ["--method agw --pcb on", "--pcb off"])
@@ -196,7 +211,7 @@ def test_resolving_changes_nothing_that_was_given():
     before = dict(vars(given))
     args, _ = options.resolve(given)
     assert vars(given) == before
-    assert (args.direction, args.pcb, args.epochs) == ("i2v", "off", 61)
+    assert (args.direction, args.pcb, args.epochs) == ("i2v", "off", 81)
     given = options.test_parser("").parse_args(["--tvsearch"])
     before = dict(vars(given))
     args = options.resolve_evaluation(given)

@@ -174,6 +174,9 @@ def test_methods_and_protocols_of_the_tables():
         ("train_SGMRA.py", "base"),
     }
     steps, rows = planned("sysu", "sysu", trials=3)
+    agw = [s.resolved for s in steps if s.trains and s.resolved["method"] == "agw"]
+    names = ("epochs", "batch_size", "num_pos", "share_net", "label_smooth", "w_center")
+    assert {tuple(run[n] for n in names) for run in agw} == {(81, 8, 4, 1, "off", 0.0)}
     assert len({row.section for row in rows}) == 8
     tests = [step.resolved for step in steps if not step.trains]
     combinations = {(t["mode"], t["shots"], t["gallery"]) for t in tests}
