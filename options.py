@@ -97,7 +97,7 @@ RESUME_LAST = ""  # --resume without a value
 ON_OFF = ("on", "off")
 # The longer help texts of the table below.
 FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
-FEAT = "retrieval feature; memory and both run the memory (default: pcb; AGW: neck)"
+FEAT = "retrieval feature; memory and both run the memory (default: pcb; without stripes: neck)"
 READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
@@ -135,7 +135,7 @@ TRAIN = {
         Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
         Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
         Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
-        Flag("pcb", "on", "horizontal stripes: on for HCT, off for AGW", ON_OFF),
+        Flag("pcb", "on", "HCT: stripes; off: its baseline, one feature of the map", ON_OFF),
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
@@ -364,11 +364,8 @@ def resolve(
     ):
         values |= layer
         sources |= dict.fromkeys(layer, source)
-    if (method == "agw") == (values["pcb"] == "on"):
-        raise ValueError(
-            f"--method {method} with --pcb {values['pcb']} is not a method of this project: "
-            f"HCT is --method base --pcb on, AGW is --method agw --pcb off"
-        )
+    if method == "agw" and values["pcb"] == "on":
+        raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
         if given.get(name):  # a weight of 0 is what an absent term has
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
@@ -392,8 +389,10 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     flags = {}
     if given.get("shrink") != "auto":
         flags["shrink_scale"] = f"--shrink is {given.get('shrink', SHRINK)}, not auto"
-    if given.get("method") == "agw":
-        flags |= dict.fromkeys(("w_center", "local_feat_dim"), "--method agw has no stripes")
+    for flag, value in (("pcb", "off"), ("method", "agw")):
+        if given.get(flag) == value:
+            reason = f"--{flag} {value} has no stripes"
+            flags |= dict.fromkeys(("w_center", "local_feat_dim"), reason)
     if given.get("memory_levels") == "none":
         flags |= dict.fromkeys((*of_levels, *of_memory), "--memory-levels none has no memory")
     if script == "train_SGMRA.py":

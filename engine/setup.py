@@ -52,8 +52,10 @@ class Run:
 
     @property
     def head(self) -> str:
-        """The network's head: "agw" or "pcb" (HCT)."""
-        return "agw" if self.args.method == "agw" else "pcb"
+        """The network's head: "agw", or HCT's "pcb" or "global"."""
+        if self.args.method == "agw":
+            return "agw"
+        return "pcb" if self.args.pcb == "on" else "global"
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -251,7 +253,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
     with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
-        name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
+        without_stripes = "_AGW" if args.method == "agw" else "_global"
+        name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
         if args.deterministic:
             utils.make_deterministic()

@@ -59,8 +59,7 @@ def test_published_commands_parse(line):
 def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
     value = ANCESTORS_FLAGS[name]
     flag = "--" + name.replace("_", spelling).replace("-", spelling)
-    extra = ["--method", "agw"] if name == "pcb" else []
-    args, _ = options.resolve(options.train_parser("").parse_args([flag, value, *extra]))
+    args, _ = options.resolve(options.train_parser("").parse_args([flag, value]))
     found = getattr(args, name.replace("-", "_"))
     assert str(found) == value or found == float(value)
 
@@ -136,10 +135,16 @@ def test_a_preset_that_is_named_decides_how_agw_trains_and_not_what_it_is():
     assert (args.epochs, args.batch_size, args.num_pos, args.w_center) == (81, 6, 8, 0.0)
 
 
-@pytest.mark.parametrize("line", ["--method agw --pcb on", "--pcb off"])
-def test_contradictions(line):
-    with pytest.raises(ValueError, match="is not a method of this project"):
-        resolved(line)
+def test_contradictions():
+    with pytest.raises(ValueError, match="agw has no stripes: leave out --pcb on"):
+        resolved("--method agw --pcb on")
+
+
+def test_without_stripes_hct_keeps_its_recipe_but_for_their_triplets():
+    with_stripes, without = (vars(resolved(f"--pcb {value}")[0]) for value in ("on", "off"))
+    differing = {k for k, v in with_stripes.items() if without[k] != v}
+    assert differing == {"pcb", "w_center"}
+    assert without["w_center"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -283,6 +288,7 @@ def test_a_memory_that_is_not_there_has_no_terms():
         ("MGMRA", "--memory-levels none --shrink 0.1", "--memory-levels none has no memory"),
         ("MGMRA", "--method agw --w_center 1", "--method agw has no stripes"),
         ("MGMRA", "--method agw --local_feat_dim 8", "--method agw has no stripes"),
+        ("HCT", "--pcb off --w_center 1", "--pcb off has no stripes"),
     ],
 )
 def test_flags_without_effect_are_refused(script, line, reason):

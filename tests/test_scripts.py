@@ -160,6 +160,22 @@ def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["HCT", "SGMRA", "MGMRA"])
+def test_hct_s_recipe_without_stripes_trains_and_is_evaluated(name, tiny, tmp_path):
+    folder = tmp_path / "run"
+    train(f"train_{name}.py", tiny, folder, "--pcb", "off", "--epochs", 1)
+    line = log_lines(folder)[0]
+    assert {"id", "triplet"} <= line.keys() and "center_triplet" not in line
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert saved["config"]["head"] == "global"
+    assert saved["method"] == f"{name}_global_regdb_trial1"
+    flags = ("--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--quiet")
+    call("test.py", *flags, "--resume", folder / "last.pt", cwd=tmp_path)
+    result = json.loads((folder / "test_regdb_v2i_trial1_last/results.json").read_text())
+    assert [row["test_feat"] for row in result["rows"]] == ["neck", "pool"]
+    assert result["rank1"] == pytest.approx(line["eval"]["rank1"])
+
+
 def test_resumed_run_equals_an_unbroken_one(tiny, tmp_path):
     train("train_MGMRA.py", tiny, tmp_path / "whole", "--epochs", 2, start=run)
     train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 1, start=run)
