@@ -6,8 +6,11 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
+import itertools
 import json
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +26,8 @@ from networks.settings import (
     SHRINK,
     VARIANTS,
 )
+
+log = logging.getLogger(__name__)
 
 # --- Kinds of values ------------------------------------------------------------------------------
 
@@ -59,6 +64,16 @@ def _shrink(text: str) -> float | str:
     return text if text == "auto" else PROBABILITY(text)
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected no value, True or False, got {text}")
+    return text.lower() == "true"
+
+
+def _method(text: str) -> str:
+    return "agw" if text == "awg" else text  # AGW's scripts spell it so too
+
+
 PRESETS: dict[str, Mapping[str, Any]] = {
     **{name: data.preset for name, data in DATASETS.items()},
     # No pretrained weights at hand: small network, small images, equal rates, triplets let in late.
@@ -78,14 +93,15 @@ PRESET_SOURCES["scratch"] = "this project, on stand-in data"
 class Flag:
     """A flag: name, default, help text, legal values or their parser, short spellings.
 
-    A default of False makes it a switch; with None the help text says what happens without it.
+    A default of False without a parser makes it a switch; with None the help text says what happens
+    without it.
     """
 
     def __init__(
         self, name: str, default: Any, text: str, kind: Any = str, *short: str, **settings: Any
     ) -> None:
         self.name, self.default, self.text, self.short = name, default, text, short
-        if default is False:
+        if default is False and kind is str:
             self.settings = {"action": "store_true"}
         elif callable(kind):
             self.settings = {"type": kind, **settings}
@@ -103,6 +119,11 @@ READ = (
     "memory (default: the method's coarsest)"
 )
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
+MODEL_PATH = (
+    "folder of checkpoints, which runs may share: RUN_last.pt, RUN_best.pt, RUN being the name of "
+    "method, data set and trial (default: last.pt, best.pt in the output folder)"
+)
+METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
 PRESET = (
     "values of flags not given (default: the data set's); one that is named here also decides "
     "AGW's --epochs, --batch-size, --num_pos and --share_net, as far as it has them"
@@ -126,12 +147,12 @@ TRAIN = {
         Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
         Flag("trials", 10, "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1 to N", COUNT),
         Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
-        Flag("tvsearch", False, "same as --direction i2v"),
+        Flag("tvsearch", False, "same as --direction i2v", _truth, nargs="?", const=True),
         Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
         Flag("test-feat", None, FEAT, ("pcb", "neck", "pool", "memory", "both")),
     ),
     "model": (
-        Flag("method", "base", "baseline network: base is HCT, agw is AGW", ("base", "agw")),
+        Flag("method", "base", METHOD, _method, choices=("base", "agw")),
         Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
         Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
         Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
@@ -185,9 +206,9 @@ TRAIN = {
     ),
     "run": (
         Flag("output-dir", None, "folder of a run's files (default: runs/METHOD_DATASET...)", Path),
-        Flag("model_path", None, "folder of checkpoints (default: the output folder)", Path),
-        Flag("log_path", None, "folder of train.log (default: the output folder)", Path),
-        Flag("vis_log_path", None, "TensorBoard folder (default: OUTPUT/tensorboard)", Path),
+        Flag("model_path", None, MODEL_PATH, Path),
+        Flag("log_path", None, "folder of RUN.log (default: train.log in the output folder)", Path),
+        Flag("vis_log_path", None, "folder of RUN's events (default: OUTPUT/tensorboard)", Path),
         Flag("overwrite", False, "start anew in a folder that holds a run; deletes its files"),
         Flag("resume", None, RESUME, str, "-r", nargs="?", const=RESUME_LAST),
         Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
@@ -197,10 +218,10 @@ TRAIN = {
         Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
-        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one to each process"),
+        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one per process"),
         Flag("amp", False, "run the network in bf16 (autocast)"),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
-        Flag("workers", 4, "threads that decode images", COUNT),
+        Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
         Flag("quiet", False, "no progress bars"),
     ),
 }
@@ -226,6 +247,12 @@ INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
     *("overwrite", "test_only", "save_epoch", "test_batch", "figures"),
 )
+# The ancestors' test scripts take these too; here the checkpoint knows them.
+CHECKPOINT_KNOWS = (
+    *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
+    *("method", "margin", "num_pos", "seed", "share_net", "pcb", "w_center", "local_feat_dim"),
+    *("num_strips", "label_smooth"),
+)
 # On --resume: what may differ without a remark, and what belongs to the run for good. Everything
 # else may change, and is reported.
 FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
@@ -241,6 +268,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns the flags; of a value behind a switch the error says that it takes none."""
+        words = sys.argv[1:] if args is None else list(args)
+        found, rest = self.parse_known_args(words, namespace)
+        for flag, word in itertools.pairwise(words):
+            action = self._option_string_actions.get(flag)
+            if word in rest and action is not None and action.nargs == 0:
+                self.error(f"{flag} takes no value, got {word}: leave the value out")
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: "argument --lr: expected a number above 0, got -1; ..."."""
@@ -262,7 +301,7 @@ class Flags:
         """Adds one flag; a `default` stands in place of that in `DEFAULTS`."""
         key = name.replace("-", "_")
         spellings = dict.fromkeys([f"--{name}", f"--{key.replace('_', '-')}", f"--{key}", *short])
-        if settings.get("action") != "store_true":
+        if settings.get("action") != "store_true" and text != argparse.SUPPRESS:
             layers = {"default": DEFAULTS, **PRESETS, **METHOD_VALUES}
             values = {origin: layer[key] for origin, layer in layers.items() if key in layer}
             if default is not None:
@@ -298,6 +337,10 @@ def test_parser(description: str) -> Parser:
     """Returns the parser of ``test.py``."""
     parser = Parser(description)
     evaluation_flags(parser)
+    add = Flags(parser, argparse.SUPPRESS)
+    for name in CHECKPOINT_KNOWS:
+        add(name, argparse.SUPPRESS, nargs="?", const=True)
+    parser.set_defaults(ignored=[name.replace("-", "_") for name in CHECKPOINT_KNOWS])
     add = Flags(parser, "output")
     add("output-dir", "folder of results.json (default: beside the checkpoint)", type=Path)
     add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
@@ -314,6 +357,8 @@ def evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
     add = Flags(parser, "checkpoint")
     add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1 to N", "-r")
+    text = "folder in which --resume is looked for where there is no such path"
+    add("model_path", text, type=Path, default=Path("save_model"))  # as in the ancestors' scripts
     add("img_h", "image height in pixels", type=COUNT, default=AS_TRAINED)
     add("img_w", "image width in pixels", type=COUNT, default=AS_TRAINED)
     text = "GeM exponent; the earlier releases' files store none: 3 unless given"
@@ -409,6 +454,14 @@ def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: When flags contradict each other.
     """
     values = dict(vars(args))
+    ignored = values.pop("ignored", ())  # by test.py
+    given = [f"--{name}" for name in ignored if values.pop(name) is not None]
+    if given:
+        log.warning("no effect, since the checkpoint knows: %s", ", ".join(given))
+    if values["resume"]:
+        first = values["resume"].replace("{trial}", "1")
+        if not Path(first).exists() and (values["model_path"] / first).exists():
+            values["resume"] = str(values["model_path"] / values["resume"])
     as_trained = ("img_h", "img_w", "gem_p", "memory_variant")
     for name in DEFAULTS.keys() & values.keys() - set(as_trained):
         if values[name] is None:

@@ -41,8 +41,8 @@ DRAWN = 10  # and in its picture
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with utils.user_errors():
-        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
         utils.setup_logging()
+        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
         with distributed.processes(args.gpu) as device:
             if device.type == "cpu":
                 utils.keep_freed_memory()
@@ -241,7 +241,8 @@ def default_output(args: argparse.Namespace) -> Path:
     rare = (args.test_feat, args.subset, args.re_rank)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent
-    return parent / "_".join(["test", args.dataset, *words, Path(args.resume).stem])
+    stem = Path(args.resume.replace("{trial}", "")).stem
+    return parent / "_".join(["test", args.dataset, *words, stem])
 
 
 def feature_file(args: argparse.Namespace, trial: int) -> Path | None:

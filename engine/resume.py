@@ -2,13 +2,14 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.fit import BEST, LAST, PREVIOUS, Progress
+from engine.fit import BEST, LAST, PREVIOUS, Progress, RunFiles
 from model import TwoStreamNet
 from utils import CheckpointError, load_checkpoint, save_checkpoint
 
@@ -28,8 +29,8 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     try:
         content = load_checkpoint(path)
     except CheckpointError as error:
-        previous = path.with_name(PREVIOUS)
-        if not (fall_back and path.name == LAST and previous.is_file()):
+        previous = beside(path, PREVIOUS)
+        if not (fall_back and path.name.endswith(LAST) and previous.is_file()):
             raise
         log.warning("%s. Going on from the one before it, %s", error, previous)
         path, content = previous, load_checkpoint(previous)
@@ -43,22 +44,29 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     return {**content, "path": path}
 
 
-def set_damaged_aside(content: Mapping[str, Any], folder: Path) -> None:
+def beside(path: Path, name: str) -> Path:
+    """Returns another checkpoint of the run that wrote `path`: `LAST`, `PREVIOUS`, `BEST`."""
+    own = re.search(r"(last|last\.previous|best|epoch_\d+)\.pt$", path.name)
+    return path.with_name((path.name[: own.start()] if own else "") + name)
+
+
+def set_damaged_aside(content: Mapping[str, Any], files: RunFiles) -> None:
     """Renames a ``last.pt`` that was not readable, so that no save puts it over a good file."""
-    if content["path"] == folder / PREVIOUS and (folder / LAST).exists():
-        os.replace(folder / LAST, folder / "last.damaged.pt")
+    last = files.checkpoint(LAST)
+    if content["path"] == files.checkpoint(PREVIOUS) and last.exists():
+        os.replace(last, files.checkpoint("last.damaged.pt"))
 
 
-def carry_best(content: Mapping[str, Any], folder: Path) -> None:
+def carry_best(content: Mapping[str, Any], files: RunFiles) -> None:
     """Brings ``best.pt`` along when a run goes on in another folder; warns when it is lost."""
-    path, best = content["path"].with_name(BEST), content["best"]
-    if best is None or (folder / BEST).exists():
+    path, best = beside(content["path"], BEST), content["best"]
+    if best is None or files.checkpoint(BEST).exists():
         return
     try:
         found = load_checkpoint(path)
         if found.get("epoch") != best["epoch"]:
             raise CheckpointError(f"the best epoch so far, {best['epoch']}, is not that of {path}")
-        save_checkpoint(folder / BEST, found)
+        save_checkpoint(files.checkpoint(BEST), found)
     except CheckpointError as error:
         log.warning("going on without the best checkpoint so far: %s", error)
 

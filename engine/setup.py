@@ -140,7 +140,7 @@ class Run:
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
                 utils.make_writable_dir(folder)
-            start_logging(logs / "train.log")
+            start_logging(logs / (f"{self.name}.log" if args.log_path else "train.log"))
         data = data_name(args.dataset, args.data_path)
         log.info("%s\n%s", self.name, options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
@@ -157,15 +157,15 @@ class Run:
         files = self.files
         if self.args.overwrite:
             for folder, names in (
-                (files.checkpoint_dir, "*.pt"),
+                (files.checkpoint_dir, f"{files.prefix}*.pt"),
                 (files.output_dir, "*.json*"),
                 (files.tensorboard_dir, "events.*"),
             ):
                 for file in folder.glob(names):
                     file.unlink()
         if self.checkpoint:
-            resume.set_damaged_aside(self.checkpoint, files.checkpoint_dir)
-            resume.carry_best(self.checkpoint, files.checkpoint_dir)
+            resume.set_damaged_aside(self.checkpoint, files)
+            resume.carry_best(self.checkpoint, files)
         about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
         about["versions"] = utils.versions()
         utils.write_json(files.output_dir / "options.json", about)
@@ -265,10 +265,10 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                 if device.type == "cpu":
                     utils.keep_freed_memory()
                 utils.seed_everything(args.seed)
-                checkpoint = _read_checkpoint(args, files.checkpoint_dir)
+                checkpoint = _read_checkpoint(args, files)
                 yield Run(args, sources, name, device, files, checkpoint)
         except utils.Interrupted as stop:
-            saved = files.checkpoint_dir / LAST
+            saved = files.checkpoint(LAST)
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
             sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
             raise SystemExit(stop.exit_code) from None
@@ -295,20 +295,28 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
         ValueError: When the folder holds a run that would be overwritten.
     """
     output = args.output_dir or Path("runs") / name
-    checkpoints = args.model_path or output
+    events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
+    prefix = f"{name}_" if args.model_path else ""
+    files = RunFiles(output, args.model_path or output, events, prefix=prefix)
+    report = output / "options.json"
+    if prefix and report.exists() and f'"method": "{name}"' not in report.read_text():
+        raise ValueError(
+            f"{output} holds another run than {name}; runs can share --model_path, but each needs "
+            f"an --output-dir of its own: name another, or leave it out"
+        )
     resumes = args.resume is not None
     if args.overwrite and resumes:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
-    existing = [checkpoints / n for n in (LAST, PREVIOUS) if (checkpoints / n).exists()]
+    existing = [path for path in map(files.checkpoint, (LAST, PREVIOUS)) if path.exists()]
     if existing and not (resumes or args.overwrite):
         raise ValueError(
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
         )
-    return RunFiles(output, checkpoints, args.vis_log_path or output / "tensorboard")
+    return files
 
 
-def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+def _read_checkpoint(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
     """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
 
     Alone in a folder without one it starts at the beginning: the same command serves however early
@@ -318,10 +326,11 @@ def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] |
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
-    path = Path(args.resume or folder / LAST)
+    folder = files.checkpoint_dir
+    path = Path(args.resume or files.checkpoint(LAST))
     if not path.exists() and (folder / path).exists():
         path = folder / path
-    nothing_yet = not any((folder / name).exists() for name in (LAST, PREVIOUS))
+    nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
     if args.resume == options.RESUME_LAST and nothing_yet and not args.test_only:
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
         return None

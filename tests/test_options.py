@@ -68,6 +68,11 @@ def test_switches_and_short_forms():
     args, _ = resolved("--tvsearch --test-only -r x")
     assert (args.direction, args.test_only, args.resume) == ("i2v", True, "x")
     assert resolved("--resume")[0].resume == options.RESUME_LAST
+    assert resolved("--tvsearch True")[0].direction == "i2v"
+    assert resolved("--tvsearch False")[0].direction == "v2i"
+    assert resolved("--tvsearch false --direction v2i")[0].direction == "v2i"
+    assert resolved("--method awg")[0] == resolved("--method agw")[0]
+    assert resolved("--workers 0")[0].workers == 0
     assert resolved("")[0].resume is None
 
 
@@ -184,6 +189,9 @@ def test_illegal_values_are_refused_by_the_flag_s_name(line):
         ("--margin nan", "expected 0 or more, got nan"),
         ("--shrink 2", "expected a number from 0 to 1, got 2"),
         ("--triplet-ramp 5 3", "START <= END; got 5 3"),
+        ("--tvsearch yes", "expected no value, True or False, got yes"),
+        ("--lr 0.1 --overwrite True", "--overwrite takes no value, got True"),
+        ("--tvsearch True True", "unrecognized arguments: True"),
     ],
 )
 def test_errors_say_what_is_legal(line, expected):

@@ -301,6 +301,44 @@ def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
     assert (folder / "last.pt").read_bytes() != before
 
 
+def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
+    shared = ("--model_path", "saved", "--log_path", "logs", "--vis_log_path", "events")
+    where = ("--dataset", "regdb", "--data-path", data / "regdb", *QUICK, "--num_pos", 4)
+    names = [f"HCT_regdb_trial{trial}" for trial in (1, 2)]
+    for trial in (1, 2):
+        flags = (*where, *shared, "--trial", trial, "--epochs", 1)
+        call("train_HCT.py", *flags, cwd=tmp_path)
+    saved = tmp_path / "saved"
+    files = {f"{name}_{kind}.pt" for name in names for kind in ("last", "best")}
+    assert {path.name for path in saved.iterdir()} == files
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{n}.log" for n in names}
+    assert {path.name for path in (tmp_path / "events").iterdir()} == set(names)
+    _, error = call("train_HCT.py", *flags, cwd=tmp_path, code=2)
+    assert "saved/HCT_regdb_trial2_last.pt is there already" in error
+    (saved / f"{names[1]}_last.pt").rename(saved / f"{names[1]}_last.previous.pt")
+    first = (saved / f"{names[0]}_last.pt").read_bytes()
+    _, error = call("train_HCT.py", *flags, "--epochs", 2, "--resume", cwd=tmp_path)
+    assert f"resumed saved/{names[1]}_last.previous.pt after 1 epochs" in error
+    call("train_HCT.py", *flags, "--overwrite", cwd=tmp_path)
+    assert (saved / f"{names[0]}_last.pt").read_bytes() == first
+    output = ("--output-dir", f"runs/{names[0]}")
+    _, error = call("train_HCT.py", *flags, *output, "--resume", cwd=tmp_path, code=2)
+    assert "holds another run than HCT_regdb_trial2" in error
+    # test.py finds them there, one or all of them.
+    found = ("--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu", "--quiet")
+    found += ("--model_path", "saved", "--lr", 0.1, "--batch-size", 8, "--method", "agw")
+    name = f"{names[0]}_last.pt"
+    _, error = call("test.py", *found, "--resume", name, cwd=tmp_path)
+    assert error.count("no effect, since the checkpoint knows: --lr, --batch_size, --method\n") == 1
+    pattern = "HCT_regdb_trial{trial}_last.pt"
+    call("test.py", *found, "--trials", 2, "--resume", pattern, cwd=tmp_path)
+    report = saved / "test_regdb_v2i_trials_HCT_regdb_trial_last/results.json"
+    assert len(json.loads(report.read_text())["checkpoints"]) == 2
+    saved.rename(tmp_path / "save_model")  # where the ancestors' scripts look
+    found = found[: found.index("--model_path")]
+    call("test.py", *found, "--resume", name, cwd=tmp_path)
+
+
 class OwnMemory(MultiGranularityMemory):
     """A user's memory, which `test.py --memory test_scripts.OwnMemory` finds."""
 
@@ -388,6 +426,7 @@ BAD_INPUT = {
     "no such weights": (("--weights", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     "test-only without a checkpoint": (("--test-only",), "--resume"),
     "not a device": (("--gpu", "tpu"), "CUDA index"),
+    "a value behind a switch": (("--amp", "True"), "--amp takes no value, got True"),
     "both directions": (("--tvsearch", "--direction", "v2i"), "--direction"),
 }
 
