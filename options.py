@@ -119,6 +119,10 @@ READ = (
     "memory (default: the method's coarsest)"
 )
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
+PROTOCOL_OF_LLCM = (
+    "LLCM, visible to infrared: as in the CVPR 2023 paper, or as in its authors' repository, where "
+    "drawn infrared images query all visible ones; their numbers do not compare"
+)
 MODEL_PATH = (
     "folder of checkpoints, which runs may share: RUN_last.pt, RUN_best.pt, RUN being the name of "
     "method, data set and trial (default: last.pt, best.pt in the output folder)"
@@ -142,6 +146,7 @@ TRAIN = {
         Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
         Flag("data-path", None, f"data folder (default: {FOLDERS})", Path),
         Flag("trial", 1, "RegDB: split, 1 to 10", int),
+        Flag("protocol", "paper", PROTOCOL_OF_LLCM, ("paper", "repository")),
         Flag("mode", "all", "SYSU-MM01: gallery from all or indoor cameras", ("all", "indoor")),
         Flag("gallery", "seeded", "SYSU-MM01: seeded or published draws", ("seeded", "official")),
         Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
@@ -241,7 +246,8 @@ NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
 NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
-PROTOCOL = ("dataset", "data_path", "trial", "direction", "mode", "gallery", "shots", "trials")
+PROTOCOL = ("dataset", "data_path", "trial", "direction", "protocol", "mode", "gallery", "shots")
+PROTOCOL += ("trials",)
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),

@@ -131,6 +131,7 @@ class EvalSet:
         camera_rule: A rule of `eval_metrics.excluded`: "none", "sysu" (camera-3 queries ignore
             camera-2 gallery images) or "same" (queries ignore images of their person and camera).
         protocol: The protocol in words, for printed rows.
+        query_trials: Per trial the row numbers into `query`; None: each trial asks all of them.
     """
 
     dataset: str
@@ -139,6 +140,7 @@ class EvalSet:
     gallery_trials: tuple[np.ndarray, ...]
     camera_rule: str
     protocol: str
+    query_trials: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class EvalOptions:
     Attributes:
         trial: RegDB's split, 1..10.
         direction: "v2i" (visible queries, infrared gallery) or "i2v"; not for SYSU-MM01.
+        protocol: LLCM, v2i: the "paper" or the "repository" of its authors (see `Llcm`).
         mode: SYSU-MM01: "all" (gallery cameras 1, 2, 4, 5) or "indoor" (1, 2).
         gallery: SYSU-MM01: how the gallery is drawn, "seeded" or "official" (see `Sysu`).
         shots: SYSU-MM01: gallery images per identity and camera, 1 or 10.
@@ -157,6 +160,7 @@ class EvalOptions:
 
     trial: int = 1
     direction: str = "v2i"
+    protocol: str = "paper"
     mode: str = "all"
     gallery: str = "seeded"
     shots: int = 1
@@ -166,6 +170,7 @@ class EvalOptions:
     def __post_init__(self) -> None:
         check_choice("trial", self.trial, TRIALS)
         check_choice("direction", self.direction, tuple(DIRECTIONS))
+        check_choice("protocol", self.protocol, ("paper", "repository"))
         check_choice("mode", self.mode, ("all", "indoor"))
         check_choice("gallery", self.gallery, ("seeded", "official"))
         check_choice("shots", self.shots, (1, 10))

@@ -135,11 +135,11 @@ def test_options_become_flags_and_flags_options():
     ("table", "dataset", "trainings", "tests", "files"),
     [
         ("regdb", "regdb", 50, 10 * (5 * 2 * 2 + 1), 10),
-        ("sysu", "sysu", 5, 5 * 8 * 2 + 1, 1),
+        ("sysu", "sysu", 8, 8 * 8 * 2 + 1, 1),
         ("ablation", "regdb", 10 * 28, None, 10),
         ("ablation", "sysu", 28, None, 1),
         ("memory", "llcm", 16, None, 1),
-        ("llcm", "llcm", 5, 5 * 2 * 2 + 1, 1),
+        ("llcm", "llcm", 5, 5 * 3 * 2 + 1, 1),
     ],
 )
 def test_tables_have_the_runs_that_they_name(table, dataset, trainings, tests, files):
@@ -178,6 +178,14 @@ def test_methods_and_protocols_of_the_tables():
     names = ("epochs", "batch_size", "num_pos", "share_net", "label_smooth", "w_center")
     assert {tuple(run[n] for n in names) for run in agw} == {(81, 8, 4, 1, "off", 0.0)}
     assert len({row.section for row in rows}) == 8
+    recipes = {
+        tuple(s.resolved[n] for n in ("w_center", "label_smooth", "lr"))
+        for s in steps
+        if s.trains and s.script == "train_MGMRA.py" and s.resolved["method"] == "base"
+    }
+    assert recipes == {
+        (w, smooth, lr) for w, smooth in ((1, "off"), (2, "on")) for lr in (0.1, 0.01)
+    }
     tests = [step.resolved for step in steps if not step.trains]
     combinations = {(t["mode"], t["shots"], t["gallery"]) for t in tests}
     assert len(combinations) == 8
@@ -349,7 +357,7 @@ REFUSALS = {
     "too many trials": (("--table", "regdb", "--trials", "11"), "--trials"),
     "another data set": (("--table", "regdb", "--dataset", "sysu"), "is of --dataset regdb"),
     "no such row": (("--table", "regdb", "--only", "Xmodal"), "leaves no row"),
-    "contradiction": (("--table", "regdb", "--pcb", "off"), "is not a method of this project"),
+    "contradiction": (("--table", "regdb", "--pcb", "on"), "agw has no stripes"),
     "no data": (("--table", "regdb", "--data-path", "nowhere"), "signed form"),
 }
 

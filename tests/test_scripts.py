@@ -252,6 +252,21 @@ def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
     assert "stand-in data in LLCM's layout" in output and "infrared to visible" in output
     result = json.loads((tmp_path / "run/test_llcm_i2v_both_last/results.json").read_text())
     assert len(result["rows"][0]["per_trial"]) == 10
+    output, _ = call(
+        *("test.py", "--dataset", "llcm", "--data-path", data / "llcm", "--protocol", "repository"),
+        *("--resume", tmp_path / "run" / "last.pt", "--gpu", "cpu", "--trials", 2, "--figures"),
+        *("--save-features", tmp_path / "features.npz"),
+        cwd=tmp_path,
+    )
+    assert "the authors' repository's protocol" in output
+    folder = tmp_path / "run/test_llcm_v2i_repository_last"
+    result = json.loads((folder / "results.json").read_text())
+    assert "the authors' repository's protocol" in result["protocol"]
+    with np.load(tmp_path / "features.npz") as saved:
+        asking, visible = saved["query_trials"], saved["gallery_pids"]
+        assert len(asking) == len(saved["gallery_trials"]) == 2
+        assert saved["gallery_trials"].shape[1] == len(visible)
+        assert asking.max() < len(saved["query_pids"])
 
 
 def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
