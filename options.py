@@ -276,8 +276,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Returns the flags; of a value behind a switch the error says that it takes none."""
+        """Returns the flags; a value behind a switch and a space in a flag have their own error."""
         words = sys.argv[1:] if args is None else list(args)
+        if "--" in words[:-1]:  # as in HCT's README
+            name = words[words.index("--") + 1]
+            self.error(f"'-- {name}' has a space: write --{name}")
         found, rest = self.parse_known_args(words, namespace)
         for flag, word in itertools.pairwise(words):
             action = self._option_string_actions.get(flag)
