@@ -75,7 +75,7 @@ class MemoryRead(NamedTuple):
 
     Attributes:
         part: Read from the part bank, (B, C, H, W).
-        instance: Read from the instance bank (MG-MRA, variant ``paper``), (B, C, H, W).
+        instance: Read from the instance bank (MG-MRA's cascades), (B, C, H, W).
         semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
         weights: Addressing weights (n, m) by level, dense or sparse CSR; for statistics.
     """
@@ -146,6 +146,10 @@ class SingleGranularityMemory(nn.Module):
             return self.shrink
         return min(self.shrink_scale / num_prototypes, 1.0)
 
+    def bank_sizes(self) -> dict[str, int]:
+        """Returns how many prototypes m the bank of each level has."""
+        return {"part": len(self.part_bank)}
+
     def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
         return read(x, bank, self.threshold(level, len(bank)))
@@ -159,14 +163,17 @@ class SingleGranularityMemory(nn.Module):
 class MultiGranularityMemory(SingleGranularityMemory):
     """MG-MRA's memory: part prototypes, and instance and semantic prototypes made from them.
 
-    Only the part bank and two gates are learned. Variant ``paper`` queries in a cascade (the part
-    read addresses the instances, the instance read the semantics) and averages each instance's own
-    parts. Variant ``released`` queries every level with x, returns no instance read, and gates and
-    averages interleaved: the flat memory of an instance is viewed as (C, R), so that channel c is
-    the mean of R neighbouring entries of a single part.
+    Only the part bank and two gates are learned. The variants:
 
-    Deviation: the default is ``paper``, as in the figure; ``released`` continues from the later
-    upload's checkpoints.
+    - ``paper``, the paper's figure: a cascade, in which the part read queries the instances and the
+      instance read the semantics; an instance is the gated mean of its own parts.
+    - ``first``, the release's first upload: the same cascade, gated and averaged interleaved: the
+      flat memory of an instance is viewed as (C, R), so that channel c is the mean of R
+      neighbouring entries of a single part.
+    - ``released``, its later upload: interleaved too, but x queries every level, and there is no
+      instance read.
+
+    Deviation: the default is ``paper``; the interleaved mean of both uploads is most likely a slip.
 
     Attributes:
         part_gate: Gate over the R parts of an instance, Conv1d(R, R, 1) along the channels.
@@ -195,9 +202,15 @@ class MultiGranularityMemory(SingleGranularityMemory):
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant
-        self.levels = LEVELS if variant == "paper" else ("part", "semantic")
+        self.levels = ("part", "semantic") if variant == "released" else LEVELS
         self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
         self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
+
+    def bank_sizes(self) -> dict[str, int]:
+        """Returns how many prototypes m the bank of each level has."""
+        instances = self.num_ids * self.instances_per_id
+        sizes = (len(self.part_bank), instances, self.num_ids)
+        return {k: m for k, m in zip(LEVELS, sizes, strict=True) if k in self.levels}
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""

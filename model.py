@@ -62,6 +62,7 @@ class TwoStreamNet(nn.Module):
         weights: str | Path | None = None,
         *,
         memory_levels: str | None = None,
+        memory_ids: int | None = None,
         **memory_settings: Any,
     ) -> None:
         """Builds the network.
@@ -83,6 +84,8 @@ class TwoStreamNet(nn.Module):
             memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
                 "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
                 classifier and losses of the memory branch and drops the memory: a control.
+            memory_ids: Identities that a memory built here has prototypes for; None: `num_ids`. The
+                releases' bank has 206 whatever the data set.
             **memory_settings: Of a memory that is built here, as in `MEMORY_SETTINGS`.
 
         Raises:
@@ -130,7 +133,7 @@ class TwoStreamNet(nn.Module):
         memory = MEMORIES.get(memory, memory)
         if isinstance(memory, type):
             variant = {} if memory is SingleGranularityMemory else {"variant": memory_variant}
-            memory = memory(num_ids, dim=self.dim, **memory_settings, **variant)
+            memory = memory(memory_ids or num_ids, dim=self.dim, **memory_settings, **variant)
         self.memory = None if memory_levels == "none" else memory
         self.memory_neck = None
         if memory is not None:
@@ -143,6 +146,7 @@ class TwoStreamNet(nn.Module):
             self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))
 
         own_name = None if memory is None else type(memory).__name__
+        memory_ids = getattr(memory, "num_ids", memory_ids)
         self.config = {
             "num_ids": num_ids,
             "head": head,
@@ -155,6 +159,7 @@ class TwoStreamNet(nn.Module):
             "arch": arch,
             **{k: getattr(memory, k, v) for k, v in memory_settings.items()},
             "memory_levels": memory_levels,
+            "memory_ids": None if memory_ids == num_ids else memory_ids,
         }
         if whole_network:
             load_matching(self, state, str(weights))
@@ -302,7 +307,7 @@ def load_network(
     Args:
         path: This project's checkpoint, or an earlier release's (dictionary with ``net``).
         gem_p: Pooling exponent in place of the stored one; an earlier release's file stores none,
-            and takes 3.0 without it.
+            and takes 3.0 without it, with a warning.
         memory_variant: Likewise; an earlier release's file takes "released" without it.
         memory: The class of a memory of the user's own. Without it such a checkpoint is loaded
             without its memory, which the method's own retrieval feature does not need.
@@ -323,6 +328,12 @@ def load_network(
             config = {**content["config"], **given}
         else:
             config = {**RELEASED_DEFAULTS, **released_config(state), **given}
+            if gem_p is None:
+                log.warning(
+                    "%s stores no GeM exponent, as no earlier release's file does: taking %g; "
+                    "HCT's and the first upload's trainings on RegDB have 10 (--gem-p 10)",
+                    *(path, config["gem_p"]),
+                )
             state = convert_released_state_dict(state)
         if memory is not None:
             if config["memory"] != memory.__name__:

@@ -118,6 +118,11 @@ READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
 )
+VARIANT = "MG-MRA: the paper's figure, or the release's first or later upload (released)"
+MEMORY_IDS = (
+    "identities that the memory has prototypes for; the releases' has 206 on every data set "
+    "(default: the training identities)"
+)
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
 PROTOCOL_OF_LLCM = (
     "LLCM, visible to infrared: as in the CVPR 2023 paper, or as in its authors' repository, where "
@@ -165,12 +170,13 @@ TRAIN = {
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
-        Flag("memory-variant", "paper", "MG-MRA: the figure's or the later upload's", VARIANTS),
+        Flag("memory-variant", "paper", VARIANT, VARIANTS),
         Flag("shrink", SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
         Flag("memory-levels", None, READ, ("none", *LEVELS)),
         Flag("instances-per-id", INSTANCES_PER_ID, "instance prototypes per identity, T", COUNT),
         Flag("parts-per-instance", PARTS_PER_INSTANCE, "part prototypes per instance, R", COUNT),
+        Flag("memory-ids", None, MEMORY_IDS, COUNT),
     ),
     "losses": (
         Flag("margin", MARGIN, "margin of the triplet losses (feature distance)", WEIGHT),
@@ -438,7 +444,7 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
         given: The flags that were given.
     """
     of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
-    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance")
+    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance", "memory_ids")
     of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
     flags = {}
     if given.get("shrink") != "auto":

@@ -1,12 +1,11 @@
 """Re-ranking of retrieval results: k-reciprocal encoding and a random walk over the gallery.
 
-    distmat = k_reciprocal(q_feats, g_feats)
-
 Both are transductive: a distance depends on the whole gallery, and for k-reciprocal on the other
 queries too. Neither knows a camera rule. Results that used one must name it.
 """
 
 from collections.abc import Iterator
+from copy import copy
 
 import numpy as np
 from scipy import linalg, sparse
@@ -20,11 +19,7 @@ TIE_DECIMALS = 12  # float64 distances equal to so many decimals tie, whatever t
 
 
 def k_reciprocal(
-    q_feats: np.ndarray,
-    g_feats: np.ndarray,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
+    q_feats: np.ndarray, g_feats: np.ndarray, k1: int = 20, k2: int = 6, lambda_value: float = 0.3
 ) -> np.ndarray:
     """Returns distances after k-reciprocal encoding, (Q, G) float32.
 
@@ -55,9 +50,6 @@ def random_walk(q_feats: np.ndarray, g_feats: np.ndarray, alpha: float = 0.95) -
         g_feats: (G, D) gallery features; takes 16 G^2 bytes of memory.
         alpha: Probability of each further step, 0 <= alpha < 1.
 
-    Raises:
-        ValueError: Features are wrong as for `k_reciprocal`, or alpha is out of range.
-
     Source: the earlier releases' random walk.
     """
     q_feats, g_feats = _checked(q_feats=q_feats, g_feats=g_feats)
@@ -77,6 +69,14 @@ class KReciprocal:
     """k-reciprocal re-ranking of one set of queries against several galleries, as trials have.
 
     What concerns queries alone is computed once. Arguments and errors are those of `k_reciprocal`.
+
+    Attributes:
+        points: (n, D) float32, the queries, and a gallery's images after them, centred and scaled.
+        norms: (n,) float32, their squared lengths.
+        ids: (n, size) int64, each point's nearest so far, itself first; in order once sorted.
+        squared: (n, size) float32, scores of `ids`; squared distances once sorted. For point a,
+            point b scores |b|^2 / 2 - ab: half the squared distance less |a|^2 / 2.
+        farthest: (n,) float32, likewise of the farthest point.
     """
 
     def __init__(
@@ -86,27 +86,25 @@ class KReciprocal:
             raise ValueError(f"k1 is {k1} and k2 is {k2}, expected whole numbers from 1 on")
         if not 0 <= lambda_value <= 1:
             raise ValueError(f"lambda_value is {lambda_value}, expected 0..1")
-        (self._q_feats,) = _checked(q_feats=q_feats)
+        (q_feats,) = _checked(q_feats=q_feats)
         self._k1, self._k2, self._lambda = k1, k2, lambda_value
         # Moving and scaling the features leaves the result as it is. Centred and of order one,
         # their float32 errors are small beside a row's maximum, and nothing overflows.
-        low, high = self._q_feats.min(axis=0), self._q_feats.max(axis=0)  # (D,) each
-        self._centre = np.clip(self._q_feats.mean(axis=0, dtype=np.float64), low, high)
+        low, high = q_feats.min(axis=0), q_feats.max(axis=0)  # (D,) each
+        self._centre = np.clip(q_feats.mean(axis=0, dtype=np.float64), low, high)
         spread = max((high - self._centre).max(), (self._centre - low).max())
         self._scale = 2.0 ** -np.frexp(spread)[1]
-        among = self._neighbours(self._q_feats)
-        among.compare_from(0)
-        self._among_queries = among.ids, among.squared, among.farthest
+        size = max(k1 + 1, k2) + 1
+        self._feats = q_feats[:0]
+        self.ids, self.squared = np.empty((0, size), np.int64), np.empty((0, size), np.float32)
+        self.farthest = np.empty(0, np.float32)
+        self._append(q_feats)
 
     def distances(self, g_feats: np.ndarray) -> np.ndarray:
         """Returns the distances between the queries and a gallery (G, D): (Q, G) float32."""
-        _, g_feats = _checked(q_feats=self._q_feats, g_feats=g_feats)
-        count = len(self._q_feats)
-        images = self._neighbours(np.concatenate([self._q_feats, g_feats]))
-        if not np.isfinite(images.norms).all():
-            raise ValueError("g_feats lie too far from q_feats for float32, expected one scale")
-        images.ids[:count], images.squared[:count], images.farthest[:count] = self._among_queries
-        result = images.compare_from(count)  # (Q, G) squared Euclidean, re-ranked in place below
+        _, g_feats = _checked(q_feats=self._feats, g_feats=g_feats)
+        count, images = len(self._feats), copy(self)
+        result = images._append(g_feats)  # (Q, G) squared Euclidean, re-ranked in place below
         images.sort((self._k1 + 1, round(self._k1 / 2) + 1, self._k2))
         codes = _encode(images, self._k1, self._k2)  # (n, n)
         for rows, shared in _shared_weight(codes[:count], codes[count:].tocsc()):
@@ -114,49 +112,31 @@ class KReciprocal:
             result[rows] += (1 - self._lambda) * (1 - shared / (2 - shared))
         return result
 
-    def _neighbours(self, feats: np.ndarray) -> "_Neighbours":
-        size = max(self._k1 + 1, self._k2) + 1
-        return _Neighbours(feats, self._centre, self._scale, size)
-
-
-class _Neighbours:
-    """The nearest of n points for each of them, itself first, from products a tile at a time.
-
-    For point a, point b scores |b|^2 / 2 - ab: half the squared distance less |a|^2 / 2, which is
-    the same for all b.
-
-    Attributes:
-        points: (n, D) float32, centred and scaled.
-        norms: (n,) float32, their squared lengths.
-        ids: (n, size) int64, each point's nearest so far; in order once sorted.
-        squared: (n, size) float32, scores of `ids`; squared distances once sorted.
-        farthest: (n,) float32, likewise of the farthest point.
-    """
-
-    def __init__(self, feats: np.ndarray, centre: np.ndarray, scale: float, size: int) -> None:
-        self._feats, self._centre, self._scale = feats, centre, scale
-        count = len(feats)
-        self.points = np.empty(feats.shape, np.float32)
-        for rows in _tiles(0, count):
-            self.points[rows] = self.exact(rows)
-        norms = np.einsum("nd,nd->n", self.points, self.points, dtype=np.float64)
-        self.norms = norms.astype(np.float32)
-        self.ids = np.zeros((count, size), np.int64)
-        self.squared = np.full((count, size), np.inf, np.float32)
-        self.farthest = np.full(count, -np.inf, np.float32)
-
     def exact(self, rows: slice | np.ndarray) -> np.ndarray:
         """Returns some of the points in float64, (rows, D)."""
         return (self._feats[rows] - self._centre) * self._scale
 
-    def compare_from(self, first: int) -> np.ndarray:
-        """Compares the points from `first` on with all points.
+    def _append(self, feats: np.ndarray) -> np.ndarray:
+        """Adds points and compares them with all, in products of a tile at a time.
 
         Returns:
             (first, n - first) float32, squared distances of the earlier points to them.
         """
-        squared = np.empty((first, len(self.points) - first), np.float32)
-        old, new = _tiles(0, first), _tiles(first, len(self.points))
+        first, added, size = len(self._feats), len(feats), self.ids.shape[1]
+        self._feats = np.concatenate([self._feats, feats])
+        old, new = _tiles(0, first), _tiles(first, first + added)
+        self.points = np.empty(self._feats.shape, np.float32)
+        for rows in old + new:
+            self.points[rows] = self.exact(rows)
+        norms = np.einsum("nd,nd->n", self.points, self.points, dtype=np.float64)
+        self.norms = norms.astype(np.float32)
+        if not np.isfinite(self.norms).all():
+            raise ValueError("g_feats lie too far from q_feats for float32, expected one scale")
+        self.ids = np.concatenate([self.ids, np.zeros((added, size), np.int64)])
+        infinite = np.full((added, size), np.inf, np.float32)
+        self.squared = np.concatenate([self.squared, infinite])
+        self.farthest = np.concatenate([self.farthest, -infinite[:, 0]])
+        squared = np.empty((first, added), np.float32)
         for i, columns in enumerate(new):
             for rows in old + new[: i + 1]:  # each pair of tiles once
                 products = self.points[rows] @ self.points[columns].T  # (rows, columns)
@@ -250,7 +230,7 @@ def _reciprocal(ids: np.ndarray) -> sparse.csr_array:
     return within.multiply(within.T).tocsr()
 
 
-def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
+def _encode(images: KReciprocal, k1: int, k2: int) -> sparse.csr_array:
     """Returns V of Zhong et al., the encodings: (n, n), rows sum to 1."""
     near = _reciprocal(images.ids[:, : k1 + 1])  # R(i, k1)
     half = _reciprocal(images.ids[:, : round(k1 / 2) + 1])  # R(j, k1 / 2)
@@ -260,22 +240,18 @@ def _encode(images: _Neighbours, k1: int, k2: int) -> sparse.csr_array:
     joins.eliminate_zeros()
     expanded = near + joins @ half  # R*(i): where it is not zero
     rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))  # (entries,)
-    weights = np.exp(-_squared_of(images, rows, expanded.indices) / images.farthest[rows])
-    expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
-    nearest = images.ids[:, :k2]  # (n, k2)
-    return _members(nearest) @ expanded / np.float32(nearest.shape[1])
-
-
-def _squared_of(images: _Neighbours, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Looks up the squared distances of pairs (p,) among the nearest, computes the others: (p,)."""
+    columns = expanded.indices  # (entries,)
+    # Squared distances are looked up among the nearest, the others computed: (entries,).
     known = sparse.csr_matrix(_members(images.ids, images.squared))  # (n, n)
-    squared = np.asarray(known[rows, columns]).ravel()  # (p,) 0 where not known
+    squared = np.asarray(known[rows, columns]).ravel()  # 0 where not known
     unknown = np.flatnonzero((squared == 0) & (rows != columns))
     for start in range(0, len(unknown), EXACT_ROWS):
         some = unknown[start : start + EXACT_ROWS]
-        apart = images.points[rows[some]] - images.points[columns[some]]  # (pairs, D)
-        squared[some] = _lengths(apart)
-    return squared
+        squared[some] = _lengths(images.points[rows[some]] - images.points[columns[some]])
+    weights = np.exp(-squared / images.farthest[rows])
+    expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
+    nearest = images.ids[:, :k2]  # (n, k2)
+    return _members(nearest) @ expanded / np.float32(nearest.shape[1])
 
 
 def _shared_weight(
@@ -304,17 +280,17 @@ def _shared_weight(
 
 def _checked(**features: np.ndarray) -> list[np.ndarray]:
     """Returns the features as matrices of float32 or float64, of one width."""
-    checked = {name: np.asarray(feats) for name, feats in features.items()}
-    for name, feats in checked.items():
+    checked = []
+    for name, values in features.items():
+        feats = np.asarray(values)
         if feats.ndim != 2 or 0 in feats.shape or feats.dtype.kind not in "fiu":
             raise ValueError(
                 f"{name} is {feats.dtype} of shape {feats.shape}, expected real (images, width)"
             )
-        if not (np.isfinite(feats.min()) and np.isfinite(feats.max())):
+        if not np.isfinite([feats.min(), feats.max()]).all():
             raise ValueError(f"{name} holds NaN or infinity, expected finite features")
-    widths = {name: feats.shape[1] for name, feats in checked.items()}
-    if len(set(widths.values())) > 1:
+        checked.append(feats if feats.dtype == np.float32 else feats.astype(np.float64, copy=False))
+    widths = [feats.shape[1] for feats in checked]
+    if len(set(widths)) > 1:
         raise ValueError(f"features have different widths: {widths}")
-    return [
-        f if f.dtype == np.float32 else f.astype(np.float64, copy=False) for f in checked.values()
-    ]
+    return checked

@@ -127,7 +127,7 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
         if not distributed.is_main():
             continue
         about = {"dataset": data, "stand_in": is_stand_in(args.data_path)}
-        about |= describe_checkpoint(path, info)
+        about |= describe_checkpoint(path, info, net)
         results.append([{**row, **about} for row in rows])
         if target:
             save_features(target, protocol, features, results[-1][-1])
@@ -167,14 +167,16 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     return found
 
 
-def describe_checkpoint(path: str, info: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a result says of its checkpoint: file, chosen epoch, training data."""
+def describe_checkpoint(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
+    """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
     unknown = "unknown (checkpoint of an earlier release)"
     return {
         "checkpoint": str(path),
         "selection": utils.plain_entry(info, "selection", unknown, path),
         "epoch": utils.plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
         "trained_on": utils.plain_entry(info, "data", "unknown", path),
+        "gem_p": float(net.gem_p),
+        "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
     }
 
 
@@ -342,7 +344,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         query_images=images(query),
         gallery_images=images(gallery),
         distmat=distmat,
-        query_names=query.paths,
+        names=query.paths,
         top=DRAWN,
         title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
     )

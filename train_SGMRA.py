@@ -38,7 +38,7 @@ def main(
 
         # Network: two streams, the head, and a memory that reads the last map.
         memory = memory_class(
-            train.num_ids,
+            args.memory_ids or train.num_ids,
             args.instances_per_id,
             args.parts_per_instance,
             dim=find_backbone(args.arch).channels,

@@ -1,13 +1,8 @@
 """Draws one figure from a checkpoint, from several results, or from a run's log.
 
-    python visualize.py ranked     --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py distances  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py embedding  --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt --ids 7
-    python visualize.py addressing --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
-    python visualize.py prototypes --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
+    python visualize.py ranked --dataset regdb --resume runs/MGMRA_regdb_trial1/last.pt
     python visualize.py cmc runs/*/test_regdb_v2i_trial1_last --names HCT MG-MRA
     python visualize.py curves runs/MGMRA_regdb_trial1
-    python visualize.py health runs/MGMRA_regdb_trial1
 
 Test identities only: no figure shows an identity that the network was trained on. Every figure goes
 beside its input, or where --out says; --no-title leaves title and note to the paper's caption.
@@ -60,12 +55,12 @@ class Subject:
         """Raises ValueError when no checkpoint is named, or it or the data cannot be used."""
         if not args.resume:
             raise ValueError("name the checkpoint to draw from: --resume PATH")
-        self._args, device = args, resolve_device(args.gpu)
+        self.args, self.device = args, resolve_device(args.gpu)
         net, self.info = load_network(
             args.resume, gem_p=args.gem_p, memory_variant=args.memory_variant
         )
         self.trial = evaluation.first_trial(eval_set(**options.protocol(args, subset=args.subset)))
-        self.net = net.to(device, memory_format=torch.channels_last).eval()
+        self.net = net.to(self.device, memory_format=torch.channels_last).eval()
         height, width = trained_size(self.info)
         height, width = args.img_h or height, args.img_w or width
         net.check_image_height(height)
@@ -73,45 +68,32 @@ class Subject:
         self.data = f"{data_name(args.dataset, args.data_path)}: {self.trial.protocol}"
         self.title = f"{self.data}; {'/'.join(Path(args.resume).parts[-2:])}"
 
-    def batches(self, images: ImageList) -> EvalLoader:
-        """Returns normalised batches of images."""
-        device = next(self.net.parameters()).device
-        return EvalLoader(self.images(images), batch_size=self._args.test_batch, device=device)
+    def addressing(self, images: ImageList) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
+        """Returns how images address the memory; see `addressing_weights`."""
+        pixels = self.images(images)
+        batches = EvalLoader(pixels, batch_size=self.args.test_batch, device=self.device)
+        return addressing_weights(self.net, batches, images.modality)
 
     def features(self, net: TwoStreamNet) -> evaluation.Features:
         """Returns a network's features of query and gallery."""
-        feat = self._args.test_feat or net.test_feats()[0]
-        features, _ = evaluate(
-            net,
-            self.trial,
-            self.images,
-            test_feats=(feat,),
-            rankings=(),
-            batch_size=self._args.test_batch,
-            amp=self._args.amp,
-            progress=not self._args.quiet,
-        )
+        args, feat = self.args, self.args.test_feat or net.test_feats()[0]
+        how = {"batch_size": args.test_batch, "amp": args.amp, "progress": not args.quiet}
+        features, _ = evaluate(net, self.trial, self.images, test_feats=(feat,), rankings=(), **how)
         return {role: kinds[feat] for role, kinds in features.items()}
 
 
 def ranked(args: argparse.Namespace) -> Figure:
-    """``ranked``: queries with their nearest gallery images."""
+    """Draws queries with their nearest gallery images."""
     subject = Subject(args)
-    sides = {"query": subject.trial.query, "gallery": subject.trial.gallery}
-    return evaluation.draw_ranked(
-        subject.trial,
-        {role: subject.images(listed) for role, listed in sides.items()},
-        subject.features(subject.net),
-        title=subject.data,
-        ranking=args.re_rank,
-        num_queries=args.num_queries,
-        top=args.top,
-        seed=args.seed,
-    )
+    trial, features = subject.trial, subject.features(subject.net)
+    images = {"query": subject.images(trial.query), "gallery": subject.images(trial.gallery)}
+    choice = {"num_queries": args.num_queries, "top": args.top, "seed": args.seed}
+    choice |= {"title": subject.data, "ranking": args.re_rank}
+    return evaluation.draw_ranked(trial, images, features, **choice)
 
 
 def distances(args: argparse.Namespace) -> Figure:
-    """``distances``: within and between identities, before and after training."""
+    """Draws distances within and between identities, before and after training."""
     subject = Subject(args)
     weights = args.before or subject.info.get("options", {}).get("weights") or "imagenet"
     seed_everything(args.seed)
@@ -120,7 +102,7 @@ def distances(args: argparse.Namespace) -> Figure:
     except (ValueError, FileNotFoundError) as error:
         hint = "These are the weights before training; others: --before none|imagenet|PATH"
         raise ValueError(f"{error}\n{hint}") from error
-    untrained.to(next(subject.net.parameters()).device, memory_format=torch.channels_last)
+    untrained.to(subject.device, memory_format=torch.channels_last)
     origin = {"none": "random weights", "imagenet": "ImageNet weights"}.get(weights, weights)
     features = {f"before ({origin})": subject.features(untrained)}
     features["after training"] = subject.features(subject.net)
@@ -128,47 +110,43 @@ def distances(args: argparse.Namespace) -> Figure:
 
 
 def embedding(args: argparse.Namespace) -> Figure:
-    """``embedding``: test features in the plane."""
-    if args.method == "tsne":
-        evaluation.tsne_class()  # fails before anything is embedded, if it is not installed
+    """Draws test features in the plane."""
     subject = Subject(args)
-    choice = {"ids": args.ids, "method": args.method, "seed": args.seed}
-    features = subject.features(subject.net)
-    return evaluation.draw_embedding(subject.trial, features, title=subject.data, **choice)
+    choice = {"ids": args.ids, "seed": args.seed, "title": subject.data}
+    return evaluation.draw_embedding(subject.trial, subject.features(subject.net), **choice)
 
 
 def addressing(args: argparse.Namespace) -> Figure:
-    """``addressing``: where on an image each granularity's strongest prototypes fire."""
+    """Draws where on an image each granularity's strongest prototypes fire."""
     subject = Subject(args)
     rng = np.random.default_rng((args.seed, 1))
-    wanted = evaluation.chosen_identities(subject.trial, args.ids, args.seed)
-    shown, found, names = [], [], []
-    for pid in wanted:
+    images, found, names = [], [], []
+    for pid in evaluation.chosen_identities(subject.trial, args.ids, args.seed):
         for side in (subject.trial.query, subject.trial.gallery):
             one = side.take([rng.choice(np.flatnonzero(side.pids == pid))])
-            weights, shape = addressing_weights(subject.net, subject.batches(one), side.modality)
-            shown.append(subject.images(one))
+            weights, shape = subject.addressing(one)
+            images.append(subject.images(one))
             found.append(weights)
             names.append(f"identity {pid}\n{side.modality}")
     levels = {
         level: fired(sparse.vstack([weights[level] for weights in found]), shape, args.top)
         for level in found[0]
     }
-    images = np.concatenate(shown)
-    return image_grids.addressing(images=images, names=names, levels=levels, title=subject.title)
+    return image_grids.addressing(np.concatenate(images), names, levels, title=subject.title)
 
 
 def prototypes(args: argparse.Namespace) -> Figure:
-    """``prototypes``: the image patches that address a prototype most."""
+    """Draws the image patches that address a prototype most."""
     subject = Subject(args)
     rng = np.random.default_rng(args.seed)
     weights, shown = {}, {}
     for images in (subject.trial.query, subject.trial.gallery):
-        count, modality = min(args.images, len(images)), images.modality
+        count = min(args.images, len(images))
         some = images.take(rng.choice(len(images), count, replace=False))
-        batches = subject.batches(some)
-        found, shape = addressing_weights(subject.net, batches, modality, args.level)
-        weights[modality], shown[modality] = found[args.level], subject.images(some)
+        found, shape = subject.addressing(some)
+        if args.level not in found:
+            raise ValueError(f"the memory has no {args.level} level, expected {' or '.join(found)}")
+        weights[images.modality], shown[images.modality] = found[args.level], subject.images(some)
     choice = {"numbers": args.numbers, "count": args.count, "top": args.top}
     rows = prototype_patches(weights, shown, shape, level=args.level, **choice)
     searched = " and ".join(f"{len(images)} {modality}" for modality, images in shown.items())
@@ -184,32 +162,17 @@ def prototypes(args: argparse.Namespace) -> Figure:
     return image_grids.prototypes(rows, title=subject.title, note=note)
 
 
-# ------------------------------------------------------------------------ from results and logs
-
-
 def cmc(args: argparse.Namespace) -> Figure:
-    """``cmc``: curves of several evaluations."""
+    """Draws cumulative matching curves of several evaluations."""
     files = [p / "results.json" if p.is_dir() else p for p in args.results]
     results = [read_result(file) for file in files]
-    names = args.names or _short_names(files)
+    names = args.names or [str(file.parent) for file in files]
     if len(names) != len(files):
         raise ValueError(f"{len(names)} --names for {len(files)} results, expected one each")
     if len(set(names)) < len(names):
         raise ValueError(f"names are {', '.join(names)}: tell them apart with --names")
-    runs = {
-        name + evaluation.re_ranked_suffix(result): (result["cmc"], result["mAP"])
-        for name, result in zip(names, results, strict=True)
-    }
     titles = dict.fromkeys(f"{result['dataset']}: {result['protocol']}" for result in results)
-    return charts.cmc_curves(runs, title="\n".join(titles))
-
-
-def _short_names(files: Sequence[Path]) -> list[str]:
-    """Returns the folders that tell results apart: the first path component that differs."""
-    for names in zip(*(file.resolve().parts for file in files), strict=False):
-        if len(set(names)) == len(names) > 1:
-            return list(names)
-    return [file.resolve().parent.name for file in files]
+    return charts.cmc_curves(list(zip(names, results, strict=True)), title="\n".join(titles))
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -217,25 +180,21 @@ def read_result(file: Path) -> dict[str, Any]:
     hint = "write one with test.py --output-dir FOLDER"
     try:
         content = json.loads(file.read_text())
-        needed = {name: content[name] for name in ("cmc", "mAP", "dataset", "protocol", "re_rank")}
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {file}: {hint}") from error
+        return {name: content[name] for name in ("cmc", "mAP", "dataset", "protocol", "re_rank")}
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON ({error}): {hint}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file} is no evaluation, it lacks {error}: {hint}") from error
-    return needed
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Reads a run's ``log.jsonl``; raises ValueError when it is none."""
+    """Reads a run's ``log.jsonl``; raises ValueError when it is none, or has no epoch yet."""
     file = run / "log.jsonl" if run.is_dir() else run
-    if not file.is_file():
-        raise ValueError(f"there is no {file}: name the folder that a training script wrote into")
     try:
         lines = [json.loads(text) for text in file.read_text().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{file} is no log of a training ({error})") from error
+    except (OSError, ValueError) as error:
+        hint = "name the folder that a training script wrote into"
+        raise ValueError(f"{file} is no log of a training ({error}): {hint}") from error
     if not lines:
         raise ValueError(f"{file} is empty: no epoch is complete yet")
     return lines
@@ -251,16 +210,13 @@ def run_name(run: Path) -> str:
 
 
 def curves(args: argparse.Namespace) -> Figure:
-    """``curves``: loss terms, learning rate and evaluations over the epochs."""
+    """Draws loss terms, learning rate and evaluations over the epochs."""
     return charts.training_curves(read_log(args.run), title=run_name(args.run))
 
 
 def health(args: argparse.Namespace) -> Figure:
-    """``health``: how the memory's levels are addressed over the epochs."""
+    """Draws how the memory's levels are addressed over the epochs."""
     return charts.memory_health(read_log(args.run), title=run_name(args.run))
-
-
-# ------------------------------------------------------------------------------ the command line
 
 
 def figure_parser(description: str) -> argparse.ArgumentParser:
@@ -270,51 +226,46 @@ def figure_parser(description: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     count, number = options.positive(int), options.non_negative(int)
 
-    def command(draw: Callable[..., Figure], text: str) -> argparse.ArgumentParser:
-        name = draw.__name__
-        figure = commands.add_parser(name, help=text, description=f"Draws {text}.", **form)
+    def command(draw: Callable[..., Figure]) -> argparse.ArgumentParser:
+        name, text = draw.__name__, draw.__doc__
+        figure = commands.add_parser(name, help=text, description=text, **form)
         figure.set_defaults(draw=draw)
         add = options.Flags(figure, "file")
         add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
         add("no-title", "without title and note, for a paper's caption", action="store_true")
         return figure
 
-    def checkpoint_command(draw: Callable[..., Figure], text: str) -> options.Flags:
-        figure = command(draw, text)
+    def checkpoint_command(draw: Callable[..., Figure]) -> options.Flags:
+        figure = command(draw)
         options.evaluation_flags(figure)
         add = options.Flags(figure, "figure")
         add("seed", "seed of the figure's random choices", type=number, default=0)
         return add
 
-    add = checkpoint_command(ranked, "queries with their nearest gallery images")
+    add = checkpoint_command(ranked)
     add("num-queries", "queries", type=count, default=8)
     add("top", "gallery images per query", type=count, default=10)
-    text = "distances within and between identities, before and after training"
-    add = checkpoint_command(distances, text)
+    add = checkpoint_command(distances)
     add("before", "weights before training: imagenet, none or a file (default: those trained from)")
-    add = checkpoint_command(embedding, "test features in the plane")
+    add = checkpoint_command(embedding)
     most = charts.MAX_CURVES
     text = f"identities, 1..{most}, which can be told apart"
     add("ids", text, type=int, choices=range(1, most + 1), default=most)
-    add("method", "projection", choices=("pca", "tsne"), default="pca")
-    text = "where on an image each granularity's strongest prototypes fire"
-    add = checkpoint_command(addressing, text)
+    add = checkpoint_command(addressing)
     add("ids", "identities, two images each", type=count, default=3)
     add("top", "prototypes per image and level", type=count, default=3)
-    add = checkpoint_command(prototypes, "the image patches that address a prototype most")
+    add = checkpoint_command(prototypes)
     add("level", "granularity", choices=LEVELS, default="part")
     add("numbers", "prototypes (default: the most addressed)", type=number, nargs="+")
     add("count", "prototypes, where no numbers are given", type=count, default=8)
     add("top", "patches per prototype and modality", type=count, default=6)
     add("images", "images per modality to look through", type=count, default=200)
-    figure = command(cmc, "cumulative matching curves of several evaluations")
+    figure = command(cmc)
     figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
-    text = "names of the curves (default: the folders' names)"
+    text = "names of the curves (default: the folders)"
     options.Flags(figure, "figure")("names", text, nargs="+")
-    figure = command(curves, "loss terms, learning rate and evaluations over the epochs")
-    figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
-    figure = command(health, "how the memory's levels are addressed over the epochs")
-    figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
+    for draw in (curves, health):
+        command(draw).add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
     return parser
 
 
@@ -325,11 +276,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "resume" in args:
             args = options.resolve_evaluation(args)
         setup_logging()
-        out = args.out
+        out, given = args.out, vars(args)
         if out and not (out.suffix.lower() in FORMATS and os.access(out.parent, os.W_OK)):
             raise ValueError(f"--out {out}: expected a .png or .pdf in a folder to write into")
         figure = args.draw(args)
-        given = vars(args)
         source = Path(given.get("run") or given.get("resume") or args.results[0])
         out = out or (source if source.is_dir() else source.parent) / f"{args.figure}.png"
         save(figure, out, heading=not args.no_title)

@@ -73,7 +73,7 @@ class PlainMemory(nn.Module):
         """Copies a memory's weights.
 
         Raises:
-            ValueError: When it is the variant ``released``.
+            ValueError: When it is another variant of MG-MRA's.
         """
         super().__init__()
         self.multi = isinstance(memory, MultiGranularityMemory)

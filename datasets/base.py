@@ -195,11 +195,9 @@ class DataSet:
         preset_source: Where the preset comes from.
         splits: Splits into training and test identities, each with a training of its own.
         gallery_draws: Galleries drawn at random for one evaluation, at most; 1: nothing is drawn.
-        images_per_id: Images of each identity in either modality; None where they vary.
         protocols: Fields of `EvalOptions` for each of the published protocols, by a short key.
         expected: Counts of the complete data, for `reproduce.py check`; None is unknown. "train",
-            "test": identities, visible, infrared images; "val": identities; "test visible, camera
-            1" and so on: identities, images; a key of `protocols`: query, gallery images.
+            "test": identities, visible, infrared images; a key of `protocols`: query, gallery.
     """
 
     name: str
@@ -212,7 +210,6 @@ class DataSet:
     preset_source: str = "the defaults"
     splits: int = 1
     gallery_draws: int = 1
-    images_per_id: int | None = None
     protocols: Mapping[str, Mapping[str, Any]] = {
         direction: {"direction": direction} for direction in DIRECTIONS
     }

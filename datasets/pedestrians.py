@@ -9,14 +9,16 @@ Longer than other modules: one drawing program, whose functions mean nothing apa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from datasets.sysu_mm01 import INFRARED_CAMERAS
 
+TONE_CORRELATION = 0.5  # of the infrared tone of cloth with its visible brightness
 SUPERSAMPLE = 2  # drawn this much larger, then averaged down
 LLCM_INFRARED = 10  # added to the number of an LLCM camera for what it sees at night
 
@@ -64,8 +66,7 @@ HATS = {  # ellipses: x (in half heads, ahead), y (in heads), radii (in half hea
 SHOE_HEIGHT = {"low": 0.03, "ankle": 0.08, "tall": 0.17}
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(NamedTuple):
     """What reflects: an RGB colour and an infrared tone, all in 0..1."""
 
     visible: tuple[float, ...]
@@ -75,8 +76,7 @@ class Material:
 EYE = Material((0.1, 0.1, 0.1), 0.2)
 
 
-@dataclass(frozen=True)
-class Fabric:
+class Fabric(NamedTuple):
     """Two materials in a pattern that is fixed relative to the body part wearing it."""
 
     first: Material
@@ -86,8 +86,7 @@ class Fabric:
     phase: float = 0.0
 
 
-@dataclass(frozen=True)
-class Person:
+class Person(NamedTuple):
     """An identity: measures (BODY), choices (STYLE), and what each part is made of."""
 
     body: dict[str, float]
@@ -102,45 +101,40 @@ def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> t
     return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
 
 
-def _tones(rng: np.random.Generator, correlation: float) -> np.ndarray:
-    """Visible brightness and infrared tone of a cloth: each uniform on 0..1, tied by a copula."""
-    a, b = rng.standard_normal(2)
-    b = correlation * a + math.sqrt(1 - correlation**2) * b
-    return np.array([0.5 + 0.5 * math.erf(z / math.sqrt(2)) for z in (a, b)])
+def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
+    """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs.
 
-
-def _cloth(rng: np.random.Generator, correlation: float, patterns: str = "plain") -> Fabric:
-    """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs."""
-    one, two = _tones(rng, correlation), _tones(rng, correlation)
-    while np.abs(one - two).min() < 0.4:
-        one, two = _tones(rng, correlation), _tones(rng, correlation)
-    first, second = (
-        Material(_colour(rng, 0.08 + 0.8 * seen, rng.uniform(0, 0.8)), 0.1 + 0.85 * warm)
-        for seen, warm in (one.tolist(), two.tolist())
-    )
-    return Fabric(first, second, _pick(rng, patterns), rng.uniform(2.5, 6.5), rng.uniform(0, 1))
-
-
-def _pick(rng: np.random.Generator, words: str) -> str:
-    options = words.split()
-    return options[rng.integers(len(options))]
-
-
-def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
-    """Returns the identity `pid` of the world `seed`.
-
-    `tone_correlation` (0..1) says how far infrared tones of cloth follow its visible brightness.
+    A material's visible brightness and infrared tone are uniform on 0..1, tied by a copula.
     """
+    tones = np.zeros((2, 2))  # (material, modality)
+    while np.abs(tones[0] - tones[1]).min() < 0.4:
+        seen, warm = rng.standard_normal((2, 2)).T
+        warm = TONE_CORRELATION * seen + math.sqrt(1 - TONE_CORRELATION**2) * warm
+        tones = 0.5 + 0.5 * np.vectorize(math.erf)(np.stack([seen, warm], axis=1) / math.sqrt(2))
+    materials = [
+        Material(_colour(rng, 0.08 + 0.8 * seen, rng.uniform(0, 0.8)), 0.1 + 0.85 * warm)
+        for seen, warm in tones.tolist()
+    ]
+    pattern = str(rng.choice(patterns.split()))
+    return Fabric(*materials, pattern, rng.uniform(2.5, 6.5), rng.uniform(0, 1))
+
+
+def make_person(seed: int, pid: int) -> Person:
+    """Returns the identity `pid` of the world `seed`."""
     rng = np.random.default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
-    gender = _pick(rng, "female male")
+
+    def pick(words: str) -> str:
+        return str(rng.choice(words.split()))
+
+    gender = pick("female male")
     body = {name: rng.uniform(*limits) for name, limits in BODY.items()}
     body["shoulder"] *= 0.92 if gender == "female" else 1.06
     body["hip"] *= body["shoulder"] * (1.08 if gender == "female" else 0.95)
     body["waist"] *= body["shoulder"]
     words = STYLE | GENDER_STYLE[gender]
-    style = {"gender": gender} | {name: _pick(rng, options) for name, options in words.items()}
+    style = {"gender": gender} | {name: pick(options) for name, options in words.items()}
     if style["legs"] in SKIRT_LENGTH:  # a long coat would hide it
-        style["coat"] = _pick(rng, "short hip")
+        style["coat"] = pick("short hip")
 
     red, dark = rng.uniform(0.3, 0.9), rng.uniform(0.05, 0.75)
     skin = Material((red, 0.78 * red, 0.62 * red), rng.uniform(0.75, 0.92))
@@ -148,15 +142,15 @@ def make_person(seed: int, pid: int, tone_correlation: float = 0.5) -> Person:
     hair = Material((dark, fade * dark, fade**2 * dark), rng.uniform(0.1, 0.6))
     parts = dict.fromkeys(("inner", "other", "shoes", "hat", "strap", "belt", "scarf"), "plain")
     parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
-    fabrics = {part: _cloth(rng, tone_correlation, words) for part, words in parts.items()}
+    fabrics = {part: _cloth(rng, words) for part, words in parts.items()}
     upper = fabrics["upper"]
     fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
-    fabrics["first"] = replace(upper, pattern="plain")
-    fabrics["second"] = replace(upper, first=upper.second, pattern="plain")
+    fabrics["first"] = upper._replace(pattern="plain")
+    fabrics["second"] = fabrics["first"]._replace(first=upper.second)
     fabrics["sleeve"] = fabrics[style["sleeve"]]
     if style["legs"] == "dress":
         fabrics["lower"] = upper
-    fabrics["seat"] = replace(fabrics["lower"], pattern="plain")
+    fabrics["seat"] = fabrics["lower"]._replace(pattern="plain")
     return Person(body, style, fabrics)
 
 
@@ -167,7 +161,7 @@ def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     columns = np.floor((u + 1) / 2 * scale + 2 * phase) % 2
     du = ((u + 1) / 2 * scale + phase) % 1 - 0.5
     dv = (0.8 * v * scale + phase) % 1 - 0.5
-    patterns: dict[str, Callable[[], np.ndarray]] = {
+    patterns = {
         "plain": lambda: np.zeros_like(u),
         "bands": lambda: bands,
         "columns": lambda: columns,
@@ -227,7 +221,7 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 
 
 class _Figure:
-    """One person in a pose drawn at random; `draw` paints part numbers and shading.
+    """One person in a pose drawn at random, part by part from the far side to the near one.
 
     Materials come last (`_colour_in`), so that any modality can be coloured in. Points are in body
     heights: x from the body's axis to the right, y from the crown down.
@@ -256,20 +250,28 @@ class _Figure:
         self.origin = x, (height - self.unit) * rng.uniform(0.3, 0.9)
         self.labels = Image.new("L", (width, height), 0)
         self.shade = Image.new("L", (width, height), 128)
-        self.parts: list[tuple[Fabric, np.ndarray, float, np.ndarray]] = []
+        self.parts: list[tuple[Fabric, np.ndarray, float, list[float]]] = []
         self.front, self.right = math.cos(yaw), math.sin(yaw)
         self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
         self.neck = 1.02 * self.body["head"]
         self.shoulder = self.neck + 0.035
         self.crotch = 1 - self.body["leg"]
         self.waist = self.shoulder + 0.58 * (self.crotch - self.shoulder)
-        self.half_head = self.body["head"] * self.body["face"]
-
-    def pixels(self, points: Sequence[tuple[float, float]]) -> np.ndarray:
-        """Returns the (n, 2) pixel positions of points."""
-        x, y = np.array(points).T
-        (x0, y0), unit = self.origin, self.unit
-        return np.stack([x0 + (x + self.lean * (1 - y)) * unit, y0 + y * unit], axis=1)
+        far = -1 if self.right >= 0 else 1
+        if self.front > -0.3:
+            self.backpack()
+        self.leg(far, 112)
+        self.arm(far, 108)
+        self.leg(-far, 128)
+        self.skirt()
+        self.trunk()
+        self.head()
+        if abs(self.right) < 0.75:  # else the trunk hides it
+            self.arm(far, 138)
+        self.arm(-far, 142)
+        if self.front <= -0.3:
+            self.backpack()
+        self.carried()
 
     def limb(
         self,
@@ -283,15 +285,15 @@ class _Figure:
 
         The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
         """
-        outline = [(x - h, y) for (x, y), h in zip(joints, halves, strict=True)]
-        outline += [(x + h, y) for (x, y), h in zip(joints, halves, strict=True)][::-1]
-        corners = [tuple(point) for point in self.pixels(outline).tolist()]
-        axis = self.pixels(joints)
-        ends = axis[[0, -1], 1] if span is None else self.pixels([(0, y) for y in span])[:, 1]
+        (x, y), (x0, y0) = np.array(joints).T, self.origin
+        axis = np.stack([x0 + (x + self.lean * (1 - y)) * self.unit, y0 + y * self.unit], axis=1)
+        side = self.unit * np.array(halves)[:, None] * (1, 0)
+        outline = np.concatenate([axis - side, (axis + side)[::-1]]).ravel().tolist()
+        ends = [y0 + height * self.unit for height in span or (y[0], y[-1])]
         self.parts.append((self.fabrics[fabric], axis, float(np.mean(halves)) * self.unit, ends))
-        ImageDraw.Draw(self.labels).polygon(corners, fill=len(self.parts))
-        shade = ImageDraw.Draw(self.shade)
-        shade.polygon(corners, fill=light, outline=light - 45, width=SUPERSAMPLE)
+        ImageDraw.Draw(self.labels).polygon(outline, fill=len(self.parts))
+        look = {"fill": light, "outline": light - 45, "width": SUPERSAMPLE}
+        ImageDraw.Draw(self.shade).polygon(outline, **look)
 
     def ball(self, fabric: str, x: float, y: float, rx: float, ry: float, cut: float = 1.0) -> None:
         """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
@@ -299,70 +301,46 @@ class _Figure:
         halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
         self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
 
-    def box(self, x: float, top: float, half: float, height: float) -> None:
-        """Draws something square in the bag's fabric."""
-        self.limb("bag", [(x, top), (x, top + height)], [half, half], 134)
-
-    def draw(self) -> None:
-        """Draws every layer, from the far side to the near one."""
-        far = -1 if self.right >= 0 else 1
-        backpack = self.style["bag"] == "backpack"
-        if backpack and self.front > -0.3:
-            self.backpack()
-        self.leg(far, 112)
-        self.arm(far, 108)
-        self.leg(-far, 128)
-        self.skirt()
-        self.trunk()
-        self.head()
-        if abs(self.right) < 0.75:  # else the trunk hides it
-            self.arm(far, 138)
-        self.arm(-far, 142)
-        if backpack and self.front <= -0.3:
-            self.backpack()
-        self.carried()
-
     def leg(self, side: int, light: int) -> None:
         """Draws bare leg, shoe, and what covers that leg alone."""
-        body, limb = self.body, self.limb
+        body, limb, legs = self.body, self.limb, self.style["legs"]
         step = side * self.stride * math.sin(self.phase) * self.right
         x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
         lift = 0.2 * self.stride * max(side * math.cos(self.phase), 0)
         hip, sole = (0.8 * x, self.crotch - 0.06), 1 - lift
         knee = (x + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"])
         foot = (x + step, sole - 0.025)
-        thigh, ankle = body["thigh"], body["ankle"]
+        thigh, ankle, fit = body["thigh"], body["ankle"], body["trouser"]
         limb("skin", [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
         height = SHOE_HEIGHT[self.style["shoes"]]
         top = foot[0] + (knee[0] - foot[0]) * height / (foot[1] - knee[1])
         joints = [(top, foot[1] - height), foot, (foot[0] + 0.02 * self.right, sole)]
         halves = [1.25 * ankle, 1.2 * ankle, 1.4 * ankle + 0.02 * abs(self.right)]
         limb("shoes", joints, halves, light)
-        if self.style["legs"] == "trousers":
-            fit = body["trouser"]
+        if legs == "trousers":
             halves = [1.1 * thigh, 0.75 * fit * thigh, 1.35 * fit * ankle]
             limb("lower", [hip, knee, (foot[0], sole - 0.03)], halves, light)
-        elif self.style["legs"] == "shorts":
+        elif legs == "shorts":
             share = body["shorts"] / 0.48
             end = (hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"])
-            limb("lower", [hip, end], [1.15 * thigh, 0.95 * body["trouser"] * thigh], light)
+            limb("lower", [hip, end], [1.15 * thigh, 0.95 * fit * thigh], light)
 
     def skirt(self) -> None:
         """Draws skirt or dress; else the seat of the trousers."""
         hip, length = self.body["hip"] * self.width, SKIRT_LENGTH.get(self.style["legs"])
         if length is None:
             self.limb("seat", [(0, self.waist), (0, self.crotch + 0.01)], [hip, hip])
-            return
-        wide = 1.05 * hip + self.body["flare"] + 0.3 * self.stride * abs(self.right)
-        joints = [(0, self.waist), (0, self.crotch + length * self.body["leg"])]
-        self.limb("lower", joints, [0.95 * hip, wide])
+        else:
+            wide = 1.05 * hip + self.body["flare"] + 0.3 * self.stride * abs(self.right)
+            hem = self.crotch + length * self.body["leg"]
+            self.limb("lower", [(0, self.waist), (0, hem)], [0.95 * hip, wide])
 
     def trunk(self) -> None:
         """Draws neck, upper garment, what an open one shows, belt."""
         body, limb, top = self.body, self.limb, self.neck + 0.005
         scale = self.width * body["fit"]
         shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
-        neck = 0.42 * self.half_head + 0.012
+        neck = 0.42 * body["head"] * body["face"] + 0.012
         limb("skin", [(0, top - 0.04), (0, top + 0.03)], [neck, neck], 110)
         hem = self.crotch + COAT_HEM[self.style["coat"]] + body["hem"]
         heights = [top, top + 0.01, self.shoulder, self.waist, min(self.crotch, hem), hem]
@@ -377,17 +355,15 @@ class _Figure:
 
     def arm(self, side: int, light: int) -> None:
         """Draws bare arm and sleeve."""
-        body = self.body
+        body, thick, reach = self.body, self.body["arm"], self.body["reach"]
         x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
         swing = -side * self.swing * math.sin(self.phase) * self.right
-        out, thick, reach = 0.028 * side * abs(self.front), body["arm"], body["reach"]
+        out, loose = 0.028 * side * abs(self.front), thick * body["fit"]
         shoulder = (x, self.shoulder + 0.012)
         elbow = (x + out + 0.45 * swing, self.shoulder + 0.5 * reach)
         hand = (x + 1.3 * out + swing + 0.03 * self.right, self.shoulder + reach)
-        palm = (hand[0], hand[1] + 0.03)
-        halves = [thick, 0.85 * thick, 0.6 * thick, 0.7 * thick]
-        self.limb("skin", [shoulder, elbow, hand, palm], halves, light)
-        loose = thick * body["fit"]
+        joints = [shoulder, elbow, hand, (hand[0], hand[1] + 0.03)]
+        self.limb("skin", joints, [thick, 0.85 * thick, 0.6 * thick, 0.7 * thick], light)
         if self.style["sleeves"] == "short":
             share = body["sleeve"] / (elbow[1] - shoulder[1])
             end = (x + share * (elbow[0] - x), shoulder[1] + body["sleeve"])
@@ -397,8 +373,8 @@ class _Figure:
 
     def head(self) -> None:
         """Draws face, hair, hat, scarf."""
-        ball, kind, right = self.ball, self.style["hair"], self.right
-        head, half, behind = self.body["head"], self.half_head, self.front < -0.35
+        ball, kind, right, head = self.ball, self.style["hair"], self.right, self.body["head"]
+        half, behind = head * self.body["face"], self.front < -0.35
         if kind in ("afro", "big"):
             ball("hair", -0.3 * half * right, 0.46 * head, 1.55 * half, 0.62 * head)
         ball("skin", 0.1 * half * right, 0.53 * head, half, 0.47 * head)
@@ -411,7 +387,7 @@ class _Figure:
         if not behind and abs(right) < 0.6:
             for side in (-0.4, 0.4):
                 ball("eye", (0.35 * right + side) * half, 0.54 * head, 0.009, 0.007)
-        self.hair_down(half, behind)
+        self.hair_down(kind, half, behind)
         for ahead, y, rx, ry, cut in HATS[self.style["hat"]]:
             if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
                 ball("hat", ahead * half * right, y * head, rx * half, ry * head, cut)
@@ -421,15 +397,13 @@ class _Figure:
             joints = [(0.5 * wide, self.neck), (0.6 * wide, self.neck + 0.15)]
             self.limb("scarf", joints, [0.02, 0.024])
 
-    def hair_down(self, half: float, behind: bool) -> None:
+    def hair_down(self, kind: str, half: float, behind: bool) -> None:
         """Draws what hair there is beside the head, below and above it."""
-        limb, head, kind = self.limb, self.body["head"], self.style["hair"]
-        back = -0.8 * half * self.right
-        if kind in ("long", "bob"):
-            end = self.neck + (0.14 if kind == "long" else 0.015)
-            if behind:
-                limb("hair", [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
-                return
+        limb, head, back = self.limb, self.body["head"], -0.8 * half * self.right
+        end = self.neck + (0.14 if kind == "long" else 0.015)
+        if kind in ("long", "bob") and behind:
+            limb("hair", [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
+        elif kind in ("long", "bob"):
             for side in (-half, half):
                 x = side + 0.6 * back
                 limb("hair", [(x, 0.35 * head), (1.1 * x, end)], [0.2 * half, 0.3 * half], 124)
@@ -443,12 +417,13 @@ class _Figure:
             limb("hair", [(0, -0.14 * head), (0, 0.3 * head)], [0.3 * half, 0.35 * half], 118)
 
     def backpack(self) -> None:
-        """Draws the sack: all of it from behind, its edges from the front."""
-        size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
-        half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
-        x = -0.95 * shoulder * self.right
-        joints = [(x, y + 0.005), (x, y + 0.035), (x, y + 0.05 + 0.2 * size)]
-        self.limb("bag", joints, [0.75 * half, half, half])
+        """Draws a backpack's sack: all of it from behind, its edges from the front."""
+        if self.style["bag"] == "backpack":
+            size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
+            half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
+            x = -0.95 * shoulder * self.right
+            joints = [(x, y + 0.005), (x, y + 0.035), (x, y + 0.05 + 0.2 * size)]
+            self.limb("bag", joints, [0.75 * half, half, half])
 
     def carried(self) -> None:
         """Draws straps, and what hands and shoulders carry."""
@@ -456,35 +431,39 @@ class _Figure:
         side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
         x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
         hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
+        box = None  # its x, top, half width and height
         if kind == "backpack" and self.front > 0.3:
             for end in (-edge, edge):
                 limb("strap", [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
         elif kind == "satchel":
             x = side * edge
             limb("strap", [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
-            self.box(1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
+            box = (1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
         elif kind == "handbag":
             limb("strap", [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
-            self.box(x, hand + 0.03, 0.065 * size, 0.12 * size)
+            box = (x, hand + 0.03, 0.065 * size, 0.12 * size)
         elif kind == "case":
             top = 0.98 - 0.26 * size
             limb("strap", [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
-            self.box(x + 0.07 * side, top, 0.075 * size, 0.26 * size)
+            box = (x + 0.07 * side, top, 0.075 * size, 0.26 * size)
         elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
-            self.box(0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
+            box = (0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
         elif kind == "umbrella":
             limb("strap", [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
             self.ball("bag", 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
+        if box:
+            x, top, half, height = box
+            limb("bag", [(x, top), (x, top + height)], [half, half], 134)
 
 
 def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
     """Returns a wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
     height, width = size
 
-    def paint() -> tuple[int, ...] | int:
+    def paint() -> tuple[int, ...]:
         tone = rng.uniform(*look.background)
         colour = _colour(rng, tone, rng.uniform(0, 0.3))
-        return int(255 * tone) if look.infrared else tuple(int(255 * c) for c in colour)
+        return tuple(int(255 * c) for c in ([tone] if look.infrared else colour))
 
     image = Image.new("L" if look.infrared else "RGB", (width, height), paint())
     draw, horizon = ImageDraw.Draw(image), height * rng.uniform(*look.horizon)
@@ -507,21 +486,19 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
 
 def _colour_in(figure: _Figure, look: Look, backdrop: np.ndarray) -> np.ndarray:
     """Gives every part its materials as the camera sees them, over `backdrop` (h, w, c)."""
-    labels = np.asarray(figure.labels)
-    tones = np.zeros((2, len(figure.parts) + 1, backdrop.shape[2]), np.float32)
-    weight = np.zeros(labels.shape, np.float32)
+    labels, shade = np.asarray(figure.labels), np.asarray(figure.shade, np.float32) / 128
+    picture = backdrop.copy()
     for number, (fabric, axis, half, (top, bottom)) in enumerate(figure.parts, start=1):
-        for row, material in enumerate((fabric.first, fabric.second)):
-            warm = look.floor + (1 - look.floor) * material.infrared
-            tones[row, number] = warm if look.infrared else material.visible
-        if fabric.pattern != "plain":
-            ys, xs = np.nonzero(labels == number)
-            u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
-            weight[ys, xs] = pattern_weight(fabric, u, (ys - top) / (bottom - top))
-    first, second = tones[0][labels], tones[1][labels]  # (h, w, c)
-    cloth = first + weight[..., None] * (second - first)
-    shade = np.asarray(figure.shade, np.float32)[..., None] / 128
-    return np.where(labels[..., None] > 0, cloth * shade, backdrop)
+        ys, xs = np.nonzero(labels == number)
+        pair = (fabric.first, fabric.second)
+        tones = np.array([material.visible for material in pair])
+        if look.infrared:
+            tones = np.array([[look.floor + (1 - look.floor) * each.infrared] for each in pair])
+        first, second = tones.astype(np.float32)
+        u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
+        weight = pattern_weight(fabric, u, (ys - top) / (bottom - top))[:, None]
+        picture[ys, xs] = (first + weight * (second - first)) * shade[ys, xs, None]
+    return picture
 
 
 def render(
@@ -532,7 +509,6 @@ def render(
     height, width = (max(16, round(share * side)) for side in size)
     big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
     figure = _Figure(person, look, rng, big)
-    figure.draw()
     pixels = np.clip(_colour_in(figure, look, _background(rng, look, big)), 0, 1)
     image = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).reduce(SUPERSAMPLE)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))

@@ -33,7 +33,6 @@ class Regdb(DataSet):
     }
     preset_source = "the authors' README for RegDB"
     splits = 10
-    images_per_id = 10
     expected = {"train": (206, 2060, 2060), "test": (206, 2060, 2060)}
 
     def train(self, root: Path, trial: int) -> TrainSet:

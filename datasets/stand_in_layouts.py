@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, dataclass, field, replace
 from io import BytesIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.io import savemat
@@ -30,6 +31,7 @@ SYSU_COUNTS = {
     "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
     "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
 }
+ROLES = ("train", "test")
 LLCM_SEEN_BY = 4  # cameras that see an identity
 # The last word of (seed, 0, 0, stream): one stream of random numbers for each purpose.
 REGDB_SPLITS, SYSU_ROLES, SYSU_ABSENCES, LLCM_ROLES, LLCM_SPREAD = range(1, 6)
@@ -46,22 +48,22 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything the written files depend on, kept in the finished folder's `stand_in.json`.
-
-    Each field is a flag as well; its `help` says what it means. None: see `resolved`.
-    """
+    """Everything the written files depend on; each field is a flag, whose `help` explains it."""
 
     layout: str = _setting("regdb, sysu or llcm")
-    train_ids: int = _setting("identities to train on, SYSU's validation ones included", 150)
+    train_ids: int = _setting("identities to train on; SYSU: 1/4 of them for validation", 150)
     test_ids: int = _setting("other identities", 40)
     images_per_id: int = _setting("per modality (RegDB, LLCM), per camera that sees it (SYSU)", 10)
     seed: int = _setting("of everything", 0)
-    val_ids: int | None = _setting("SYSU's validation identities; default 1/4 of --train-ids", None)
     trials: int = _setting("RegDB's splits, SYSU's official gallery draws", 10)
     img_h: int | None = _setting("largest height, pixels; default RegDB 128, others 160", None)
     img_w: int | None = _setting("largest width, pixels; default RegDB 64, others 72", None)
-    tone_correlation: float = _setting("of infrared and visible tones of cloth, 0 to 1", 0.5)
     full: bool = _setting("the counts of the real data set in place of those above", False)
+
+    @property
+    def val_ids(self) -> int:
+        """SYSU's validation identities."""
+        return max(1, round(self.train_ids / 4)) if self.layout == "sysu" else 0
 
     def resolved(self) -> Settings:
         """Returns these settings with every default filled in.
@@ -71,32 +73,17 @@ class Settings:
         """
         if self.layout not in SIZES:
             raise ValueError(f"--layout {self.layout}: expected one of {', '.join(SIZES)}")
-        s, has_val = self, self.layout == "sysu"
-        if s.full:
-            counts = FULL_COUNTS[s.layout]
-            roles = [role for role in ("train", "val", "test") if role in counts]
-            ids = {f"{role}_ids": counts[role][0] for role in roles}
-            s = replace(s, **ids, images_per_id=FULL_IMAGES_PER_ID[s.layout])
-        val_ids = max(1, round(s.train_ids / 4)) if s.val_ids is None else s.val_ids
-        height, width = SIZES[s.layout]
-        s = replace(
-            s,
-            val_ids=val_ids if has_val else 0,
-            img_h=height if s.img_h is None else s.img_h,
-            img_w=width if s.img_w is None else s.img_w,
-        )
-        least = {"train_ids": 2 if has_val else 1, "test_ids": 1, "images_per_id": 1}
+        size = zip(("img_h", "img_w"), SIZES[self.layout], strict=True)
+        filled: dict[str, Any] = {name: n for name, n in size if getattr(self, name) is None}
+        if self.full:
+            filled |= {f"{role}_ids": FULL_COUNTS[self.layout][role][0] for role in ROLES}
+            filled["images_per_id"] = FULL_IMAGES_PER_ID[self.layout]
+        s = replace(self, **filled)
+        least = {"train_ids": 2 if s.layout == "sysu" else 1, "test_ids": 1, "images_per_id": 1}
         least |= {"seed": 0, "trials": 1, "img_h": 32, "img_w": 16}
         for name, minimum in least.items():
             if getattr(s, name) < minimum:
                 raise ValueError(f"{flag(name)} {getattr(s, name)}: expected {minimum} or more")
-        if has_val and not 1 <= s.val_ids < s.train_ids:
-            raise ValueError(
-                f"--val-ids {s.val_ids}: expected 1 to {s.train_ids - 1}, as some of the"
-                f" --train-ids {s.train_ids} must remain"
-            )
-        if not 0 <= s.tone_correlation <= 1:
-            raise ValueError(f"--tone-correlation {s.tone_correlation}: expected 0 to 1")
         splits = math.comb(s.train_ids + s.test_ids, s.train_ids)
         if s.layout == "regdb" and s.trials > splits:
             raise ValueError(
@@ -106,8 +93,7 @@ class Settings:
         return s
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """An image to write: its path in the folder, the camera, and its number there from 1 on."""
 
     path: str
@@ -129,41 +115,39 @@ def _roles(settings: Settings, stream: int) -> dict[str, list[int]]:
 
 def _numbered(pids: Iterable[int], drawings: Drawings, part_of_path: str) -> bytes:
     """Returns a list: each image whose path has a part, and its identity's number from 0."""
-    lines = [
-        f"{drawing.path} {label}\n"
-        for label, pid in enumerate(sorted(pids))
-        for drawing in drawings[pid]
-        if part_of_path in drawing.path
-    ]
-    return "".join(lines).encode()
+    images = [(d.path, n) for n, pid in enumerate(sorted(pids)) for d in drawings[pid]]
+    return "".join(f"{path} {n}\n" for path, n in images if part_of_path in path).encode()
+
+
+def _comma_separated(pids: Iterable[int]) -> bytes:
+    return (",".join(map(str, pids)) + "\n").encode()
 
 
 def _regdb_drawings(settings: Settings) -> Drawings:
-    drawings: Drawings = {}
+    drawings: Drawings = defaultdict(list)
     for pid in range(1, settings.train_ids + settings.test_ids + 1):
         style = make_person(settings.seed, pid).style
         for camera, folder in ((1, "Visible"), (2, "Thermal")):
             start = np.random.default_rng((settings.seed, pid, camera)).integers(1, 90_000)
-            for number in range(1, settings.images_per_id + 1):
-                name = f"{style['gender']}_{style['view']}_{folder[0].lower()}"
-                name += f"_{start + 7 * number:05d}_{pid}.bmp"
-                drawing = Drawing(f"{folder}/{pid}/{name}", camera, number)
-                drawings.setdefault(pid, []).append(drawing)
+            name = f"{folder}/{pid}/{style['gender']}_{style['view']}_{folder[0].lower()}"
+            drawings[pid] += [
+                Drawing(f"{name}_{start + 7 * number:05d}_{pid}.bmp", camera, number)
+                for number in range(1, settings.images_per_id + 1)
+            ]
     return drawings
 
 
 def _regdb_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, bytes]]:
     """Yields names and contents of the idx lists; each trial splits the identities another way."""
-    seen: set[frozenset[int]] = set()
+    splits: dict[frozenset[int], None] = {}
     rng = np.random.default_rng((settings.seed, 0, 0, REGDB_SPLITS))
-    while len(seen) < settings.trials:
-        train = frozenset((rng.permutation(len(drawings))[: settings.train_ids] + 1).tolist())
-        if train in seen:
-            continue
-        seen.add(train)
+    while len(splits) < settings.trials:
+        pids = rng.permutation(len(drawings))[: settings.train_ids] + 1
+        splits[frozenset(pids.tolist())] = None
+    for trial, train in enumerate(splits, start=1):
         for role, pids in (("train", train), ("test", drawings.keys() - train)):
             for folder in ("Visible", "Thermal"):
-                name = f"idx/{role}_{folder.lower()}_{len(seen)}.txt"
+                name = f"idx/{role}_{folder.lower()}_{trial}.txt"
                 yield name, _numbered(pids, drawings, f"{folder}/")
 
 
@@ -207,9 +191,9 @@ def _rand_perm_cam(settings: Settings, drawings: Drawings) -> np.ndarray:
     """Returns the official gallery draws: cells (cameras) of cells (identities) of (trials, n)."""
     cameras = np.empty((6, 1), object)
     for camera in range(1, 7):
-        cameras[camera - 1, 0] = cell = np.empty((max(drawings), 1), object)
-        for pid in range(1, max(drawings) + 1):
-            count = sum(drawing.camera == camera for drawing in drawings[pid])
+        cameras[camera - 1, 0] = cell = np.empty((len(drawings), 1), object)
+        for pid, own in drawings.items():
+            count = sum(drawing.camera == camera for drawing in own)
             rng = np.random.default_rng((settings.seed, pid, camera, 0, 1))
             rows = np.tile(np.arange(1.0, count + 1), (settings.trials if count else 0, 1))
             cell[pid - 1, 0] = rng.permuted(rows, axis=1)
@@ -226,23 +210,18 @@ def _sysu_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, b
     yield "exp/rand_perm_cam.mat", header + buffer.getvalue()[len(header) :]
 
 
-def _comma_separated(pids: Sequence[int]) -> bytes:
-    return (",".join(map(str, pids)) + "\n").encode()
-
-
 def _llcm_drawings(settings: Settings) -> Drawings:
     """A few cameras see each identity, in turn; visible and infrared begin with another one."""
-    drawings: Drawings = {}
+    drawings: Drawings = defaultdict(list)
     _, *real_images = FULL_COUNTS["llcm"]["train"]  # visible, infrared
     for role, pids in _roles(settings, LLCM_ROLES).items():
         for modality, word in enumerate(LLCM_CAMERAS):
             counts = np.full(len(pids), settings.images_per_id)
             if settings.full and role == "train":  # the real total, half of it spread at random
-                total = real_images[modality]
-                least = total // (2 * len(pids))
+                least = real_images[modality] // (2 * len(pids))
+                spare = real_images[modality] - least * len(pids)
                 rng = np.random.default_rng((settings.seed, 0, 0, LLCM_SPREAD, modality))
-                spread = rng.multinomial(total - least * len(pids), [1 / len(pids)] * len(pids))
-                counts = least + spread
+                counts = least + rng.multinomial(spare, [1 / len(pids)] * len(pids))
             for pid, count in zip(pids, counts.tolist(), strict=True):
                 rng = np.random.default_rng((settings.seed, pid, 0, 4))
                 seen = np.roll(rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY], modality)
@@ -252,15 +231,15 @@ def _llcm_drawings(settings: Settings) -> Drawings:
                     camera = int(seen[(number - 1) % len(seen)])
                     folder = f"test_{word}/cam{camera}" if role == "test" else word
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
-                    drawing = Drawing(path, camera + modality * LLCM_INFRARED, number)
-                    drawings.setdefault(pid, []).append(drawing)
+                    look = camera + modality * LLCM_INFRARED
+                    drawings[pid].append(Drawing(path, look, number))
     return drawings
 
 
 def _llcm_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, bytes]]:
     """Yields names and contents of the idx lists; test lists number the test identities from 0."""
     roles = _roles(settings, LLCM_ROLES)
-    for role in ("train", "test"):
+    for role in ROLES:
         for word in LLCM_CAMERAS:
             yield f"idx/{role}_{word}.txt", _numbered(roles[role], drawings, f"_{word}.jpg")
         yield f"idx/{role}_id.txt", _comma_separated(roles[role])

@@ -20,6 +20,7 @@ from engine.evaluate import format_result
 from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
 from loss import Criterion
+from memory import SingleGranularityMemory
 from utils import save_checkpoint, write_atomic, write_json
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def fit(
         progress.log.append(line)
         if writer is not None:
             _report(line, schedule.epochs, writer)
+            _warn_of_unread_levels(progress.log, net.memory)
             _save(net, optimizer, progress, files, settings.save_every)
     if writer is not None:
         writer.close()
@@ -159,6 +161,27 @@ def check_weights(net: nn.Module, *, epoch: int) -> None:
             raise NonFiniteLossError(
                 f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}"
             )
+
+
+def _warn_of_unread_levels(lines: list[dict[str, Any]], memory: nn.Module | None) -> None:
+    """Warns of each level of the memory that read nothing in an epoch for the first time."""
+    *earlier, line = lines
+    for key in [k for k in line if k.endswith("/zero_reads")]:
+        if line[key] == 1 and all(former.get(key) != 1 for former in earlier):
+            level = key.split("/")[1]
+            text = threshold_in_words(memory, level)
+            log.warning("epoch %d: %s level: no read passed %s", line["epoch"], level, text)
+
+
+def threshold_in_words(memory: nn.Module | None, level: str) -> str:
+    """Returns a level's threshold beside its uniform weight, and the flag that changes it."""
+    if not isinstance(memory, SingleGranularityMemory):
+        return "the memory's threshold"
+    size = memory.bank_sizes()[level]
+    remedy = "--shrink auto scales the threshold with the bank"
+    if memory.shrink_scale is not None:
+        remedy = "a smaller --shrink-scale lowers the threshold"
+    return f"lambda {memory.threshold(level, size):.2g} (uniform weight {1 / size:.2g}); {remedy}"
 
 
 def _report(line: dict[str, Any], epochs: int, writer: SummaryWriter) -> None:

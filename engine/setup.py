@@ -23,8 +23,9 @@ from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
 from engine import distributed, resume
 from engine.evaluate import evaluate, format_result
-from engine.fit import LAST, PREVIOUS, Progress, RunFiles, write_reports
+from engine.fit import LAST, PREVIOUS, Progress, RunFiles, threshold_in_words, write_reports
 from engine.train import TrainSettings
+from memory import MultiGranularityMemory
 from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ class Run:
         if changed:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
+            _warn_of_an_unread_memory(net)
             self._start_files(data, identities)
         return progress
 
@@ -272,6 +274,19 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
             sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
             raise SystemExit(stop.exit_code) from None
+
+
+def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
+    """Warns when MG-MRA's threshold is above the semantic level's uniform weight."""
+    memory, added = net.memory, net.memory_levels in (None, "semantic")
+    if isinstance(memory, MultiGranularityMemory) and added:
+        size = memory.bank_sizes()["semantic"]
+        if 1 / size < memory.threshold("semantic", size):
+            log.warning(
+                "the memory has prototypes of %d identities: at their initial norms no semantic "
+                "read passes %s. Until one does, MG-MRA is its control, --memory-levels none",
+                *(size, threshold_in_words(memory, "semantic")),
+            )
 
 
 def start_logging(file: Path | None = None) -> None:

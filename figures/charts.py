@@ -22,16 +22,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # more, for an eig
 HISTOGRAM_BINS = 60
 
 
-# ---------------------------------------------------------------------------------------- results
-
-
 @page.styled
-def cmc_curves(runs: Mapping[str, tuple[ArrayLike, float]], *, title: str = "") -> Figure:
-    """Draws the cumulative matching curves of several runs.
-
-    Args:
-        runs: By name the CMC (ranks from 1 on) and the mAP, fractions.
-        title: What was measured.
+def cmc_curves(runs: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "") -> Figure:
+    """Draws cumulative matching curves: of each run its name and its result, from `results.json`.
 
     Raises:
         ValueError: Too many runs to tell apart.
@@ -40,15 +33,15 @@ def cmc_curves(runs: Mapping[str, tuple[ArrayLike, float]], *, title: str = "") 
         raise ValueError(f"{len(runs)} runs, expected 1 to {MAX_CURVES}, which can be told apart")
     figure = Figure(figsize=(page.COLUMN_WIDTH, 2.4), layout="constrained")
     axes = figure.subplots()
-    for (name, (values, mean_ap)), marker in zip(runs.items(), MARKERS, strict=False):
-        cmc = np.asarray(values, np.float64)
-        scores = f"Rank-1\xa0{100 * cmc[0]:.1f}, mAP\xa0{100 * mean_ap:.1f}"  # never torn apart
+    for (name, result), marker in zip(runs, MARKERS, strict=False):
+        cmc, mean_ap = 100 * np.asarray(result["cmc"], np.float64), 100 * result["mAP"]
+        name += "" if result["re_rank"] == "no" else f", {result['re_rank']}"
+        scores = f"Rank-1\xa0{cmc[0]:.1f}, mAP\xa0{mean_ap:.1f}"  # never torn apart
         label = page.wrapped(f"{name}: {scores}", LABEL_CHARACTERS)
-        axes.plot(range(1, len(cmc) + 1), 100 * cmc, marker=marker, markersize=3.5, label=label)
+        axes.plot(range(1, len(cmc) + 1), cmc, marker=marker, markersize=3.5, label=label)
     axes.set(xlabel="rank", ylabel="matching rate (%)")
-    lowest = axes.dataLim.y0
     axes.set_xticks([rank for rank in (1, 5, 10, 15, 20) if rank <= axes.dataLim.x1])
-    axes.set_ylim(max(0, 10 * np.floor(lowest / 10 - 0.3)), 101)
+    axes.set_ylim(max(0, 10 * np.floor(axes.dataLim.y0 / 10 - 0.3)), 101)
     page.add_legend(figure, axes.lines)
     page.add_heading(figure, title)
     return figure
@@ -67,11 +60,8 @@ def distance_histograms(
 ) -> Figure:
     """Draws distances across modalities, within and between identities, on one common x axis.
 
-    Args:
-        panels: By name ("before training", ...) the distances between images of the same identity
-            and those between different identities, one-dimensional.
-        title: What was measured.
-        note: Between which images.
+    `panels` are by name ("before training", ...) the distances between images of the same identity
+    and those between different identities, one-dimensional.
     """
     everything = [values for pair in panels.values() for values in pair]
     least, most = min(map(np.min, everything)), max(map(np.max, everything))
@@ -91,12 +81,12 @@ def distance_histograms(
     axes[-1].set_xlabel("cosine distance")
     figure.supylabel("share of the pairs (%)", fontsize="medium")
     page.add_legend(figure, axes[0].patches, columns=2)
-    order = (
-        "In wrong order: how often a random pair of different identities is closer than a random "
+    note += (
+        " In wrong order: how often a random pair of different identities is closer than a random "
         "pair of the same identity (50 % is chance)."
     )
-    scales = "" if len(panels) == 1 else "The vertical scales differ."
-    page.add_heading(figure, title, f"{note} {order} {scales}")
+    note += " The vertical scales differ." if len(panels) > 1 else ""
+    page.add_heading(figure, title, note)
     return figure
 
 
@@ -106,7 +96,7 @@ def embedding(
     pids: np.ndarray,
     infrared: np.ndarray,
     *,
-    axis_names: tuple[str, str] = ("", ""),
+    axis_names: tuple[str, str],
     title: str = "",
     note: str = "",
 ) -> Figure:
@@ -116,7 +106,7 @@ def embedding(
 
     Args:
         points: (n, 2).
-        pids: (n,) identities, at most `MAX_CURVES` different ones.
+        pids: (n,) identities, at most `MAX_CURVES` different ones, each in both modalities.
         infrared: (n,) bool.
         axis_names: Of the two axes.
         title: What was embedded.
@@ -132,9 +122,8 @@ def embedding(
         look = {"color": color, "marker": marker, **dots}
         axes.plot(*visible.T, **look)
         axes.plot(*other.T, **look, markerfacecolor="none")
-        if len(visible) and len(other):
-            centers = np.array([visible.mean(axis=0), other.mean(axis=0)])
-            axes.plot(*centers.T, color=color, linestyle="-", linewidth=1)
+        centers = np.array([visible.mean(axis=0), other.mean(axis=0)])
+        axes.plot(*centers.T, color=color, linestyle="-", linewidth=1)
         identities += axes.plot([], [], **look, label=str(pid))
     kinds = [
         *axes.plot([], [], "o", color=page.GREY, **dots, label="visible"),
@@ -146,9 +135,6 @@ def embedding(
     page.add_legend(figure, kinds, columns=3)
     page.add_heading(figure, title, note)
     return figure
-
-
-# ------------------------------------------------------------------------------------- a run's log
 
 
 @page.styled

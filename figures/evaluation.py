@@ -21,7 +21,6 @@ from figures.page import FORMATS, save
 
 Features = Mapping[str, np.ndarray]  # "query" (Q, D) and "gallery" (G, D), rows of norm 1
 MAX_IMAGES = 20  # of an identity and modality in the plane
-PERPLEXITY = 20  # of t-SNE, for a few hundred points
 
 
 def first_trial(protocol: EvalSet) -> EvalSet:
@@ -63,38 +62,14 @@ def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
     return np.sort(rng.choice(pids, min(count, len(pids)), replace=False))
 
 
-def project(points: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, tuple[str, str], str]:
-    """Projects features (n, D) onto a plane, by "pca" or, with a seed, by "tsne".
-
-    Returns:
-        Points (n, 2), names of the axes, and what was done, in words.
-
-    Raises:
-        ValueError: t-SNE without scikit-learn.
-    """
-    if method == "tsne":
-        perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
-        tsne = tsne_class()(perplexity=perplexity, init="pca", random_state=seed)
-        note = f"t-SNE, perplexity {perplexity:.3g}, seed {seed}: distances in it mean little."
-        return tsne.fit_transform(points), ("", ""), note
+def project(points: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
+    """Returns features (n, D) on their first two principal components, (n, 2), and axis names."""
     centered = points.astype(np.float64) - points.mean(axis=0)
     _, scale, axes = np.linalg.svd(centered, full_matrices=False)
     axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
     shares = 100 * scale**2 / max((scale**2).sum(), 1e-300)
-    names = tuple(f"component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
-    return centered @ axes[:2].T, names, "Principal components of the features shown."
-
-
-def tsne_class() -> Any:
-    """Returns scikit-learn's t-SNE; raises ValueError when it is not installed."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ValueError(
-            "--method tsne needs scikit-learn, which is not among this project's requirements: "
-            "pip install scikit-learn, or take --method pca"
-        ) from error
-    return TSNE
+    first, second = (f"component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
+    return centered @ axes[:2].T, (first, second)
 
 
 def draw_ranked(
@@ -103,7 +78,7 @@ def draw_ranked(
     features: Features,
     *,
     title: str,
-    ranking: str = "no",
+    ranking: str,
     **choice: int,
 ) -> Figure:
     """Draws ranked lists of a trial by a `ranking` of `engine.evaluate.distances`.
@@ -111,15 +86,15 @@ def draw_ranked(
     Images are "query" (Q, H, W, 3) and "gallery" (G, H, W, 3), uint8; what can be chosen are
     `num_queries`, `top` and `seed` of `image_grids.ranked_lists`.
     """
-    ranked = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
+    kind = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
+    distmat = distances(features["query"], features["gallery"], ranking)
     return image_grids.ranked_lists(
         query_images=images["query"],
         gallery_images=images["gallery"],
-        distmat=distances(features["query"], features["gallery"], ranking),
-        q_pids=trial.query.pids,
-        g_pids=trial.gallery.pids,
-        excluded=ignored(trial),
-        title=f"{title}; {ranked}",
+        distmat=np.where(ignored(trial), np.inf, distmat),
+        names=[f"identity {pid}" for pid in trial.query.pids],
+        same=trial.query.pids[:, None] == trial.gallery.pids,
+        title=f"{title}; {kind}",
         **choice,
     )
 
@@ -138,10 +113,9 @@ def draw_embedding(
     *,
     title: str,
     ids: int = charts.MAX_CURVES,
-    method: str = "pca",
     seed: int = 0,
 ) -> Figure:
-    """Draws a few test identities' features in the plane; see `project`."""
+    """Draws a few test identities' features in the plane of their principal components."""
     wanted = chosen_identities(trial, ids, seed)
     points, pids, infrared = [], [], []
     for role, images in (("query", trial.query), ("gallery", trial.gallery)):
@@ -149,14 +123,15 @@ def draw_embedding(
         points.append(features[role][kept])
         pids.append(images.pids[kept])
         infrared.append(np.full(len(kept), images.modality == "infrared"))
-    plane, axis_names, note = project(np.concatenate(points), method, seed)
+    plane, axis_names = project(np.concatenate(points))
     return charts.embedding(
         plane,
         np.concatenate(pids),
         np.concatenate(infrared),
         axis_names=axis_names,
         title=title,
-        note=f"{note} {len(wanted)} test identities, drawn at random (seed {seed}).",
+        note="Principal components of the features shown. "
+        f"{len(wanted)} test identities, drawn at random (seed {seed}).",
     )
 
 
@@ -184,21 +159,14 @@ def evaluation_figures(
     features = {"query": features["query"][asking], "gallery": features["gallery"][rows]}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
-    curves = {
-        each["test_feat"] + re_ranked_suffix(each): (each["cmc"], each["mAP"]) for each in results
-    }
+    curves = [(each["test_feat"], each) for each in results]
     figures = {
         "ranked_lists": draw_ranked(trial, images, features, title=title, ranking=ranking),
         "cmc": charts.cmc_curves(curves, title=f"{data}: {protocol.protocol}"),
         "distances": draw_distances(trial, {"after training": features}, title=title),
         "embedding": draw_embedding(trial, features, title=title),
     }
-    names = {f"{name}{form}": figure for name, figure in figures.items() for form in FORMATS}
-    for name, figure in names.items():
-        save(figure, folder / name)
-    return list(names)
-
-
-def re_ranked_suffix(result: Mapping[str, Any]) -> str:
-    """Returns what a curve's name says of re-ranking: nothing, or its kind."""
-    return "" if result["re_rank"] == "no" else f", {result['re_rank']}"
+    for name, figure in figures.items():
+        for form in FORMATS:
+            save(figure, folder / f"{name}{form}")
+    return [f"{name}{form}" for name in figures for form in FORMATS]

@@ -13,7 +13,6 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from numpy.typing import ArrayLike
 
 from figures import page
 from figures.prototypes import MODALITIES, PATCH_CELLS, Fired, Patches, alike
@@ -45,10 +44,8 @@ def ranked_lists(
     query_images: np.ndarray,
     gallery_images: np.ndarray,
     distmat: np.ndarray,
-    q_pids: ArrayLike | None = None,
-    g_pids: ArrayLike | None = None,
-    excluded: np.ndarray | None = None,
-    query_names: Sequence[str] = (),
+    names: Sequence[str],
+    same: np.ndarray | None = None,
     num_queries: int = 8,
     top: int = 10,
     title: str = "",
@@ -56,17 +53,17 @@ def ranked_lists(
 ) -> Figure:
     """Draws random queries, each with its nearest gallery images, right and wrong told apart.
 
-    Beside a query stand the rank of its first right answer and its average precision, over the
-    whole gallery. Without identities no answer is framed, and minus its distance stands below it.
+    Beside a query stand its name, the rank of its first right answer and its average precision,
+    over the whole gallery.
 
     Args:
         query_images: (Q, H, W, 3) uint8.
         gallery_images: (G, H, W, 3) uint8.
-        distmat: (Q, G), smaller is closer; ties keep gallery order.
-        q_pids: (Q,) identities of the queries; None, as `g_pids`, where they are not known.
-        g_pids: (G,) identities of the gallery.
-        excluded: (Q, G) bool, True where the protocol ignores a gallery image for a query.
-        query_names: (Q,) names to stand beside queries of unknown identity.
+        distmat: (Q, G), smaller is closer; ties keep gallery order. Infinite where the protocol
+            ignores a gallery image for a query.
+        names: (Q,) of the queries.
+        same: (Q, G) bool, True where identities agree; None where they are not known, which
+            leaves frames and scores out.
         num_queries: How many to draw.
         top: Gallery images per query.
         title: What was measured: data set, protocol, whether re-ranked.
@@ -75,18 +72,14 @@ def ranked_lists(
     Raises:
         ValueError: No query has a right answer to find.
     """
-    q, g = distmat.shape
-    excluded = np.zeros((q, g), bool) if excluded is None else excluded
-    rng = np.random.default_rng(seed)
-    if q_pids is None or g_pids is None:
-        hits = None
-        chosen = np.sort(rng.choice(q, min(num_queries, q), replace=False))
-        note = f"{len(chosen)} of {q:,} queries, drawn at random (seed {seed})."
+    (q, g), counts, rng = distmat.shape, np.isfinite(distmat), np.random.default_rng(seed)
+    if same is None:
+        chosen = sorted(rng.choice(q, min(num_queries, q), replace=False).tolist())
+        note = f"{len(chosen)} of {q:,}"
     else:
-        hits = (np.asarray(q_pids)[:, None] == np.asarray(g_pids)) & ~excluded
-        chosen, note = _choose_queries(np.where(excluded, np.inf, distmat), hits, num_queries, rng)
-        note = f"Queries drawn at random (seed {seed}): {note}."
-    if excluded.any():
+        chosen, note = _choose_queries(distmat, same & counts, num_queries, rng)
+    note = f"Queries drawn at random (seed {seed}): {note}."
+    if not counts.all():
         note += " Gallery images that the protocol ignores for a query are left out."
     height, width = query_images.shape[1:3]
     figure, axes = page.image_grid(len(chosen), [1.0] * (1 + min(top, g)), height / width)
@@ -94,29 +87,23 @@ def ranked_lists(
         cell.set_title(place or "query", fontsize="medium")
     for cells, query in zip(axes, chosen, strict=True):
         order = np.argsort(distmat[query], kind="stable")
-        ranking = order[~excluded[query, order]]
+        ranking = order[counts[query, order]]
         cells[0].imshow(query_images[query])
+        beside = textwrap.wrap(names[query], NAME_CHARACTERS)[-NAME_LINES:]
         for cell, row in zip(cells[1:], ranking, strict=False):
             cell.imshow(gallery_images[row])
-            if hits is None:
-                score = f"{-distmat[query, row]:.2f}"
-                cell.set_xlabel(score.replace("-", "\N{MINUS SIGN}"))
-            else:
-                _frame(cell, RIGHT if hits[query, row] else WRONG)
-        if hits is None:
-            lines = textwrap.wrap(query_names[query], NAME_CHARACTERS)
-            page.write_left(cells[0], "\n".join(lines[-NAME_LINES:]))
-        else:
-            found = np.flatnonzero(hits[query, ranking]) + 1  # the ranks of right answers
+            if same is not None:
+                _frame(cell, RIGHT if same[query, row] else WRONG)
+        if same is not None:
+            found = np.flatnonzero(same[query, ranking]) + 1  # the ranks of right answers
             precision = 100 * np.mean(np.arange(1, len(found) + 1) / found)
-            name = f"identity {np.asarray(q_pids)[query]}"
-            page.write_left(cells[0], f"{name}\nfirst hit: {found[0]:,}\nAP: {precision:.1f} %")
-        for cell in cells[1 + len(ranking) :]:
-            cell.set_visible(False)
-    if hits is not None:
-        kinds = {"fill": False, "linewidth": 1.8}
+            beside += [f"first hit: {found[0]:,}", f"AP: {precision:.1f} %"]
+        page.write_left(cells[0], "\n".join(beside))
+    if same is not None:
         marks = [
-            Patch(ec=each.color, ls=each.line, label=f"{each.mark} {each.meaning}", **kinds)
+            Patch(
+                fill=False, lw=1.8, ec=each.color, ls=each.line, label=f"{each.mark} {each.meaning}"
+            )
             for each in (RIGHT, WRONG)
         ]
         page.add_legend(figure, marks, columns=2)
@@ -158,12 +145,9 @@ def _frame(cell: Axes, frame: Frame) -> None:
     cell.text(0.03, 0.985, frame.mark, transform=cell.transAxes, va="top", bbox=badge)
 
 
-# -------------------------------------------------------------------------------------- the memory
-
-
 @page.styled
 def addressing(
-    *, images: np.ndarray, names: Sequence[str], levels: Mapping[str, Fired], title: str = ""
+    images: np.ndarray, names: Sequence[str], levels: Mapping[str, Fired], *, title: str = ""
 ) -> Figure:
     """Draws where on each image the strongest prototypes of every granularity fire.
 
@@ -231,26 +215,19 @@ def prototypes(rows: Sequence[Patches], *, title: str = "", note: str = "") -> F
     """Draws prototypes, one per row, with the patches of either modality that address it most."""
     count = max(1, *(len(weights) for row in rows for weights in row.weights.values()))
     figure, axes = page.image_grid(len(rows), [*[1.0] * count, 0.5, *[1.0] * count], aspect=1)
-    for row, cells in zip(rows, axes, strict=True):
-        page.write_left(cells[0], row.name)
-        for modality, side in zip(MODALITIES, (cells[:count], cells[count + 1 :]), strict=True):
-            axes[0, 0 if modality == "visible" else count + 1].set_title(
-                modality, fontsize="medium"
-            )
+    for modality, side in zip(MODALITIES, (axes[:, :count], axes[:, count + 1 :]), strict=True):
+        side[0, 0].set_title(modality, fontsize="medium")
+        for row, cells in zip(rows, side, strict=True):
             if not len(row.patches[modality]):
-                page.write_middle(side[0], "none")
-            pairs = zip(side, row.patches[modality], row.weights[modality], strict=False)
+                page.write_middle(cells[0], "none")
+            pairs = zip(cells, row.patches[modality], row.weights[modality], strict=False)
             for cell, patch, weight in pairs:
-                _draw_patch(cell, patch)
+                cell.imshow(patch, extent=(0, PATCH_CELLS, PATCH_CELLS, 0))  # 1 is a position
+                for color, width in (("white", 1.8), ("black", 0.8)):
+                    frame = {"fill": False, "ec": color, "lw": width}
+                    cell.add_patch(Rectangle((PATCH_CELLS // 2, PATCH_CELLS // 2), 1, 1, **frame))
                 cell.set_xlabel(f"{weight:.2f}")
+    for row, cell in zip(rows, axes[:, 0], strict=True):
+        page.write_left(cell, row.name)
     page.add_heading(figure, title, note)
     return figure
-
-
-def _draw_patch(cell: Axes, patch: np.ndarray) -> None:
-    """Draws a patch (p, p, 3), the position itself framed."""
-    side = len(patch) / PATCH_CELLS  # of the position
-    middle = (len(patch) - side) / 2
-    cell.imshow(patch, extent=(0, len(patch), len(patch), 0))
-    for color, width in (("white", 1.8), ("black", 0.8)):
-        cell.add_patch(Rectangle((middle, middle), side, side, fill=False, ec=color, lw=width))

@@ -39,7 +39,7 @@ class Patches(NamedTuple):
 
 @torch.no_grad()
 def addressing_weights(
-    net: TwoStreamNet, batches: Iterable[torch.Tensor], modality: str, only: str | None = None
+    net: TwoStreamNet, batches: Iterable[torch.Tensor], modality: str
 ) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
     """Reads the memory at every position of the images' maps.
 
@@ -47,13 +47,12 @@ def addressing_weights(
         net: In evaluation mode.
         batches: Normalised images (b, 3, H, W), n in all.
         modality: "visible" or "infrared".
-        only: The one level wanted; None takes them all.
 
     Returns:
         By level the addressing weights (n*h*w positions, prototypes); (h, w).
 
     Raises:
-        ValueError: The network has no memory, or the memory no such level.
+        ValueError: The network has no memory.
     """
     if net.memory is None:
         raise ValueError(
@@ -63,11 +62,8 @@ def addressing_weights(
     found: dict[str, list[sparse.csr_matrix]] = {}
     for images in batches:
         x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
-        weights = net.memory(x).weights
-        if only and only not in weights:
-            raise ValueError(f"the memory has no {only} level, expected {' or '.join(weights)}")
-        for level in [only] if only else weights:
-            dense = weights[level].to_dense().float().cpu().numpy()
+        for level, weights in net.memory(x).weights.items():
+            dense = weights.to_dense().float().cpu().numpy()
             found.setdefault(level, []).append(sparse.csr_matrix(dense))
     return {level: sparse.vstack(parts).tocsr() for level, parts in found.items()}, x.shape[2:]
 
@@ -95,11 +91,7 @@ def best_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns where a prototype is addressed most, at most once per image: rows and their weights.
 
-    Args:
-        weights: (n * positions, prototypes).
-        number: The prototype.
-        positions: Of an image.
-        top: Rows at most; best first, the first ones of those alike.
+    Weights are (n * positions of an image, prototypes). Best first, the first ones of those alike.
     """
     column = weights[:, [number]].tocoo()
     order = np.argsort(-column.data, kind="stable")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.settings import INSTANCES_PER_ID, PARTS_PER_INSTANCE
 from utils import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -174,9 +175,10 @@ def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     classifier = "fc_list.0.weight" if config["head"] == "pcb" else "classifier.weight"
     config["num_ids"] = len(state[classifier])
     if "mem_rep.memory.weight" in state:
-        config["memory"] = "sg"
-    if "mem_rep.memory.reweight_layer_part.weight" in state:
-        config["memory"] = "mg"
-        config["parts_per_instance"] = len(state["mem_rep.memory.reweight_layer_part.bias"])
-        config["instances_per_id"] = len(state["mem_rep.memory.reweight_layer_ins.bias"])
+        config["memory"], t, r = "sg", INSTANCES_PER_ID, PARTS_PER_INSTANCE
+        if "mem_rep.memory.reweight_layer_part.bias" in state:
+            t = len(state["mem_rep.memory.reweight_layer_ins.bias"])
+            r = len(state["mem_rep.memory.reweight_layer_part.bias"])
+            config |= {"memory": "mg", "instances_per_id": t, "parts_per_instance": r}
+        config["memory_ids"] = len(state["mem_rep.memory.weight"]) // (t * r)
     return config

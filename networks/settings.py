@@ -1,6 +1,6 @@
 """Names and released settings of the method, for the command line too: nothing here needs torch."""
 
-VARIANTS = ("paper", "released")  # of MG-MRA's memory
+VARIANTS = ("paper", "first", "released")  # of MG-MRA's memory
 LEVELS = ("part", "instance", "semantic")  # granularities, the finest first
 HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
 

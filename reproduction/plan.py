@@ -13,6 +13,7 @@ from typing import Any
 
 import options
 from data_manager import DATASETS, EvalOptions, eval_set, train_set
+from networks.settings import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 TABLES = (*DATASETS, "ablation", "memory")  # of a data set: the methods under all its protocols
@@ -28,22 +29,16 @@ Options = Mapping[str, Any]
 class Setting:
     """What a table varies.
 
-    Attributes:
-        name: The method, or the value of what is varied.
-        script: The training script.
-        train: Options of the training, spelled as they are in its folder's name.
-        test: Options of the evaluation; with any, only the last epoch is evaluated, and only under
-            the data set's first protocol.
-        group: What an ablation varies here; "" for methods.
-        published: Method of ``published.csv`` whose numbers stand beside.
+    With options in `test`, only the last epoch is evaluated, and only under the data set's first
+    protocol.
     """
 
-    name: str
+    name: str  # the method, or the value of what is varied
     script: str = "train_MGMRA.py"
-    train: Options = field(default_factory=dict)
+    train: Options = field(default_factory=dict)  # spelled as they are in its folder's name
     test: Options = field(default_factory=dict)
-    group: str = ""
-    published: str | None = None
+    group: str = ""  # what an ablation varies
+    published: str | None = None  # method of ``published.csv`` whose numbers stand beside
 
 
 METHODS = (
@@ -83,7 +78,7 @@ MEMORY_ABLATIONS: dict[str, dict[str, Options]] = {
         "+ instance": {"memory-levels": "instance"},
         "+ semantic: MG-MRA": {},
     },
-    "variant": {v: {"memory-variant": v} for v in ("paper", "released")},
+    "variant": {v: {"memory-variant": v} for v in VARIANTS},
     "lambda": {
         **{str(v): {"shrink": v} for v in (0, 0.001, 0.0025, 0.005)},
         **{f"{c} / m": {"shrink": "auto", "shrink-scale": c} for c in (0.5, 1, 2)},
@@ -123,25 +118,6 @@ def settings_of(table: str) -> list[Setting]:
     return found
 
 
-@dataclass(frozen=True)
-class Section:
-    """An evaluation protocol: a key of a data set's `protocols`, such as "v2i", "all 1 seeded"."""
-
-    dataset: str
-    protocol: str
-
-    @property
-    def options(self) -> Options:
-        """The options of ``test.py`` that ask for it."""
-        return DATASETS[self.dataset].protocols[self.protocol]
-
-    @property
-    def title(self) -> str:
-        """The protocol in a heading."""
-        data = DATASETS[self.dataset]
-        return f"{data.title}, {data.describe(EvalOptions(**self.options))}"
-
-
 # --- Options and command lines --------------------------------------------------------------------
 
 
@@ -161,11 +137,7 @@ def _parser(train: bool) -> Any:
 
 
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
-    """Returns what training flags ask for other than the defaults; unknown ones end the program.
-
-    Raises:
-        ValueError: When the tables decide one of them.
-    """
+    """Returns what training flags ask for other than the defaults; refuses the tables' own."""
     given, default = (vars(_parser(True).parse_args(words)) for words in (list(flags), []))
     extra = {name: value for name, value in given.items() if value != default[name]}
     for name in FIXED:
@@ -179,28 +151,26 @@ def given_options(flags: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table and where its numbers come from.
+    """A row of a table and where its numbers come from."""
 
-    Attributes:
-        section: The protocol.
-        setting: The method or setting.
-        checkpoint: "last" or "best".
-        files: ``results.json`` of each trial, or a single one that holds all trials.
-        trials: Trials that a complete row has.
-        training: Folders of the trainings.
-    """
-
-    section: Section
+    dataset: str
+    protocol: str  # a key of the data set's `protocols`, such as "v2i", "all 1 seeded"
     setting: Setting
-    checkpoint: str
-    files: Sequence[Path]
-    trials: int
-    training: Sequence[Path] = ()
+    checkpoint: str  # "last" or "best"
+    files: Sequence[Path]  # ``results.json`` of each trial, or a single one that holds all
+    trials: int  # that a complete row has
+    training: Sequence[Path] = ()  # folders
 
     @property
     def re_rank(self) -> str:
         """The re-ranking's name, or "no"."""
         return self.setting.test.get("re_rank", "no")
+
+    @property
+    def title(self) -> str:
+        """Data set and protocol in a heading."""
+        data = DATASETS[self.dataset]
+        return f"{data.title}, {data.describe(EvalOptions(**data.protocols[self.protocol]))}"
 
 
 @dataclass(frozen=True)
@@ -216,25 +186,30 @@ class Step:
         """Whether it is a training, not an evaluation."""
         return self.script != "test.py"
 
+    @property
+    def command(self) -> list[str]:
+        """Script and flags; a training resumes where it was stopped, if it was."""
+        values = {**self.options, "output_dir": self.folder}
+        values |= {"resume": True} if self.trains else {}
+        return [os.path.relpath(ROOT / self.script), *flags_of(values)]
+
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:
         """All options of the script as plain values, as it understands those given."""
         args = _parser(self.trains).parse_args(flags_of(self.options))
-        return options.to_json(
-            options.resolve(args, self.script)[0]
-            if self.trains
-            else options.resolve_evaluation(args)
-        )
+        if self.trains:
+            return options.to_json(options.resolve(args, self.script)[0])
+        return options.to_json(options.resolve_evaluation(args))
 
-    def state(self) -> str:
-        """Returns what is there of it: "done", "begun" or "to do".
+    def is_done(self) -> bool:
+        """Tells whether its folder holds all of its results.
 
         Raises:
             ValueError: When the folder holds a training with other options, or a damaged file.
         """
         file = self.folder / ("options.json" if self.trains else "results.json")
         if not file.exists():
-            return "to do"
+            return False
         saved = read_json(file, "options")
         changed = [
             f"{name} {saved[name]!r} there, {value!r} here"
@@ -244,34 +219,21 @@ class Step:
         if not self.trains:
             weights = Path(self.options["resume"])
             stale = weights.exists() and weights.stat().st_mtime > file.stat().st_mtime
-            return "to do" if changed or stale else "done"
+            return not (changed or stale)
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with other options ({'; '.join(changed)}): give "
-                f"another folder with --runs, or do these anew with --again"
+                f"another folder with --runs, or remove this one"
             )
-        if not (self.folder / "last.pt").exists():
-            return "to do"
         report = self.folder / "training.json"
-        last = read_json(report, "last") if report.exists() else None
-        return "done" if last and last["epoch"] == saved["epochs"] else "begun"
-
-    def command(self, state: str, again: bool = False) -> list[str]:
-        """Returns script and flags that resume a stopped training, or start afresh."""
-        values = {**self.options, "output_dir": self.folder}
-        if self.trains and again:
-            values["overwrite"] = True
-        elif self.trains and state == "begun":
-            values["resume"] = True
-        return [os.path.relpath(ROOT / self.script), *flags_of(values)]
+        if not report.exists() or not (self.folder / "last.pt").exists():
+            return False
+        last = read_json(report, "last")
+        return bool(last) and last["epoch"] == saved["epochs"]
 
 
 def read_json(path: Path, entry: str) -> Any:
-    """Returns an entry of a JSON file that a run has written.
-
-    Raises:
-        ValueError: When there is none.
-    """
+    """Returns an entry of a JSON file that a run has written; a ValueError where there is none."""
     try:
         return json.loads(path.read_text())[entry]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -283,23 +245,18 @@ def read_json(path: Path, entry: str) -> Any:
 def plan(
     table: str, *, dataset: str, runs: Path, trials: int, extra: Options
 ) -> tuple[list[Step], list[Row]]:
-    """Returns the commands behind a table, each training before its evaluations, and its rows.
+    """Returns the commands behind one of `TABLES`, each training before its evaluations; its rows.
 
-    Trainings that mean the same share a folder, and so do evaluations.
-
-    Args:
-        table: One of `TABLES`.
-        dataset: Whose layout and protocol.
-        runs: Folder of all runs.
-        trials: Splits, each with a training, or gallery draws.
-        extra: Options of every training and evaluation that has a use for them.
+    Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
+    splits, each with a training, or gallery draws; options in `extra` go to every training and
+    evaluation that has a use for them.
     """
     data = DATASETS[dataset]
     splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
     if data.splits > 1:
         splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
     test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
-    sections = [Section(dataset, protocol) for protocol in data.protocols]
+    protocols = list(data.protocols)
     rows = []
     steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
@@ -309,13 +266,15 @@ def plan(
         useless = options.unused(setting.script, {**extra, **own})
         used = {name: value for name, value in extra.items() if name not in useless}
         for split in splits:
-            folder = runs / _folder_name(setting, split)
-            step = Step(setting.script, {**split, **used, **own}, folder)
-            folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), folder)
-            steps.setdefault(folder, [step])
-            trainings.append(folder)
-        for section in sections if table in DATASETS and not setting.test else sections[:1]:
-            asked = {**section.options, **setting.test}
+            words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
+            words += [str(word) for option in setting.train.items() for word in option]
+            words += [f"trial{split['trial']}"] if "trial" in split else []
+            step = Step(setting.script, {**split, **used, **own}, runs / "_".join(words))
+            same = json.dumps([step.script, step.resolved])
+            trainings.append(folder_of.setdefault(same, step.folder))
+            steps.setdefault(trainings[-1], [step])
+        for protocol in protocols if table in DATASETS and not setting.test else protocols[:1]:
+            asked = {**data.protocols[protocol], **setting.test}
             for checkpoint in ("last",) if setting.test else ("last", "best"):
                 files = []
                 for training, split in zip(trainings, splits, strict=True):
@@ -325,28 +284,30 @@ def plan(
                     if all(step.folder != folder for step in steps[training]):
                         steps[training].append(Step("test.py", values, folder))
                     files.append(folder / "results.json")
-                rows.append(Row(section, setting, checkpoint, files, trials, trainings))
+                rows.append(Row(dataset, protocol, setting, checkpoint, files, trials, trainings))
     return [step for group in steps.values() for step in group], rows
 
 
-def _folder_name(setting: Setting, split: Options) -> str:
-    words = [setting.script.removeprefix("train_").removesuffix(".py"), split["dataset"]]
-    words += [str(word) for option in setting.train.items() for word in option]
-    return "_".join([*words, *([f"trial{split['trial']}"] if "trial" in split else [])])
+def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
+    """Returns the evaluations of the rows that hold all texts, and their trainings."""
+    folders: set[Path] = set()
+    for row in rows:
+        title = f"{row.dataset} {row.protocol} {row.setting.group} {row.setting.name}"
+        if all(text in title for text in texts):
+            folders.update(row.training, (file.parent for file in row.files))
+    if not folders:
+        raise ValueError(f"--only {' '.join(texts)} leaves no row of the table")
+    return [step for step in steps if step.folder in folders]
 
 
 def check_lists(steps: Sequence[Step]) -> None:
-    """Reads every list that the steps need, so that a wrong one is found before any work.
-
-    Raises:
-        DataError: A list is missing or wrong.
-    """
-    seen = set()
+    """Reads every list that the steps need once: a DataError before any work, if one is wrong."""
+    seen = []
     for step in steps:
         read, names = eval_set, options.PROTOCOL
         if step.trains:
             read, names = train_set, ("dataset", "data_path", "trial")
-        values = tuple((name, step.resolved[name]) for name in names)
+        values = {name: step.resolved[name] for name in names}
         if (read, values) not in seen:
-            seen.add((read, values))
-            read(**dict(values))
+            seen.append((read, values))
+            read(**values)

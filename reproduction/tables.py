@@ -17,25 +17,22 @@ from typing import Any
 from data_manager import DATASETS
 from eval_metrics import METRICS, mean_and_std
 from networks.settings import HEALTH, LEVELS
-from reproduction.plan import MEMORY_ABLATIONS, Row, Section
+from reproduction.plan import MEMORY_ABLATIONS, Row
 
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
-CHECKPOINTS = {"last": "last epoch", "best": "best epoch"}  # titles where no result is there
-KINDS = (*CHECKPOINTS, "re-ranked")  # a table each
 PUBLISHED = Path(__file__).with_name("published.csv")  # percent
 
 
-def published(section: Section) -> dict[str, dict[str, str]]:
+def published(dataset: str, protocol: str) -> dict[str, dict[str, str]]:
     """Returns the lines of ``published.csv`` under a protocol by method; {} where there are none.
 
     Each has percents by metric ("" where not known) and ``source``, where they were read.
     """
-    wanted = {"dataset": section.dataset, **{k: str(v) for k, v in section.options.items()}}
+    options = DATASETS[dataset].protocols[protocol]
+    wanted = {"dataset": dataset, **{name: str(value) for name, value in options.items()}}
     with PUBLISHED.open(newline="", encoding="utf-8") as stream:
-        lines = [line for line in csv.DictReader(stream) if wanted.items() <= line.items()]
-    for line in lines:
-        line["source"] += f"; {line['note']}" if line["note"] else ""
-    return {line["method"]: line for line in lines}
+        lines = csv.DictReader(stream)
+        return {line["method"]: line for line in lines if wanted.items() <= line.items()}
 
 
 def _percent(line: dict[str, str], metric: str) -> str:
@@ -47,44 +44,31 @@ def _percent(line: dict[str, str], metric: str) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What the files of a row say.
-
-    Attributes:
-        row: The row.
-        trials: Trials asked for.
-        missing: Trial numbers, from 1, that are not there.
-        mean: Fractions by metric; {} unless every trial is there.
-        std: Population standard deviations over trials, likewise.
-        read: Of each file its entry for the row, with the ``commit`` of the code that wrote it.
-    """
+    """What the files of a row say."""
 
     row: Row
-    trials: int
-    missing: list[int]
-    mean: dict[str, float]
-    std: dict[str, float]
-    read: list[dict[str, Any]]
+    missing: list[int]  # trial numbers, from 1, that are not there
+    mean: dict[str, float]  # fractions by metric; {} unless every trial is there
+    std: dict[str, float]  # population standard deviations over trials, likewise
+    read: list[dict[str, Any]]  # of each file its entry for the row, and the code's ``commit``
 
 
-def measure(row: Row, trials: int | None = None) -> Result:
-    """Reads a row's files; of their trials the first `trials` only, where it is given.
+def measure(row: Row) -> Result:
+    """Reads a row's files.
 
     Raises:
         ValueError: A file is no results file, or lacks the row's feature or re-ranking.
     """
-    expected = min(row.trials, trials or row.trials)
-    all_in_one = len(row.files) == 1 and row.trials > 1
-    per_trial: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, float]] = {}  # by trial
     read = []
-    for number, file in enumerate(row.files if all_in_one else row.files[:expected], start=1):
+    for number, file in enumerate(row.files, start=1):
         if file.exists():
             read.append(_read_result(file, row))
-            numbers = read[-1]["per_trial"][:expected] if all_in_one else read[-1:]
-            for trial, values in enumerate(numbers, start=number):
-                per_trial[trial] = {m: values[m] for m in METRICS}
-    missing = [t for t in range(1, expected + 1) if t not in per_trial]
-    mean, std = ({}, {}) if missing else mean_and_std(list(per_trial.values()))
-    return Result(row, expected, missing, mean, std, read)
+            found |= dict(enumerate(read[-1]["per_trial"], start=number))
+    wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
+    missing = [trial for trial in wanted if trial not in found]
+    mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
+    return Result(row, missing, mean, std, read)
 
 
 def _read_result(file: Path, row: Row) -> dict[str, Any]:
@@ -101,31 +85,9 @@ def _read_result(file: Path, row: Row) -> dict[str, Any]:
         ) from error
 
 
-def _distinct(results: Sequence[Result], entry: str) -> list[str]:
+def _distinct(results: Sequence[Result], entry: str) -> str:
     """Returns the different values of an entry in all files of some rows, sorted."""
-    return sorted({str(read[entry]) for result in results for read in result.read})
-
-
-def is_stand_in(result: Result) -> bool:
-    """Tells whether a row is of stand-in data."""
-    title = DATASETS[result.row.section.dataset].title
-    # Files written before there was such a field have only the data's name.
-    return any(read.get("stand_in", read["dataset"] != title) for read in result.read)
-
-
-def health(row: Row) -> dict[str, float]:
-    """Returns the memory's health in a row's last epochs, mean over its trainings.
-
-    {} unless all of them are there.
-    """
-    last_epochs = []
-    for folder in row.training:
-        try:
-            last = json.loads((folder / "log.jsonl").read_text().strip().splitlines()[-1])
-        except (OSError, IndexError, ValueError):
-            return {}
-        last_epochs.append({k: v for k, v in last.items() if k.startswith("memory/")})
-    return mean_and_std(last_epochs)[0]
+    return ", ".join(sorted({read[entry] for result in results for read in result.read}))
 
 
 # --- Layout ---------------------------------------------------------------------------------------
@@ -133,129 +95,112 @@ def health(row: Row) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text: a title, a caption, a header and rows of cells."""
+    """A table as text: a title, a caption, a header and rows of cells, "-" where there is none."""
 
     title: str
     caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
-
-def data_in(results: Sequence[Result]) -> str:
-    """Returns the name of the data that all results are of.
-
-    Raises:
-        ValueError: No result is there at all, or they are of different data.
-    """
-    data = _distinct(results, "dataset")
-    if not data:
-        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
-    if len(data) > 1:
-        raise ValueError(f"the results are of different data: {', '.join(data)}; use a folder each")
-    return data[0]
+    def without_empty_columns(self) -> "Table":
+        """Returns the columns in which some row has a value."""
+        kept = [i for i in range(len(self.header)) if any(row[i] != "-" for row in self.rows)]
+        header, *rows = ([line[i] for i in kept] for line in (self.header, *self.rows))
+        return Table(self.title, self.caption, header, rows)
 
 
 def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Table]:
     """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
 
-    Args:
-        title: The title of the whole.
-        results: In the order to print.
-        note: Added to each caption.
-
     Raises:
         ValueError: No file is there at all, or the files are of different data.
     """
-    ablation = any(result.row.setting.group for result in results)  # compares with itself
-    data = data_in(results)
-    caption = f"{title}. Data: {data}."
-    caption += " Percent, mean +- population standard deviation over trials."
-    if any(map(is_stand_in, results)):
-        caption += " Numbers on stand-in data say nothing of the real data set's"
-        caption += "." if ablation else "; the published ones are of the real data set."
-    caption += f" Code: {', '.join(_distinct(results, 'commit'))}.{f' {note}' if note else ''}"
-    ours = {result.row.setting.published for result in results}
-    tables = []
-    for section in dict.fromkeys(result.row.section for result in results):
-        here = [result for result in results if result.row.section == section]
-        for kind in KINDS:
-            chosen = [result for result in here if _kind(result.row) == kind]
-            if chosen:
-                tables.append(_results_table(section, kind, caption, chosen))
-        others = {k: v for k, v in published(section).items() if k not in ours}
-        if others and not ablation:
-            tables.append(_published_table(section, others))
-    return [*tables, *_health_tables(caption, [result.row for result in results])]
+    if not any(result.read for result in results):
+        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
+    entries = [read for result in results for read in result.read]
+    data = _distinct(results, "dataset")
+    if any(entry["dataset"] != data for entry in entries):
+        raise ValueError(f"the results are of different data: {data}; use a folder each")
+    caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
+    if any(entry.get("stand_in") for entry in entries):
+        caption += " Numbers on stand-in data say nothing of the real data set."
+    caption += f" Code: {_distinct(results, 'commit')}.{f' {note}' if note else ''}"
+    kinds: dict[tuple[str, str, bool], list[Result]] = {}
+    for result in results:
+        row = result.row
+        kinds.setdefault((row.protocol, row.checkpoint, row.re_rank != "no"), []).append(result)
+    tables = [_results_table(caption, kinds[kind]) for kind in kinds]
+    if not any(result.row.setting.group for result in results):  # ablations compare with themselves
+        ours = {result.row.setting.published for result in results}
+        first = {result.row.protocol: result.row for result in results}
+        tables += [_published_table(row, ours) for row in first.values()]
+    tables.append(_health_table(caption, [result.row for result in results]))
+    return [table.without_empty_columns() for table in tables if table.rows]
 
 
-def _kind(row: Row) -> str:
-    return row.checkpoint if row.re_rank == "no" else "re-ranked"
-
-
-def _results_table(section: Section, kind: str, caption: str, results: Sequence[Result]) -> Table:
-    selection = ", ".join(_distinct(results, "selection"))
-    title = f"{section.title}, {selection or CHECKPOINTS[results[0].row.checkpoint]}"
-    title += ", re-ranked" if kind == "re-ranked" else ""
-    grouped = any(result.row.setting.group for result in results)
-    known = published(section)
-    with_published = any(result.row.setting.published in known for result in results)
-    header = (("varied",) if grouped else ()) + ("method", *HEADERS, "trials")
-    header += ("published Rank-1 / mAP", "source") if with_published else ()
+def _results_table(caption: str, results: Sequence[Result]) -> Table:
+    first = results[0].row
+    title = f"{first.title}, {_distinct(results, 'selection') or f'{first.checkpoint} epoch'}"
+    title += "" if first.re_rank == "no" else ", re-ranked"
+    known = published(first.dataset, first.protocol)
     lines = []
     for result in results:
         setting, ranking = result.row.setting, result.row.re_rank
         label = setting.name if ranking == "no" else f"{setting.name}, {ranking}"
-        line = ((setting.group,) if grouped else ()) + (label, *_cells(result))
-        if with_published:
-            theirs = known.get(setting.published)
-            numbers = f"{_percent(theirs, 'rank1')} / {_percent(theirs, 'mAP')}" if theirs else "-"
-            line += (numbers, theirs["source"] if theirs else "-")
-        lines.append(line)
-    return Table(title, caption, header, tuple(lines))
+        theirs = known.get(setting.published, {})
+        numbers = f"{_percent(theirs, 'rank1')} / {_percent(theirs, 'mAP')}" if theirs else "-"
+        source = theirs.get("source", "-")
+        lines.append((setting.group or "-", label, *_cells(result), numbers, source))
+    header = ("varied", "method", *HEADERS, "trials", "published Rank-1 / mAP", "source")
+    return Table(title, caption, header, lines)
 
 
-def _cells(result: Result) -> tuple[str, ...]:
+def _cells(result: Result) -> list[str]:
     """Returns the metrics and the trials of a row."""
+    trials = result.row.trials
     if result.missing:
-        found = f"{result.trials - len(result.missing)} of {result.trials}"
+        found = f"{trials - len(result.missing)} of {trials}"
         missing = ", ".join(map(str, result.missing))
-        return ("missing",) * len(METRICS) + (f"{found}, missing: {missing}",)
-    spread = [f" +- {100 * result.std[m]:.2f}" if result.trials > 1 else "" for m in METRICS]
-    numbers = (f"{100 * result.mean[m]:.2f}{s}" for m, s in zip(METRICS, spread, strict=True))
-    return (*numbers, str(result.trials))
+        return [*["missing"] * len(METRICS), f"{found}, missing: {missing}"]
+    numbers = [f"{100 * result.mean[metric]:.2f}" for metric in METRICS]
+    if trials > 1:
+        spread = [f"{100 * result.std[metric]:.2f}" for metric in METRICS]
+        numbers = [f"{mean} +- {std}" for mean, std in zip(numbers, spread, strict=True)]
+    return [*numbers, str(trials)]
 
 
-def _published_table(section: Section, others: dict[str, dict[str, str]]) -> Table:
+def _published_table(row: Row, ours: set[str | None]) -> Table:
+    lines = [
+        (method, *(_percent(line, metric) for metric in METRICS), line["source"])
+        for method, line in published(row.dataset, row.protocol).items()
+        if method not in ours
+    ]
     caption = "Published numbers in percent; nothing here was measured by this project."
-    lines = tuple(
-        (method, *(_percent(line, m) for m in METRICS), line["source"])
-        for method, line in others.items()
-    )
-    title = f"{section.title}, others as published"
+    title = f"{row.title}, others as published"
     return Table(title, caption, ("method", *HEADERS, "source"), lines)
 
 
-def _health_tables(caption: str, rows: Sequence[Row]) -> list[Table]:
-    """Returns one table of the memory's health in the last epoch, where a row has any."""
-    first: dict[tuple[Path, ...], Row] = {}  # of the rows that share a training
-    for row in rows:
-        if row.setting.group in MEMORY_ABLATIONS and _kind(row) == "last":
-            first.setdefault(tuple(row.training), row)
-    names = [f"{level}/{name}" for level in LEVELS for name in HEALTH]
+def _health_table(caption: str, rows: Sequence[Row]) -> Table:
+    """Returns the memory's health in the last epoch of each training that has it in its log."""
+    names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
-    for row in first.values():
-        if numbers := health(row):
-            keys = [f"memory/{name}" for name in names]
-            cells = (f"{numbers[key]:.3g}" if key in numbers else "-" for key in keys)
-            lines.append((row.setting.group, row.setting.name, *cells))
-    if not lines:
-        return []
+    for row in rows:
+        if row.setting.group in MEMORY_ABLATIONS and row.checkpoint == "last":
+            try:
+                logs = [(folder / "log.jsonl").read_text().splitlines() for folder in row.training]
+                epochs = [json.loads(log[-1]) for log in logs]
+            except (OSError, IndexError, ValueError):
+                continue
+            numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
+            cells = (f"{numbers[name]:.3g}" if name in numbers else "-" for name in names)
+            if numbers:
+                lines.append((row.setting.group, row.setting.name, *cells))
     caption += (
         " Memory health in training's last epoch, mean over trials: share of positions whose read "
         "is zero, prototypes above the threshold per position, share of prototypes used, entropy."
     )
-    header = ("varied", "method", *(name.replace("_", " ") for name in names))
-    return [Table("Memory health", caption, header, tuple(lines))]
+    titles = (name.removeprefix("memory/").replace("_", " ") for name in names)
+    return Table("Memory health", caption, ("varied", "method", *titles), lines)
 
 
 # --- Formats --------------------------------------------------------------------------------------
@@ -266,67 +211,42 @@ def markdown(title: str, tables: Sequence[Table]) -> str:
     shared = tables[0].caption
     blocks = [f"# {title}", shared]
     for table in tables:
-        blocks.append(f"## {table.title}")
-        if table.caption != shared:
-            blocks.append(table.caption.removeprefix(shared).strip())
-        lines = [table.header, ("---",) * len(table.header), *table.rows]
+        blocks += [f"## {table.title}", table.caption.removeprefix(shared).strip()]
+        lines = [table.header, ["---"] * len(table.header), *table.rows]
         blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(blocks).replace("+-", "±") + "\n"
-
-
-LATEX = r"""\begin{table}
-\caption{%s}
-\begin{tabular}{%s}
-\toprule
-%s
-\midrule
-%s
-\bottomrule
-\end{tabular}
-\end{table}
-"""
+    return "\n\n".join(filter(None, blocks)).replace("+-", "±") + "\n"
 
 
 def latex(tables: Sequence[Table]) -> str:
     """Returns each table as a `table` environment (package booktabs)."""
-    escapes = str.maketrans(
-        {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-    )
+    escapes = {ord(character): f"\\{character}" for character in "&%$#_{}"}
 
     def clean(text: str) -> str:
         return text.translate(escapes).replace("+-", r"$\pm$")
 
-    pages = []
+    lines = []
     for table in tables:
-        caption, columns = clean(f"{table.title}. {table.caption}"), "l" * len(table.header)
         header, *rows = (" & ".join(map(clean, x)) + r" \\" for x in (table.header, *table.rows))
-        pages.append(LATEX % (caption, columns, header, "\n".join(rows)))
-    return "\n".join(pages)
+        lines += [r"\begin{table}", rf"\caption{{{clean(f'{table.title}. {table.caption}')}}}"]
+        lines += [rf"\begin{{tabular}}{{{'l' * len(table.header)}}}", r"\toprule", header]
+        lines += [r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
 
 
-def comma_separated(table: str, results: Sequence[Result]) -> str:
-    """Returns one line a row: what it is, fractions with deviations, trials, published percents."""
+def comma_separated(results: Sequence[Result]) -> str:
+    """Returns one line a row: what it is, fractions with deviations, published percents."""
     lines = []
     for result in results:
         row, setting = result.row, result.row.setting
-        theirs = published(row.section).get(setting.published, {})
-        line = {"table": table, "section": f"{row.section.dataset} {row.section.protocol}"}
-        line |= {
-            "varied": setting.group,
-            "method": setting.name,
-            "checkpoint": row.checkpoint,
-            "re_rank": row.re_rank,
-        }
-        line |= {"test_feat": setting.test.get("test_feat"), "trials": result.trials}
-        missing = ", ".join(map(str, result.missing))
-        line |= {"found": result.trials - len(result.missing), "missing": missing}
-        line |= {"data": "; ".join(_distinct([result], "dataset"))}
-        line |= {k: "; ".join(_distinct([result], k)) for k in ("selection", "commit")}
-        for metric in METRICS:
-            line[f"{metric}_mean"] = result.mean.get(metric)
-            line[f"{metric}_std"] = result.std.get(metric)
-        for metric in METRICS:
-            line[f"published_{metric}_percent"] = theirs.get(metric)
+        line = {"section": f"{row.dataset} {row.protocol}", "varied": setting.group}
+        line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
+        line |= {"test_feat": setting.test.get("test_feat"), "trials": row.trials}
+        line["missing"] = ", ".join(map(str, result.missing))
+        line |= {name: _distinct([result], name) for name in ("dataset", "selection", "commit")}
+        line |= {f"{metric}_mean": result.mean.get(metric) for metric in METRICS}
+        line |= {f"{metric}_std": result.std.get(metric) for metric in METRICS}
+        theirs = published(row.dataset, row.protocol).get(setting.published, {})
+        line |= {f"published_{metric}_percent": theirs.get(metric) for metric in METRICS}
         lines.append({**line, "published_source": theirs.get("source")})
     out = io.StringIO()
     writer = csv.DictWriter(out, list(lines[0]), lineterminator="\n")

@@ -17,11 +17,12 @@ from networks import backbone
 EPOCHS, STEPS = 3, 5  # evaluated after epochs 2 and 3
 FLAGS = (
     *("--arch", "resnet18", "--weights", "none", "--img_h", "32", "--img_w", "16"),
-    *("--num_strips", "2", "--local_feat_dim", "8", "--pad", "2", "--shrink", "0.001"),
+    *("--num_strips", "2", "--pad", "2"),
     *("--batch-size", "2", "--num_pos", "2", "--test-batch", "4", "--workers", "1"),
     *("--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", "0.01", "--grey", "0.3"),
     *("--eval-start", "1", "--eval-every", "1", "--gpu", "cpu", "--quiet"),
 )
+METHOD_FLAGS = ("--local_feat_dim", "8", "--shrink", "0.001")  # of no use to AGW, to HCT
 CHANNELS = 32  # of the narrow network's last map
 TIMES = ("images_per_second", "seconds")
 
@@ -73,7 +74,8 @@ def write_data(root: Path) -> Path:
 def arguments(data: Path, folder: Path, *more: object) -> list[str]:
     """Command line of the run; later flags win."""
     where = ("--dataset", "regdb", "--data-path", data, "--output-dir", folder)
-    return [str(word) for word in (*where, *FLAGS, *more)]
+    own = () if "agw" in more else METHOD_FLAGS
+    return [str(word) for word in (*where, *FLAGS, *own, *more)]
 
 
 def outcome(folder: Path) -> dict:

@@ -26,9 +26,9 @@ def test_the_last_epoch_is_always_evaluated():
         assert [e for e in range(1, epochs + 1) if settings.evaluates(e, epochs)] == evaluated
 
 
-def short_fit(folder):
+def short_fit(folder, **settings):
     """Eight epochs of the small network, with these Rank-1 in its evaluations."""
-    net = small()
+    net = small(**settings)
     results = iter([0.5, 0.7, 0.7, 0.6])
 
     def evaluate():
@@ -77,3 +77,26 @@ def test_collapsed_features_are_said_after_the_epoch(tmp_path, caplog, monkeypat
         short_fit(tmp_path)
     assert caplog.text.count("the features have collapsed") == 4
     assert "--preset scratch" in caplog.text
+
+
+def test_a_level_that_read_nothing_is_said_once(tmp_path, caplog, monkeypatch):
+    shares = iter([0.9, 1.0, 0.9, *[1.0] * 5])
+    epoch = {"total": 1.0, "feature_spread": 0.5, "memory/part/zero_reads": 0.0}
+    monkeypatch.setattr(
+        *(fit_module, "train_epoch"),
+        lambda *a, **k: {**epoch, "memory/instance/zero_reads": next(shares)},
+    )
+    with caplog.at_level(logging.WARNING):
+        short_fit(tmp_path, memory="mg", memory_ids=80)
+    assert caplog.messages == [
+        "epoch 2: instance level: no read passed lambda 0.0025 (uniform weight 0.0025); --shrink "
+        "auto scales the threshold with the bank"
+    ]
+    caplog.clear()
+    shares = iter([1.0] * 8)
+    with caplog.at_level(logging.WARNING):
+        short_fit(tmp_path, memory="mg", shrink_scale=3.0)
+    assert caplog.messages == [
+        "epoch 1: instance level: no read passed lambda 0.15 (uniform weight 0.05); a smaller "
+        "--shrink-scale lowers the threshold"
+    ]

@@ -13,11 +13,13 @@ from memory import (
     read,
 )
 from networks.memory_health import MemoryHealth
+from networks.settings import VARIANTS
 from networks.sparse_read import sparse_read
 
 GOLDEN_NAMES = {
     "sg": None,
     "mg_cascade_grouped": "paper",
+    "mg_cascade_interleaved": "first",
     "mg_parallel_interleaved": "released",
 }
 GATES = {"part_gate": "reweight_layer_part", "instance_gate": "reweight_layer_ins"}
@@ -55,7 +57,7 @@ def test_agrees_with_the_released_memory(name, shrink):
         torch.testing.assert_close(out, torch.tensor(golden[key]), rtol=0, atol=1e-7)
         total = total + (torch.tensor(golden[f"weight_of_output.{level}.{name}"]) * out).sum()
         compared += 1
-    assert compared == {"sg": 1, "mg_cascade_grouped": 3, "mg_parallel_interleaved": 3}[name]
+    assert compared == (1 if name == "sg" else 3)
     total.backward()
     grads = {"x": x.grad, "weight": memory.part_bank.grad}
     if name != "sg":
@@ -170,7 +172,7 @@ def test_a_scale_below_one_never_reads_zero_and_the_fixed_threshold_may():
         assert scaled.summary()[f"{level}/zero_reads"] == 0.0
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck(variant):
     gen = torch.Generator().manual_seed(4)
     memory = MultiGranularityMemory(2, 2, 3, dim=4, shrink=0.06, variant=variant).double()
@@ -204,8 +206,9 @@ def test_banks_by_hand():
         np.testing.assert_allclose(semantic.detach().numpy()[i], expected, atol=1e-12)
 
 
-def test_interleaving_mixes_neighbouring_channels_of_one_part():
-    memory = MultiGranularityMemory(1, 1, 2, dim=4, variant="released")
+@pytest.mark.parametrize("variant", ["first", "released"])
+def test_interleaving_mixes_neighbouring_channels_of_one_part(variant):
+    memory = MultiGranularityMemory(1, 1, 2, dim=4, variant=variant)
     torch.nn.init.zeros_(memory.part_gate.weight)
     torch.nn.init.zeros_(memory.part_gate.bias)  # every gate is one half
     with torch.no_grad():
@@ -220,7 +223,8 @@ def test_variants_return_the_maps_they_promise():
     paper = MultiGranularityMemory(3, 2, 2, dim=8)(x)
     released = MultiGranularityMemory(3, 2, 2, dim=8, variant="released")(x)
     single = SingleGranularityMemory(3, 2, 2, dim=8)(x)
-    assert all(out.shape == x.shape for out in paper[:3])
+    first = MultiGranularityMemory(3, 2, 2, dim=8, variant="first")(x)
+    assert all(out.shape == x.shape for out in (*paper[:3], *first[:3]))
     assert list(paper.weights) == list(MultiGranularityMemory(3, dim=8).levels)
     assert list(released.weights) == ["part", "semantic"]
     assert (paper.coarsest(), single.coarsest()) == (paper.semantic, single.part)
@@ -292,7 +296,7 @@ def test_forward_changes_no_state():
         ({"dim": 0}, "dim"),
         ({"shrink": 1.0}, r"shrink must be in \[0, 1\), got 1.0"),
         ({"shrink": -0.1}, "shrink"),
-        ({"variant": "figure"}, "paper, released, got 'figure'"),
+        ({"variant": "figure"}, "paper, first, released, got 'figure'"),
     ],
 )
 def test_illegal_sizes(settings, message):

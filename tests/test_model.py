@@ -319,7 +319,7 @@ def test_the_global_head_is_agw_s_without_non_local_blocks():
         ({"arch": "vgg16"}, "arch must be one of: resnet18"),
         ({"gem_p": 0.0}, "gem_p"),
         ({"num_ids": 0}, "num_ids"),
-        ({"memory": "mg", "memory_variant": "x"}, "paper, released"),
+        ({"memory": "mg", "memory_variant": "x"}, "paper, first, released"),
     ],
 )
 def test_illegal_settings(settings, message):

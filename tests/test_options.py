@@ -279,6 +279,7 @@ def test_a_memory_that_is_not_there_has_no_terms():
         ("HCT", "--memory-levels part", "train_HCT.py has no memory"),
         ("HCT", "--shrink 0.01", "train_HCT.py has no memory"),
         ("HCT", "--memory-variant released", "train_HCT.py has no memory"),
+        ("HCT", "--memory-ids 206", "train_HCT.py has no memory"),
         ("SGMRA", "--w_alignment 1", "train_SGMRA.py has no multi-granularity memory"),
         ("SGMRA", "--memory-variant paper", "train_SGMRA.py has no multi-granularity memory"),
         ("MGMRA", "--memory-levels none --w_alignment 0.1", "--memory-levels none has no memory"),
@@ -295,7 +296,7 @@ def test_flags_without_effect_are_refused(script, line, reason):
 
 
 def test_every_script_takes_its_own_flags():
-    memory = "--w_memory_id 1 --memory-levels part --shrink auto --shrink-scale 2"
+    memory = "--w_memory_id 1 --memory-levels part --shrink auto --shrink-scale 2 --memory-ids 206"
     for script, line in {
         "HCT": "--w_center 3 --local_feat_dim 8",
         "SGMRA": memory,

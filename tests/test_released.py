@@ -4,7 +4,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from recipe import METHODS, numbered
+from recipe import METHODS, numbered, released_file
 
 from model import TwoStreamNet, load_network
 from networks.released import convert_released_state_dict, is_released, released_config
@@ -27,6 +27,36 @@ def test_released_checkpoints_are_rebuilt_and_loaded(method, tmp_path):
     assert net.config["memory"] == {"SGMRA": "sg", "MGMRA": "mg"}.get(method)
     stem = "visible_module.visible.conv1.weight"
     assert torch.equal(net.visible.stem.conv1.weight, state[f"module.{stem}"])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("method", ["SGMRA", "MGMRA"])
+def test_a_bank_of_206_beside_classifiers_of_395(method, legacy, tmp_path, caplog):
+    path = tmp_path / "sysu_best.t"
+    state = released_file(path, method, 395, legacy)
+    net, _ = load_network(path)
+    assert (net.config["num_ids"], net.config["memory_ids"]) == (395, 206)
+    assert torch.equal(net.memory.part_bank, state["mem_rep.memory.weight"])
+    assert torch.equal(net.memory_classifier.weight, state["classifier.weight"])
+    features = net.eval().embed_all(torch.randn(1, 3, 96, 48), None, ("pcb", "memory"))
+    assert all(feature.isfinite().all() for feature in features.values())
+    # Fine-tuned on data with 395 identities: all fits, with a bank of its size.
+    with caplog.at_level(logging.INFO):
+        net = TwoStreamNet(395, memory=net.config["memory"], memory_ids=206, weights=path)
+    assert "start afresh" not in caplog.text
+    assert torch.equal(net.memory.part_bank, state["mem_rep.memory.weight"])
+
+
+def test_a_bank_of_the_training_identities_needs_no_size(tmp_path):
+    assert released_config(numbered("SGMRA"))["memory_ids"] == 206
+    assert small(memory="mg", memory_ids=5).config["memory_ids"] is None
+    net = small(memory="mg", memory_ids=3, parts_per_instance=2)
+    assert net.memory.banks()[1].shape == (3, 512)
+    assert net.memory_classifier.weight.shape == (5, 512)
+    save_checkpoint(tmp_path / "own.pt", {"net": net.state_dict(), "config": net.config})
+    assert load_network(tmp_path / "own.pt")[0].config == net.config
+    with pytest.raises(ValueError, match="num_ids must be at least 1, got -1"):
+        small(memory="sg", memory_ids=-1)
 
 
 def test_every_entry_is_mapped_or_known_to_be_unused():

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recipe import released_file
 from short_run import NARROW
 
 import stand_in
@@ -86,7 +87,7 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
     common = {"train_ids": 8, "test_ids": 6, "seed": 1, "workers": 1}
     stand_in.generate(root / "regdb", layout="regdb", images_per_id=8, **common)
-    stand_in.generate(root / "sysu", layout="sysu", images_per_id=2, val_ids=4, **common)
+    stand_in.generate(root / "sysu", layout="sysu", images_per_id=2, **common)
     stand_in.generate(root / "llcm", layout="llcm", images_per_id=3, **common)
     return root
 
@@ -352,6 +353,54 @@ def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
     saved.rename(tmp_path / "save_model")  # where the ancestors' scripts look
     found = found[: found.index("--model_path")]
     call("test.py", *found, "--resume", name, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["SGMRA", "MGMRA"])
+def test_a_bank_of_another_number_of_identities(method, tiny, tmp_path):
+    script, folder, flags = f"train_{method}.py", tmp_path / "run", ("--memory-ids", 3)
+    train(script, tiny, folder, *flags, "--epochs", 1)
+    train(script, tiny, folder, *flags, "--epochs", 2, "--resume")
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert len(saved["net"]["memory.part_bank"]) == 3 * 5 * 6
+    assert (saved["config"]["memory_ids"], saved["config"]["num_ids"]) == (3, 4)
+    _, error = train(script, tiny, folder, "--epochs", 3, "--resume", code=2)
+    assert "(memory_ids 3 there, None here)" in error
+    where = ("--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--quiet")
+    call("test.py", *where, "--resume", folder / "last.pt", "--test-feat", "both", cwd=tmp_path)
+    fine = ("--weights", folder / "last.pt", "--epochs", 1)
+    _, error = train(script, tiny, tmp_path / "same", *fine, *flags)
+    assert "start afresh" not in error
+    _, error = train(script, tiny, tmp_path / "other", *fine)
+    assert "1 entries start afresh: memory.part_bank" in error
+
+
+def test_a_bank_too_large_for_the_threshold_is_said_before_training(data, tmp_path):
+    warning = "prototypes of 713 identities: at their initial norms no semantic read passes lambda"
+    flags = ("--epochs", 1, "--trials", 1, "--memory-ids", 713)
+    _, error = train("train_MGMRA.py", data, tmp_path / "a", *flags, dataset="llcm")
+    assert error.count(f"{warning} 0.0025 (uniform weight 0.0014); --shrink auto") == 1
+    line = log_lines(tmp_path / "a")[0]
+    for level in ("instance", "semantic"):
+        assert line[f"memory/{level}/zero_reads"] == 1
+        assert error.count(f"epoch 1: {level} level: no read passed") == 1
+    _, error = train("train_MGMRA.py", data, tmp_path / "b", *flags, "--shrink", "auto")
+    assert "no semantic read" not in error and "no read passed" not in error
+
+
+@pytest.mark.parametrize("given", [(), ("--gem-p", 10, "--memory-variant", "first")])
+def test_a_released_sysu_file_is_evaluated_and_its_exponent_said(given, data, tmp_path):
+    released_file(tmp_path / "sysu_best.t", "MGMRA", 395, legacy=True)
+    _, error = call(
+        *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--gpu", "cpu", "--quiet"),
+        *("--resume", "sysu_best.t", "--output-dir", "test", "--test-feat", "memory"),
+        *("--img_h", 96, "--img_w", 32, "--trials", 1, *given),
+        cwd=tmp_path,
+    )
+    assert error.count("stores no GeM exponent") == error.count("WARNING") == (not given)
+    result = json.loads((tmp_path / "test" / "results.json").read_text())
+    used = (result["gem_p"], result["memory_variant"], result["test_feat"])
+    assert used == ((10.0, "first", "memory") if given else (3.0, "released", "memory"))
+    assert result["rows"][0]["gem_p"] == used[0]
 
 
 class OwnMemory(MultiGranularityMemory):

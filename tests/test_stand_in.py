@@ -308,18 +308,10 @@ def test_nearest_structure_finds_the_person_across_modalities(descriptors):
     assert hits.mean() > 0.5  # chance 0.033
 
 
-def test_tones_alone_do_not_tell_people_apart():
-    people = [make_person(0, pid, tone_correlation=0.0) for pid in range(1, 401)]
-    fabrics = [person.fabrics["upper"].first for person in people]
+def test_infrared_tones_follow_colours_in_part_only():
+    fabrics = [make_person(0, pid).fabrics["upper"].first for pid in range(1, 401)]
     luma = [np.dot(f.visible, (0.299, 0.587, 0.114)) for f in fabrics]
-    assert abs(np.corrcoef(luma, [f.infrared for f in fabrics])[0, 1]) < 0.15
-
-
-@pytest.mark.parametrize(("given", "low", "high"), [(0.5, 0.35, 0.85), (1.0, 0.95, 1.0)])
-def test_tone_correlation_is_honoured(given, low, high):
-    fabrics = [make_person(0, pid, given).fabrics["upper"].first for pid in range(1, 401)]
-    luma = [np.dot(f.visible, (0.299, 0.587, 0.114)) for f in fabrics]
-    assert low < np.corrcoef(luma, [f.infrared for f in fabrics])[0, 1] <= high
+    assert 0.35 < np.corrcoef(luma, [f.infrared for f in fabrics])[0, 1] < 0.85
 
 
 def test_materials_of_a_fabric_contrast_in_the_infrared_both_ways():
@@ -341,7 +333,7 @@ def test_every_pattern_shows_both_materials(pattern):
     rng = np.random.default_rng(0)
     u, v = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(0, 1, 60))
     for _ in range(20):
-        fabric = pedestrians._cloth(rng, 0.5, pattern)
+        fabric = pedestrians._cloth(rng, pattern)
         weight = pedestrians.pattern_weight(fabric, u, v)
         assert weight.shape == u.shape and weight.min() >= 0 and weight.max() <= 1
         if pattern == "plain":
@@ -362,7 +354,7 @@ def test_style_changes_the_silhouette_or_what_is_in_it(style):
     look = pedestrians.camera_look("regdb", 2, 0)
     images = []
     for changes in (base, base | style):
-        dressed = pedestrians.replace(person, style=person.style | changes)
+        dressed = person._replace(style=person.style | changes)
         image = render(dressed, look, np.random.default_rng(1), (128, 64))
         images.append(np.asarray(image, float))
     assert (np.abs(images[0] - images[1]).max(axis=2) > 30).mean() > 0.005
@@ -382,12 +374,8 @@ def test_style_changes_the_silhouette_or_what_is_in_it(style):
     ({"trials": 1288}, "--trials 1288: expected 1287 or fewer"),
     ({"img_h": 8}, "--img-h 8"),
     ({"img_w": 0}, "--img-w 0"),
-    ({"tone_correlation": 1.5}, "--tone-correlation 1.5: expected 0 to 1"),
-    ({"tone_correlation": float("nan")}, "--tone-correlation nan"),
     ({"workers": 0}, "--workers 0"),
     ({"layout": "sysu", "train_ids": 1}, "--train-ids 1: expected 2 or more"),
-    ({"layout": "sysu", "val_ids": 0}, "--val-ids 0"),
-    ({"layout": "sysu", "val_ids": 8}, "--val-ids 8: expected 1 to 7"),
 ])  # fmt: skip
 def test_bad_values_are_named(changes, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -395,34 +383,16 @@ def test_bad_values_are_named(changes, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_existing_data_is_not_overwritten(tmp_path):
-    small = REGDB | {"train_ids": 1, "test_ids": 1, "images_per_id": 1, "trials": 2}
-    out = generate(tmp_path / "data", **small)
-    before = digest(out)
-    with pytest.raises(ValueError, match="holds stand-in data already"):
-        generate(out, **(small | {"seed": 9}))
-    assert digest(out) == before
-    generate(out, overwrite=True, **(small | {"seed": 9}))
-    assert digest(out) != before
-    assert json.loads((out / "stand_in.json").read_text())["seed"] == 9
-    assert [p.name for p in tmp_path.iterdir()] == ["data"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path, overwrite):
-    precious = tmp_path / "RegDB" / "Visible" / "1" / "image.bmp"
-    precious.parent.mkdir(parents=True)
-    precious.write_text("real")
-    with pytest.raises(ValueError, match="not stand-in data"):
-        generate(tmp_path / "RegDB", overwrite=overwrite, **REGDB)
-    assert precious.read_text() == "real"
-    assert [p.name for p in tmp_path.iterdir()] == ["RegDB"]
-
-
-def test_out_that_is_a_file(tmp_path):
-    (tmp_path / "data").write_text("x")
-    with pytest.raises(ValueError, match="is a file"):
-        generate(tmp_path / "data", overwrite=True, **REGDB)
+@pytest.mark.parametrize("name", ["image.bmp", "stand_in.json"])
+def test_what_is_there_is_never_replaced(tmp_path, name):
+    there = tmp_path / "RegDB" / name
+    there.parent.mkdir()
+    there.write_text("precious")
+    for out in (there.parent, there):
+        with pytest.raises(ValueError, match="is there already"):
+            generate(out, **REGDB)
+    assert there.read_text() == "precious"
+    assert [p.name for p in tmp_path.rglob("*")] == ["RegDB", name]
 
 
 def test_empty_folder_is_filled(tmp_path):
@@ -452,12 +422,10 @@ def test_command_line_as_documented(tmp_path):
 
 @pytest.mark.parametrize(("line", "message"), [
     ("--layout market --out x", "--layout market"),
-    ("--layout regdb", "--out is missing"),
+    ("--layout regdb", "--out"),
     ("--out x", "--layout"),
     ("--layout regdb --out x --train-ids none", "--train-ids"),
     ("--layout regdb --out x --workers 0", "--workers 0"),
-    ("--layout regdb --sheet x.png --sheet-ids 0", "--sheet-ids 0"),
-    ("--layout regdb --sheet nowhere/x.png", "nowhere"),
 ])  # fmt: skip
 def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -512,13 +480,3 @@ def test_llcm_full_counts():
     paths = [drawing.path for of_person in drawings.values() for drawing in of_person]
     assert len(set(paths)) == len(paths)
     assert [sum(p.startswith(w) for p in paths) for w in ("vis/", "nir/")] == [16946, 13975]
-
-
-@pytest.mark.parametrize("layout", ["regdb", "sysu", "llcm"])
-def test_sheet(tmp_path, layout):
-    path = tmp_path / "sheet.png"
-    assert stand_in.main(["--layout", layout, "--sheet", str(path), "--sheet-ids", "2"]) == 0
-    page = np.asarray(Image.open(path))
-    height, width = stand_in_layouts.SIZES[layout]
-    assert page.shape[0] > 2 * height and page.shape[1] > 8 * width
-    assert page[20:, 36:].std() > 20

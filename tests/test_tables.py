@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval_metrics import METRICS
-from reproduction.plan import Row, Section, Setting
+from reproduction.plan import Row, Setting
 from reproduction.tables import (
     Table,
     arrange,
@@ -16,9 +16,9 @@ from reproduction.tables import (
     published,
 )
 
-V2I, I2V = Section("regdb", "v2i"), Section("regdb", "i2v")
-LLCM = {key: Section("llcm", key) for key in ("v2i paper", "v2i repository", "i2v")}
-ALL, INDOOR = Section("sysu", "all 1 seeded"), Section("sysu", "indoor 1 seeded")
+V2I, I2V = ("regdb", "v2i"), ("regdb", "i2v")
+LLCM = {key: ("llcm", key) for key in ("v2i paper", "v2i repository", "i2v")}
+ALL, INDOOR = ("sysu", "all 1 seeded"), ("sysu", "indoor 1 seeded")
 # RegDB visible to infrared, trials 1..10, in the MG-MRA authors' README.
 README_RANK1 = (93.50, 95.24, 93.01, 93.30, 96.80, 94.85, 95.73, 95.49, 93.98, 95.05)
 README_MAP = (93.84, 95.07, 93.29, 93.73, 95.98, 93.88, 95.47, 95.34, 93.94, 94.57)
@@ -36,7 +36,7 @@ def row(*files, trials=None, name="HCT", re_rank="no", test_feat=None, published
     test = {"re_rank": re_rank} if re_rank != "no" else {}
     test |= {"test_feat": test_feat} if test_feat else {}
     setting = Setting(name, test=test, published=published or name)
-    return Row(V2I, setting, "last", files, trials or len(files))
+    return Row(*V2I, setting, "last", files, trials or len(files))
 
 
 @pytest.mark.parametrize(
@@ -71,22 +71,22 @@ def row(*files, trials=None, name="HCT", re_rank="no", test_feat=None, published
     ],
 )
 def test_published_numbers(section, method, numbers, source):
-    line = published(section)[method]
+    line = published(*section)[method]
     assert tuple(float(line[m]) for m in METRICS if line.get(m)) == numbers
     assert source in line["source"]
 
 
 @pytest.mark.parametrize("section", [V2I, I2V, ALL, INDOOR, *LLCM.values()])
 def test_every_published_number_has_a_source(section):
-    assert published(section)
-    for method, line in published(section).items():
+    assert published(*section)
+    for method, line in published(*section).items():
         assert line["source"] and "not recorded" not in line["source"], method
         assert float(line["rank1"]) > 40, method
 
 
 def test_nothing_is_published_elsewhere():
     for protocol in ("all 10 seeded", "all 1 official"):
-        assert published(Section("sysu", protocol)) == {}
+        assert published("sysu", protocol) == {}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_nothing_is_published_elsewhere():
     ],
 )
 def test_llcm_s_published_numbers_stand_beside_their_own_protocol_alone(key, numbers):
-    lines = published(LLCM[key])
+    lines = published(*LLCM[key])
     assert {k: (float(v["rank1"]), float(v["mAP"])) for k, v in lines.items()} == numbers
     for method, line in lines.items():
         in_paper = key == "v2i paper" or "paper" in method
@@ -109,7 +109,7 @@ def test_llcm_s_published_numbers_stand_beside_their_own_protocol_alone(key, num
 
 
 def test_means_of_the_authors_readme():
-    line = published(V2I)["MG-MRA re-ranked"]
+    line = published(*V2I)["MG-MRA re-ranked"]
     for name, values in (("rank1", README_RANK1), ("mAP", README_MAP)):
         assert len(values) == 10
         assert float(line[name]) == pytest.approx(np.mean(values), abs=0.0051)
@@ -123,8 +123,9 @@ def test_trials_in_one_file_each_or_all_in_one(tmp_path):
     for numbers in (apart, together):
         assert numbers.mean["mAP"] == pytest.approx(0.2)
         assert numbers.std["mAP"] == pytest.approx((0.02 / 3) ** 0.5)
-        assert (numbers.trials, numbers.missing) == (3, [])
-    assert measure(row(*files), 2).mean["mAP"] == pytest.approx(0.15)
+        assert numbers.missing == []
+    more_draws = measure(row(tmp_path / "all.json", trials=2))
+    assert more_draws.mean["mAP"] == pytest.approx(0.15)
     too_few = measure(row(files[0], trials=3))
     assert (too_few.mean, too_few.missing) == ({}, [2, 3])
 
@@ -151,10 +152,8 @@ def arranged(*rows):
 def test_captions_name_the_data(tmp_path):
     real = arranged(row(write(tmp_path / "a.json")))
     assert "Data: RegDB." in real[0].caption and "stand-in" not in real[0].caption
-    drawn = write(tmp_path / "b.json", dataset="stand-in data in RegDB's layout")
+    drawn = write(tmp_path / "b.json", dataset="stand-in data in RegDB's layout", stand_in=True)
     assert "say nothing of the real" in arranged(row(drawn))[0].caption
-    named_else = write(tmp_path / "c.json", dataset="RegDB, drawn", stand_in=True)
-    assert "say nothing of the real" in arranged(row(named_else))[0].caption
     renamed = write(tmp_path / "d.json", dataset="RegDB (copy)", stand_in=False)
     assert "say nothing of the real" not in arranged(row(renamed))[0].caption
     with pytest.raises(ValueError, match="of different data: RegDB, stand-in data"):
@@ -174,6 +173,20 @@ def test_re_ranked_rows_stand_apart_and_carry_their_name(tmp_path):
     assert "probably re-ranked" in second.rows[0][-1]
     methods = [line[0] for line in others.rows]
     assert "HCT" in methods and "MG-MRA re-ranked" not in methods
+
+
+def test_trainings_without_a_memory_have_no_row_of_its_health(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"memory/part/used": 0.25}\n{"memory/part/used": 0.5}\n')
+    (tmp_path / "hct").mkdir()
+    (tmp_path / "hct/log.jsonl").write_text('{"epoch": 1}\n')
+    file = write(tmp_path / "a.json")
+    rows = [
+        Row(*V2I, Setting(name, group="lambda"), "last", [file], 1, [folder])
+        for name, folder in (("HCT", tmp_path / "hct"), ("0.5", tmp_path), ("1", tmp_path / "no"))
+    ]
+    health = arranged(*rows)[-1]
+    assert health.header == ["varied", "method", "part/used"]
+    assert health.rows == [["lambda", "0.5", "0.5"]]
 
 
 def test_formats_hold_every_cell():
