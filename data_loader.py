@@ -1,7 +1,6 @@
 """Images into batches: decode once, keep uint8, assemble and augment whole batches on the device.
 
-`load_images` turns an `ImageList` into one uint8 array, `ImageStore` holds it where gathering is
-cheapest, `IdentitySampler` says which rows make a batch and `TrainLoader` delivers augmented
+`IdentitySampler` says which rows of an `ImageStore` make a batch, `TrainLoader` delivers augmented
 batches ahead of time. Every random draw is a function of (seed, epoch, step), so that a run can be
 resumed at any epoch and prefetching changes nothing.
 """
@@ -19,7 +18,6 @@ import torch
 from datasets.decode import ImageCache, load_images  # noqa: F401 - found here as well
 from datasets.transforms import Augmentation, Draw, augment, normalize, transform_each
 
-COPY_CHUNK = 1024  # images copied to the device at once
 PREFETCH = 2  # batches made ahead
 RESIDENT_FRACTION = 0.25  # of the free device memory that one store may take
 # The last word of (seed, epoch, step, stream): one stream of random numbers for each purpose.
@@ -39,12 +37,11 @@ class IdentityBatch(NamedTuple):
 class IdentitySampler:
     """Draws P identities without replacement, then K images of each per modality with replacement.
 
-    Stateless: a batch is a function of (seed, epoch, step). `visible_labels` (n_v,) and
-    `infrared_labels` (n_i,) are integers 0..L-1, each at least once; P is `ids_per_batch`, K
-    `images_per_id`.
+    `visible_labels` (n_v,) and `infrared_labels` (n_i,) are integers 0..L-1, each at least once; P
+    is `ids_per_batch`, K `images_per_id`.
 
     Raises:
-        ValueError: Fewer than P identities, or labels that have no image of a modality.
+        ValueError: Fewer than P identities.
 
     Source: the AGW code base; floor(max(#visible, #infrared) / (P*K)) + 1 steps make an epoch.
     """
@@ -67,11 +64,6 @@ class IdentitySampler:
         self._modalities = []  # rows sorted by label; how many of each, and where its first is
         for labels in (visible_labels, infrared_labels):
             counts = np.bincount(labels, minlength=self.num_ids)  # (L,)
-            if counts.min() == 0:
-                raise ValueError(
-                    f"label {counts.argmin()} lacks images of a modality; expected images of each"
-                    f" label 0..{self.num_ids - 1} in both"
-                )
             rows = np.argsort(labels, kind="stable")
             self._modalities.append((rows, counts, np.cumsum(counts) - counts))
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
@@ -105,21 +97,15 @@ class IdentitySampler:
 
 
 class ImageStore:
-    """(n, H, W, 3) uint8 images, and batches of them on a device.
-
-    On CUDA they move there whole if they fit; else they stay in memory or in their memory map.
-    """
+    """(n, H, W, 3) uint8 images; on CUDA they move there whole if they fit."""
 
     def __init__(self, images: np.ndarray, *, device: torch.device) -> None:
-        self.device, self._images = torch.device(device), images
+        self.device, self._images = device, images
         self._resident: torch.Tensor | None = None
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             if images.nbytes <= RESIDENT_FRACTION * free:
-                self._resident = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-                for start in range(0, len(images), COPY_CHUNK):
-                    chunk = np.array(images[start : start + COPY_CHUNK])
-                    self._resident[start : start + len(chunk)] = torch.from_numpy(chunk)
+                self._resident = torch.from_numpy(images).to(self.device)
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         """Returns the images at `rows` ((m,) integers): (m, H, W, 3) uint8 on the device."""
@@ -138,28 +124,20 @@ def _copy_to(device: torch.device, images: np.ndarray) -> torch.Tensor:
 class Batch(NamedTuple):
     """One training step's input.
 
-    Attributes:
-        visible: (P*K, 3, H, W) float32; with several processes P is a process's part of the
-            identities.
-        infrared: (P*K, 3, H, W) float32, the same identities in the same order.
-        labels: (2*P*K,) int64, visible rows first.
+    With several processes P is a process's part of the identities.
     """
 
-    visible: torch.Tensor
-    infrared: torch.Tensor
-    labels: torch.Tensor
+    visible: torch.Tensor  # (P*K, 3, H, W) float32
+    infrared: torch.Tensor  # (P*K, 3, H, W) float32, the same identities in the same order
+    labels: torch.Tensor  # (2*P*K,) int64, visible rows first
 
 
 class TrainLoader:
     """Delivers augmented batches of both modalities, made ahead of time by one thread.
 
-    The identities of a batch are divided among `world_size` processes. `transform` is applied to
-    each image before `augmentation`: from (3, H, W) uint8 on the device to the same, such as one
-    of `torchvision.transforms.v2`; what it draws from torch's CPU generator is a function of
-    (seed, epoch, step) too.
-
-    Raises:
-        ValueError: The identities of a batch do not divide by `world_size`.
+    The identities of a batch are divided among `world_size` processes. `transform`, if any, comes
+    before `augmentation`, see `transform_each`; its random numbers are a function of (seed, epoch,
+    step) too.
     """
 
     def __init__(
@@ -178,7 +156,7 @@ class TrainLoader:
         self._rows = sampler.rows_of_rank(rank, world_size)
         self.visible, self.infrared, self.sampler = visible, infrared, sampler
         self.augmentation, self.transform, self.seed = augmentation, transform, seed
-        self.device = torch.device(device)
+        self.device = device
 
     def __len__(self) -> int:
         return self.sampler.steps_per_epoch
@@ -213,15 +191,14 @@ class EvalLoader:
     """Delivers (n, H, W, 3) uint8 images in order as normalised batches, made ahead of time."""
 
     def __init__(self, images: np.ndarray, *, batch_size: int, device: torch.device) -> None:
-        self.images, self.batch_size, self.device = images, batch_size, torch.device(device)
+        self.images, self.batch_size, self.device = images, batch_size, device
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         def make(start: int) -> torch.Tensor:
-            pixels = np.array(self.images[start : start + self.batch_size])
-            return normalize(_copy_to(self.device, pixels))
+            return normalize(_copy_to(self.device, self.images[start : start + self.batch_size]))
 
         return _ahead(make, range(0, len(self.images), self.batch_size), self.device)
 
@@ -231,9 +208,8 @@ def _ahead(
 ) -> Iterator[Batch | torch.Tensor]:
     """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own.
 
-    What `make` raises is raised here, and closing the generator ends the thread. On CUDA the thread
-    works on a stream of its own, so that copies run beside training; the consumer's stream waits
-    for each result.
+    On CUDA the thread works on a stream of its own, so that copies run beside training; the
+    consumer's stream waits for each result.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream is not None:  # resident images were copied on the current stream

@@ -1,8 +1,7 @@
 """Which images, which labels: training sets and retrieval protocols of the data sets.
 
-`train_set` and `eval_set` read the lists of a data set, check all that can be checked without
-decoding an image, and return `ImageList`s: relative paths, identities, cameras and where each path
-was named. A data set is a class (`datasets.base.DataSet`) and an entry in `DATASETS`.
+`train_set` and `eval_set` read the lists of a data set and check all that can be checked without
+decoding an image. A data set is a class (`datasets.base.DataSet`) and an entry in `DATASETS`.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from datasets.base import (
+from datasets.base import (  # noqa: F401 - found here as well
     TRIALS,
     DataError,
     DataSet,
@@ -20,27 +19,10 @@ from datasets.base import (
     TrainSet,
     check_choice,
 )
-from datasets.folders import check_layout, folder_images
+from datasets.folders import check_layout, folder_images  # noqa: F401
 from datasets.llcm import Llcm
 from datasets.regdb import Regdb
 from datasets.sysu_mm01 import Sysu
-
-__all__ = [
-    "DATASETS",
-    "STAND_IN_MARKER",
-    "DataError",
-    "DataSet",
-    "EvalOptions",
-    "EvalSet",
-    "ImageList",
-    "TrainSet",
-    "checked_folder",
-    "data_name",
-    "eval_set",
-    "folder_images",
-    "is_stand_in",
-    "train_set",
-]
 
 DATASETS: dict[str, DataSet] = {data.name: data for data in (Regdb(), Sysu(), Llcm())}
 STAND_IN_MARKER = "stand_in.json"  # written by stand_in.py; the real data sets lack it
@@ -56,12 +38,8 @@ def train_set(
 ) -> TrainSet:
     """Lists and checks the training images of one of `DATASETS`.
 
-    Args:
-        dataset: Its name.
-        data_path: Its folder.
-        trial: RegDB's split, 1..10; no meaning for the others.
-        subset: "all" identities, or "fit": without those that `eval_set(subset="val")` asks for.
-        use_cache: Take images that were decoded before (`pre_process_sysu.py`), where there are.
+    `subset` is "all" identities, or "fit": without those that `eval_set(subset="val")` asks for.
+    With `use_cache`, images that `pre_process_sysu.py` decoded are taken where there are any.
 
     Raises:
         DataError: A folder, list, label or image is missing or wrong; found before any decoding.

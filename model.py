@@ -76,7 +76,7 @@ class TwoStreamNet(nn.Module):
             memory_variant: Of a memory that is built here; see `memory.MultiGranularityMemory`.
             share_net: First shared stage: 0 shares all, 1 all but the stem, ..., 5 nothing.
             num_strips: Stripes S.
-            local_feat_dim: Channels of a stripe's feature.
+            local_feat_dim: Channels d of a stripe's feature.
             gem_p: Exponent of the generalised-mean pooling.
             arch: A name in `networks.backbone.BACKBONES`.
             weights: "imagenet"; a file with a torchvision backbone or any checkpoint; None (also
@@ -206,14 +206,12 @@ class TwoStreamNet(nn.Module):
     def forward(
         self, visible: Tensor | None, infrared: Tensor | None
     ) -> dict[str, Tensor | MemoryRead] | Tensor:
-        """Training: everything the losses need; evaluation: the retrieval feature.
+        """Training: everything the losses need; evaluation: the headline of `embed`, (N, D).
 
-        Returns:
-            In training mode a dict with N = all rows, visible first: with the pcb head ``feat``
-            (N, S*d), ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the others
-            ``feat`` (N, C) and ``logits`` (N, L), and with a memory ``memory_feat`` (N, C),
-            ``memory_logits`` (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is
-            "none"). In evaluation mode (N, D), the headline of `embed`.
+        In training mode a dict with N = all rows, visible first: with the pcb head ``feat``
+        (N, S*d), ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the others ``feat``
+        (N, C) and ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits``
+        (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none").
         """
         if not self.training:
             return self.embed(visible, infrared)
@@ -255,18 +253,11 @@ class TwoStreamNet(nn.Module):
     def embed(
         self, visible: Tensor | None, infrared: Tensor | None, test_feat: str | None = None
     ) -> Tensor:
-        """Retrieval features (N, D), L2-normalised; meant for evaluation mode.
+        """Retrieval features (N, D), L2-normalised, of images (n, 3, H, W) in evaluation mode.
 
-        Args:
-            visible: Visible images (n, 3, H, W), or None.
-            infrared: Infrared images (n, 3, H, W), or None.
-            test_feat: "pcb": concatenated stripes; "neck" and "pool": the whole map's, after and
-                before the neck; "memory": the memory feature after its neck; "both": the headline
-                and the memory feature, side by side with equal weight. None: the headline, pcb or
-                neck.
-
-        Raises:
-            ValueError: When the network has no such feature.
+        `test_feat` is "pcb": concatenated stripes; "neck" and "pool": the whole map's after and
+        before the neck; "memory": the memory feature after its neck; "both": the headline and the
+        memory feature, side by side with equal weight. None: the headline, pcb or neck.
         """
         name = test_feat or self.test_feats()[0]
         return self.embed_all(visible, infrared, (name,))[name]
@@ -359,11 +350,7 @@ def load_network(
 
 
 def trained_size(info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width, pixels, of the images that a checkpoint was trained on.
-
-    Raises:
-        CheckpointError: When `info`, what `load_network` gives beside the network, has no numbers.
-    """
+    """Height and width, pixels, of the images that a checkpoint was trained on."""
     trained = plain_entry(info, "options", {}, "the checkpoint")
     sizes = RELEASED_SIZE.items()
     return tuple(plain_entry(trained, k, v, "the checkpoint's options") for k, v in sizes)

@@ -1,5 +1,7 @@
 """Every command-line flag, once; its default; the presets and where they come from.
 
+Over 400 lines, because every flag of a training is a row of one table.
+
 A flag that is not given takes its value from the preset (``--preset``, by default the data set's),
 and where the preset is silent from `DEFAULTS`. What was resolved is printed and saved.
 Each flag can be spelled with ``-`` or with ``_``.
@@ -91,10 +93,9 @@ PRESET_SOURCES["scratch"] = "this project, on stand-in data"
 
 
 class Flag:
-    """A flag: name, default, help text, legal values or their parser, short spellings.
+    """A flag; a default of False without a parser makes it a switch.
 
-    A default of False without a parser makes it a switch; with None the help text says what happens
-    without it.
+    With None the help text says what happens.
     """
 
     def __init__(
@@ -396,10 +397,6 @@ def resolve(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Fills in the flags of a training that were not given.
 
-    Args:
-        args: From `train_parser`.
-        script: The training script's file name.
-
     Returns:
         The resolved flags, and for each flag with a value where it came from: "flag", a preset's
         name, "default".
@@ -437,12 +434,7 @@ def resolve(
 
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the flags that have no effect on a training, each with the reason.
-
-    Args:
-        script: The training script's file name.
-        given: The flags that were given.
-    """
+    """Returns the flags that have no effect on a training with those `given`, and why."""
     of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
     of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance", "memory_ids")
     of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
@@ -502,10 +494,6 @@ def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
 
 def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """Returns the options that changed since a run was saved: "lr 0.1 -> 0.05; ...".
-
-    Args:
-        saved: Options in the checkpoint, as `to_json` gives them.
-        present: Options now, likewise.
 
     Raises:
         ValueError: When one of them cannot change.

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import random
 import signal
 import subprocess
 import sys
@@ -42,7 +41,7 @@ NUMPY_TYPES = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint file cannot be used; the message says which, why, and what to do."""
+    """A checkpoint file cannot be used."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,26 +81,18 @@ def user_errors() -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and torch; model initialisation is all that draws from them."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - for libraries that use the global generator
+    """Seeds torch's global generators, from which model initialisation alone draws."""
     torch.manual_seed(seed)
 
 
 def make_deterministic() -> None:
     """Restricts torch to operations with the same bits in each run; call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
     torch.use_deterministic_algorithms(True)
 
 
 def resolve_device(gpu: str) -> torch.device:
-    """Returns the device of ``--gpu``; the CPU, with a warning, on a machine without CUDA.
-
-    Raises:
-        ValueError: When `gpu` is neither "cpu" nor the index of a CUDA device.
-    """
+    """Returns the device of ``--gpu``; the CPU, with a warning, on a machine without CUDA."""
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
     first, *others = gpu.split(",")
@@ -171,11 +162,7 @@ def versions() -> dict[str, str]:
 
 
 def make_writable_dir(path: Path) -> Path:
-    """Creates a folder and proves that it can be written to.
-
-    Raises:
-        ValueError: When it cannot, with the system's reason.
-    """
+    """Creates a folder; raises ValueError, with the system's reason, when it is not writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -192,9 +179,6 @@ def write_atomic(
     """Writes a file through `write(stream)` so that `path` is never half written.
 
     A former file moves to `keep`, if given, once the new one is on the disk.
-
-    Raises:
-        OSError: When it cannot be written (disk full, ...); a former file is then untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -218,9 +202,7 @@ def write_json(path: Path, content: Any) -> None:
 def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = None) -> None:
     """Saves tensors, plain values and containers of them atomically; see `write_atomic`.
 
-    Raises:
-        OSError: When it cannot be written (disk full, read-only, ...); the former file is then
-            untouched, and the message says so.
+    Raises OSError when it cannot be written (disk full, read-only, ...).
     """
     stored = io.BytesIO()  # given a file, torch.save hides its errors and signals behind its own
     torch.save({"format": FORMAT, **content}, stored)
@@ -268,11 +250,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The network's state dict in a checkpoint: under ``net``, ``state_dict``, ``model``, or bare.
-
-    Raises:
-        CheckpointError: When there is none.
-    """
+    """The network's weights in a checkpoint: under ``net``, ``state_dict``, ``model``, or bare."""
     entries = [content.get(key) for key in ("net", "state_dict", "model")]
     state = next((entry for entry in entries if isinstance(entry, dict)), content)
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
@@ -284,11 +262,7 @@ def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.
 
 
 def plain_entry(content: dict[str, Any], key: str, default: Any, path: str | Path) -> Any:
-    """An entry of a checkpoint, of the default's type; the default when it is absent.
-
-    Raises:
-        CheckpointError: When it has another type.
-    """
+    """An entry of a checkpoint, checked to be of the default's type; the default if absent."""
     value = content.get(key, default)
     value = value.item() if isinstance(value, np.generic) else value  # in earlier releases' files
     if type(value) is not type(default):

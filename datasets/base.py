@@ -26,28 +26,18 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """Which images, in order; nothing is decoded.
+    """n images in order; nothing is decoded.
 
-    Attributes:
-        root: The data folder, links resolved.
-        paths: n posix paths relative to `root`; () where `cache` is set.
-        pids: (n,) int64 raw identities.
-        camids: (n,) int64; RegDB 1 visible, 2 infrared; SYSU-MM01 1..6; LLCM 1..9; -1 unknown
-            (caches, LLCM's training lists).
-        modality: "visible" or "infrared".
-        origins: Where each path was named ("idx/train_visible_1.txt:12"); () for listed folders.
-        cache: A .npy file of (N, H, W, 3) uint8 that holds these images in place of `paths`.
-        cache_rows: (n,) int64 rows of the cache; None means all, in order.
+    `cache`, if any, is a .npy file of (N, H, W, 3) uint8 that holds them in place of `paths`.
     """
 
-    root: Path
-    paths: tuple[str, ...]
-    pids: np.ndarray
-    camids: np.ndarray
-    modality: str
-    origins: tuple[str, ...] = ()
+    root: Path  # the data folder, links resolved
+    paths: tuple[str, ...]  # n posix paths relative to `root`; () where `cache` is set
+    pids: np.ndarray  # (n,) int64 raw identities
+    camids: np.ndarray  # (n,) int64; RegDB 1 visible, 2 infrared; -1 unknown, as in caches
+    modality: str  # "visible" or "infrared"
     cache: Path | None = None
-    cache_rows: np.ndarray | None = None
+    cache_rows: np.ndarray | None = None  # (n,) int64 rows of the cache; None: all, in order
 
     def __len__(self) -> int:
         return len(self.pids)
@@ -61,35 +51,33 @@ class ImageList:
             paths=tuple(self.paths[i] for i in rows) if self.paths else (),
             pids=self.pids[rows],
             camids=self.camids[rows],
-            origins=tuple(self.origins[i] for i in rows) if self.origins else (),
             cache_rows=None if self.cache is None else cached[rows],
         )
-
-    def describe(self, index: int) -> str:
-        """Names one image for an error text: its file and the line that asked for it."""
-        file = self.root / self.paths[index]
-        return f"{file} (named in {self.origins[index]})" if self.origins else str(file)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainSet:
     """Training images of both modalities with shared labels 0..L-1.
 
-    Attributes:
-        visible: n_v visible images.
-        infrared: n_i infrared images.
-        visible_labels: (n_v,) int64, every label at least once.
-        infrared_labels: (n_i,) int64, every label at least once.
-        pids: (L,) int64 raw identity of each label.
-        description: One line for the log.
+    Raises:
+        DataError: A label has no image of a modality.
     """
 
     visible: ImageList
     infrared: ImageList
-    visible_labels: np.ndarray
-    infrared_labels: np.ndarray
-    pids: np.ndarray
-    description: str
+    visible_labels: np.ndarray  # (n_v,) int64
+    infrared_labels: np.ndarray  # (n_i,) int64
+    pids: np.ndarray  # (L,) int64 raw identity of each label
+    description: str  # one line for the log
+
+    def __post_init__(self) -> None:
+        for images in (self.visible, self.infrared):
+            lacking = np.setdiff1d(self.pids, images.pids)
+            if len(lacking):
+                raise DataError(
+                    f"training identity {lacking[0]} has no {images.modality} image in"
+                    f" {images.root}; expected images in both modalities"
+                )
 
     @property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
@@ -121,51 +109,29 @@ class TrainSet:
 
 @dataclass(frozen=True, eq=False)
 class EvalSet:
-    """A retrieval protocol: query images, gallery images, and which of them each trial uses.
+    """A retrieval protocol: query images, gallery images, and which of them each trial uses."""
 
-    Attributes:
-        dataset: Its name in `data_manager.DATASETS`.
-        query: The query images.
-        gallery: Every distinct image that any trial uses, once.
-        gallery_trials: Per trial the row numbers into `gallery`, in the protocol's order.
-        camera_rule: A rule of `eval_metrics.excluded`: "none", "sysu" (camera-3 queries ignore
-            camera-2 gallery images) or "same" (queries ignore images of their person and camera).
-        protocol: The protocol in words, for printed rows.
-        query_trials: Per trial the row numbers into `query`; None: each trial asks all of them.
-    """
-
-    dataset: str
+    dataset: str  # its name in `data_manager.DATASETS`
     query: ImageList
-    gallery: ImageList
-    gallery_trials: tuple[np.ndarray, ...]
-    camera_rule: str
-    protocol: str
-    query_trials: tuple[np.ndarray, ...] | None = None
+    gallery: ImageList  # every distinct image that any trial uses, once
+    gallery_trials: tuple[np.ndarray, ...]  # rows of the gallery, in the protocol's order
+    camera_rule: str  # a name in `eval_metrics.CAMERA_RULES`
+    protocol: str  # in words, for printed rows
+    query_trials: tuple[np.ndarray, ...] | None = None  # rows of the queries; None: all
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Options of a protocol; each data set reads the fields that concern it.
+    """Options of a protocol; each data set reads the fields that concern it."""
 
-    Attributes:
-        trial: RegDB's split, 1..10.
-        direction: "v2i" (visible queries, infrared gallery) or "i2v"; not for SYSU-MM01.
-        protocol: LLCM, v2i: the "paper" or the "repository" of its authors (see `Llcm`).
-        mode: SYSU-MM01: "all" (gallery cameras 1, 2, 4, 5) or "indoor" (1, 2).
-        gallery: SYSU-MM01: how the gallery is drawn, "seeded" or "official" (see `Sysu`).
-        shots: SYSU-MM01: gallery images per identity and camera, 1 or 10.
-        trials: SYSU-MM01, LLCM: number of gallery draws, 1..10.
-        subset: "test", or "val": the training identities that `train_set(subset="fit")` leaves out.
-    """
-
-    trial: int = 1
-    direction: str = "v2i"
-    protocol: str = "paper"
-    mode: str = "all"
-    gallery: str = "seeded"
-    shots: int = 1
-    trials: int = 10
-    subset: str = "test"
+    trial: int = 1  # RegDB's split
+    direction: str = "v2i"  # a key of `DIRECTIONS`; not for SYSU-MM01
+    protocol: str = "paper"  # LLCM, v2i: the paper's or the "repository"'s, see `llcm.Llcm`
+    mode: str = "all"  # SYSU-MM01: all gallery cameras (1, 2, 4, 5), or the "indoor" ones (1, 2)
+    gallery: str = "seeded"  # SYSU-MM01: "seeded" or "official" draws, see `sysu_mm01.Sysu`
+    shots: int = 1  # SYSU-MM01: gallery images per identity and camera
+    trials: int = 10  # SYSU-MM01, LLCM: number of gallery draws
+    subset: str = "test"  # or "val": the training identities that `train_set(subset="fit")` omits
 
     def __post_init__(self) -> None:
         check_choice("trial", self.trial, TRIALS)
@@ -183,36 +149,24 @@ class DataSet:
 
     One whose test images of one modality are the queries, and of the other the gallery, says its
     `name`, `title` and `folders`, and lists its images in `items`; the rest is here.
-
-    Attributes:
-        name: Its name as a value of `--dataset`.
-        title: Its name in print, and of its default folder below `data/`.
-        folders: The folders it consists of; that of its lists, if any, first.
-        how_to_get: Where it can be had, for the error when its folder is not there.
-        lists_hint: Where `folders[0]` alone can be had.
-        has_stand_in: Whether `stand_in.py` writes this layout.
-        preset: Values of training options; the other options keep their defaults.
-        preset_source: Where the preset comes from.
-        splits: Splits into training and test identities, each with a training of its own.
-        gallery_draws: Galleries drawn at random for one evaluation, at most; 1: nothing is drawn.
-        protocols: Fields of `EvalOptions` for each of the published protocols, by a short key.
-        expected: Counts of the complete data, for `reproduce.py check`; None is unknown. "train",
-            "test": identities, visible, infrared images; a key of `protocols`: query, gallery.
     """
 
-    name: str
-    title: str
-    folders: tuple[str, ...]
-    how_to_get: str = ""
-    lists_hint: str = ""
-    has_stand_in: bool = False
-    preset: Mapping[str, Any] = {}
+    name: str  # as a value of `--dataset`
+    title: str  # in print, and of its default folder below `data/`
+    folders: tuple[str, ...]  # what it consists of; that of its lists, if any, first
+    how_to_get: str = ""  # for the error when its folder is not there
+    lists_hint: str = ""  # where `folders[0]` alone can be had
+    has_stand_in: bool = False  # whether `stand_in.py` writes this layout
+    preset: Mapping[str, Any] = {}  # values of training options, in place of the defaults
     preset_source: str = "the defaults"
-    splits: int = 1
-    gallery_draws: int = 1
+    splits: int = 1  # into training and test identities, each with a training of its own
+    gallery_draws: int = 1  # galleries drawn at random for one evaluation, at most; 1: none is
+    # Fields of `EvalOptions` for each of the published protocols, by a short key.
     protocols: Mapping[str, Mapping[str, Any]] = {
         direction: {"direction": direction} for direction in DIRECTIONS
     }
+    # Counts of the complete data, for `reproduce.py check`; None is unknown. "train", "test":
+    # identities, visible, infrared images; a key of `protocols`: query, gallery images.
     expected: Mapping[str, tuple[int | None, ...]] = {}
 
     @property
@@ -227,13 +181,7 @@ class DataSet:
     def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
         """Lists the visible and the infrared images of the "train" or the "test" identities.
 
-        Args:
-            root: The data folder; it holds `folders`.
-            role: "train" or "test".
-            trial: The split, from 1.
-
-        Returns:
-            (path, pid, camid) of each image, paths relative to `root` and with `/`.
+        Paths are relative to the data folder `root`, with `/`; `trial` is the split, from 1.
         """
         raise NotImplementedError
 
@@ -246,13 +194,6 @@ class DataSet:
         """Lists the training images; labels number the identities in ascending order."""
         visible, infrared = self.images(root, "train", trial)
         pids = np.union1d(visible.pids, infrared.pids)
-        for images in (visible, infrared):
-            lacking = np.setdiff1d(pids, images.pids)
-            if len(lacking):
-                raise DataError(
-                    f"training identity {lacking[0]} has no {images.modality} image in {root};"
-                    " expected images in both modalities"
-                )
         labels = [np.searchsorted(pids, images.pids) for images in (visible, infrared)]
         return TrainSet(visible, infrared, *labels, pids, self.title)
 
@@ -315,13 +256,10 @@ def rows_by_camera(images: ImageList) -> dict[tuple[int, int], list[int]]:
 
 
 def seeded_draw(gallery: ImageList, trial: int, shots: int) -> list[int]:
-    """Draws rows of a gallery: identities ascending, within each its cameras ascending.
+    """Draws rows of a gallery, which is sorted by identity, camera and path.
 
-    Args:
-        gallery: All gallery images, sorted by identity, camera and path.
-        trial: From 0; seeds a `random.Random`.
-        shots: 1: one `choice` from each identity's and camera's images; else a `sample` of so many,
-            or of all where there are fewer.
+    `random.Random(trial)` chooses one image of each identity and camera in turn, or with `shots`
+    above 1 samples so many, all where there are fewer.
 
     Source: the AGW code base.
     """

@@ -20,12 +20,10 @@ def load_images(
     """Decodes images of any size, grey or colour, in threads, and resizes them (Lanczos).
 
     Returns:
-        (n, height, width, 3) uint8 RGB; images of a cache are copied from it, and where a whole
-        cache is asked for, this is a read-only memory map.
+        (n, height, width, 3) uint8 RGB; a memory map where a whole cache is asked for.
 
     Raises:
-        DataError: An image cannot be decoded (names the file and the line that asked for it), or
-            the cache has another size.
+        DataError: An image cannot be decoded, or the cache has another size.
     """
     if images.cache is not None:
         return _load_cache(images, height, width)
@@ -41,8 +39,9 @@ def load_images(
 def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
     """Decodes one image into `out` (H, W, 3)."""
     height, width, _ = out.shape
+    file = images.root / images.paths[index]
     try:
-        with Image.open(images.root / images.paths[index], formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
@@ -52,15 +51,15 @@ def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
             pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
         raise DataError(
-            f"cannot decode {images.describe(index)}: {error}; expected an intact"
-            f" {', '.join(FORMATS)} image: copy it again from the data set"
+            f"cannot decode {file}: {error}; expected an intact {', '.join(FORMATS)} image: copy it"
+            " again from the data set"
         ) from error
     out[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
     """Opens what `pre_process_sysu.py` wrote."""
-    cache = np.load(images.cache, mmap_mode="r", allow_pickle=False)
+    cache = np.load(images.cache, mmap_mode="c", allow_pickle=False)  # changes are not written
     if cache.shape[1:] != (height, width, 3):
         raise DataError(
             f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), and"
@@ -77,8 +76,8 @@ class ImageCache:
     def __init__(
         self, height: int, width: int, *, workers: int = 4, progress: bool = False
     ) -> None:
-        self._settings = {"height": height, "width": width}
-        self._settings |= {"workers": workers, "progress": progress}
+        self._settings = {"height": height, "width": width, "workers": workers}
+        self._settings["progress"] = progress
         self._held: dict[tuple, np.ndarray] = {}
 
     def __call__(self, images: ImageList) -> np.ndarray:

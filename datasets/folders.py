@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import product
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -79,12 +78,12 @@ def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
 
 
 def path_inside(root: Path, relative: str) -> str:
-    """Returns the real path of `relative`, which must not leave the data folder by a link."""
+    """Returns the real path of `relative`, which must not leave the data folder."""
     real = os.path.realpath(root / relative)
     if not Path(real).is_relative_to(root):
         raise DataError(
-            f"{root / relative} is a link to {real}, outside of the data folder {root}; only what"
-            " lies inside is read: copy it there"
+            f"{root / relative} leads to {real}, outside of the data folder {root}; only what lies"
+            " inside is read: copy it there"
         )
     return real
 
@@ -100,15 +99,19 @@ def read_text(root: Path, relative: str) -> str:
         raise DataError(f"{root / relative} cannot be read as text: {error}") from error
 
 
-def files_in(root: Path, folder: str) -> dict[str, bool]:
-    """Lists a folder's regular files ({} when it is not there): name -> whether it is a link."""
+def files_in(root: Path, folder: str) -> set[str]:
+    """Returns the names of a folder's regular files, none when it is not there."""
     try:
         with os.scandir(path_inside(root, folder)) as entries:
-            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+            files = [entry for entry in entries if entry.is_file()]
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return set()
     except OSError as error:
         raise DataError(f"{root / folder} cannot be listed: {error.strerror}") from error
+    for entry in files:
+        if entry.is_symlink():
+            path_inside(root, f"{folder}/{entry.name}")
+    return {entry.name for entry in files}
 
 
 def find_images(
@@ -120,13 +123,12 @@ def find_images(
     """
     items: list[Item] = []
     for pid, camera in product(pids, cameras):
-        paths = []
-        for folder in dict.fromkeys(f.format(camera=camera, pid=pid) for f in layout):
-            for name, is_link in files_in(root, folder).items():
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                    paths.append(f"{folder}/{name}")
-                    if is_link:
-                        path_inside(root, paths[-1])
+        paths = [
+            f"{folder}/{name}"
+            for folder in {each.format(camera=camera, pid=pid) for each in layout}
+            for name in files_in(root, folder)
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
         items += [(path, pid, camera) for path in sorted(paths)]
     return items
 
@@ -158,54 +160,33 @@ def read_list(
         The images, each of which is there and named once, and their labels, (n,) int64.
     """
     expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
-    listings: dict[str, dict[str, bool]] = {}  # folders seen so far
-    origins: dict[str, str] = {}
-    labels, pids = [], []
+    parent = rf"{folder}/([0-9]{{1,9}})" if folder else "(.+)"
+    legal = re.compile(rf"\s*({parent}/([^/\\]+?))\s+([0-9]{{1,9}})\s*")
+    listings: dict[str, set[str]] = {}  # folders seen so far
+    items: dict[str, Item] = {}
+    labels = []
     for number, line in enumerate(read_text(root, name).split("\n"), start=1):
         if not line.strip():
             continue
-        origin = f"{name}:{number}"
-        path, label = _parse_line(line, origin, folder, root, expected)
-        if path in origins:
-            raise DataError(
-                f"{origin} names {path}, as {origins[path]} does; expected each image once"
-            )
-        parent, file = path.rsplit("/", 1)
+        found = legal.fullmatch(line)
+        if not found:
+            raise DataError(f"{name}:{number} of {root} is {line.strip()[:200]!r}; {expected}")
+        path, pid, file, label = found.groups()
+        parent = path.removesuffix(f"/{file}")
         if parent not in listings:
             listings[parent] = files_in(root, parent)
         if file not in listings[parent]:
             raise DataError(
-                f"{origin} names {path}, and there is no such file in {root}; is the data set"
-                " complete, and the list its own?"
+                f"{name}:{number} names {path}, and there is no such file in {root}; is the data"
+                " set complete, and the list its own?"
             )
-        if listings[parent][file]:
-            path_inside(root, path)
-        origins[path] = origin
-        labels.append(label)
-        pids.append(int(path.split("/")[1]) if folder else label)
+        if path in items:
+            raise DataError(f"{name}:{number} names {path} again; expected each image once")
+        items[path] = (path, int(pid if folder else label), camid)
+        labels.append(int(label))
     if not labels:
         raise DataError(f"{root / name} is empty; {expected} lines")
-    items = [(path, pid, camid) for path, pid in zip(origins, pids, strict=True)]
-    images = replace(image_list(root, items, modality), origins=tuple(origins.values()))
-    return images, np.array(labels, dtype=np.int64)
-
-
-def _parse_line(
-    line: str, origin: str, folder: str | None, root: Path, expected: str
-) -> tuple[str, int]:
-    """Returns path and label of a list's line."""
-    words = line.rsplit(maxsplit=1)
-    if len(words) == 1:
-        raise DataError(f"{origin} has no label: {words[0]!r}; {expected}")
-    path, label = PurePosixPath(words[0].strip()), words[1]
-    if path.is_absolute() or ".." in path.parts:
-        raise DataError(f"{origin} names {str(path)!r}, which leaves {root}; {expected}")
-    if not re.fullmatch(r"[0-9]{1,9}", label):
-        raise DataError(f"{origin} has the label {label!r}, not a whole number; {expected}")
-    legal = rf"{folder}/[0-9]{{1,9}}/[^/]+" if folder else r"[^\\]+/[^/\\]+"
-    if not re.fullmatch(legal, str(path)):
-        raise DataError(f"{origin} names {str(path)!r}; {expected}")
-    return str(path), int(label)
+    return image_list(root, list(items.values()), modality), np.array(labels, dtype=np.int64)
 
 
 def paired_lists(
@@ -219,31 +200,24 @@ def paired_lists(
         DataError: A label stands for two identities, an identity for two labels, labels have gaps,
             or an identity lacks a modality.
     """
-    first_of: dict[int, tuple[int, str]] = {}  # label -> identity, and where it is first named
+    pid_of: dict[int, int] = {}
+    label_of: dict[int, int] = {}
+    hint = "expected a label for each, 0, 1, ...: are all lists of one split, from one source?"
     for images, labels in (visible, infrared):
-        for label, pid, origin in zip(labels.tolist(), images.pids, images.origins, strict=True):
-            known, first = first_of.setdefault(label, (pid, origin))
-            if pid != known:
+        for label, pid, path in zip(
+            labels.tolist(), images.pids.tolist(), images.paths, strict=True
+        ):
+            known = pid_of.setdefault(label, pid), label_of.setdefault(pid, label)
+            if known != (pid, label):
                 raise DataError(
-                    f"{origin} gives label {label} to identity {pid}, {first} to {known}; expected"
-                    " one identity per label: are all lists of one split, from one source?"
+                    f"{images.root / path} has label {label} and identity {pid}, an image before it"
+                    f" has label {known[1]} and identity {known[0]}; {hint}"
                 )
-    names = [images.origins[0].rsplit(":", 1)[0] for images, _ in (visible, infrared)]
-    where = f"{names[0]} and {names[1]} of {visible[0].root}"
-    pids = np.array([first_of[label][0] for label in sorted(first_of)], dtype=np.int64)
-    if len(np.unique(pids)) < len(pids):
-        raise DataError(f"an identity has two labels in {where}; expected one label each")
-    gaps = set(range(len(pids))) - set(first_of)
-    if gaps:
+    missing = min(set(range(len(pid_of))) - set(pid_of), default=None)
+    if missing is not None:
         raise DataError(
-            f"{len(pids)} labels up to {max(first_of)}, and label {min(gaps)} is not among them;"
-            f" expected 0..{len(pids) - 1} without gaps in {where}"
+            f"{len(pid_of)} labels up to {max(pid_of)}, and label {missing} is not among them in"
+            f" {visible[0].root}; {hint}"
         )
-    alone = set(visible[1].tolist()) ^ set(infrared[1].tolist())
-    if alone:
-        pid, origin = first_of[min(alone)]
-        raise DataError(
-            f"identity {pid} ({origin}) has images in one modality only; expected images in both"
-            f" of {where}"
-        )
+    pids = np.array([pid_of[label] for label in range(len(pid_of))], dtype=np.int64)
     return TrainSet(visible[0], infrared[0], visible[1], infrared[1], pids, description)

@@ -22,56 +22,35 @@ ERASE_AREA = (0.02, 0.4)  # fractions of the image, as torchvision's RandomErasi
 ERASE_ASPECT = 3.3  # height over width between 1 / 3.3 and 3.3
 
 
-class Draw(IntEnum):
-    """What each row of an array of uniform random numbers decides; its columns are images."""
-
-    TOP = 0  # of the crop
-    LEFT = 1
-    FLIP = 2
-    GREY = 3
-    GAMMA = 4
-    GAIN = 5
-    ERASE = 6
-    ERASE_ASPECT = 7
-    ERASE_PLACE = 8
-    ERASE_AREA = 9
+# What each row of an array of uniform random numbers decides; its columns are images.
+Draw = IntEnum(
+    "Draw",
+    "TOP LEFT FLIP GREY GAMMA GAIN ERASE ERASE_ASPECT ERASE_PLACE ERASE_AREA",  # TOP of the crop
+    start=0,
+)
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """The train transform: pad with black, crop back to the image's size, flip, normalise.
 
-    Attributes:
-        pad: Pixels of black on every side before the crop.
-        flip: Probability of a horizontal flip.
-        grey: Probability that a visible image is made grey.
-        erase: Probability that a rectangle of 2 % to 40 % of the image's area is set to the
-            ImageNet mean.
-        tone: s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image.
-
     Source: the AGW code base for pad and flip; the others are this project's and off by default.
     """
 
-    pad: int = 10
-    flip: float = 0.5
-    grey: float = 0.0
-    erase: float = 0.0
-    tone: float = 0.0
+    pad: int = 10  # pixels of black on every side before the crop
+    flip: float = 0.5  # probability of a horizontal flip
+    grey: float = 0.0  # probability that a visible image is made grey
+    erase: float = 0.0  # probability that a rectangle is set to the ImageNet mean
+    tone: float = 0.0  # s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image
 
 
 def augment(
     images_uint8: torch.Tensor, augmentation: Augmentation, draws: np.ndarray, *, modality: str
 ) -> torch.Tensor:
-    """Augments a batch, each image on its own, and normalises it.
+    """Augments a batch (n, H, W, 3), each image on its own, and normalises it.
 
-    Args:
-        images_uint8: (n, H, W, 3) uint8.
-        augmentation: What to do.
-        draws: (len(Draw), n) uniform random numbers in [0, 1).
-        modality: "visible" or "infrared" (never made grey).
-
-    Returns:
-        (n, 3, H, W) float32 on the same device, channels_last in memory.
+    `draws` (len(Draw), n) are uniform random numbers in [0, 1). Returns (n, 3, H, W) float32 on the
+    same device, channels_last in memory.
     """
     offsets = 2 * augmentation.pad + 1
     top, left = (draws[[Draw.TOP, Draw.LEFT]] * offsets).astype(np.int64)
@@ -97,13 +76,8 @@ def transform_each(
 ) -> torch.Tensor:
     """Applies a transform that draws its own random numbers, such as one of torchvision's v2.
 
-    Args:
-        images_uint8: (n, H, W, 3) uint8.
-        transform: From one image, (3, H, W) uint8, to another of that shape and type.
-        seeds: n seeds of torch's CPU generator, one for each image; its state is put back.
-
-    Returns:
-        (n, H, W, 3) uint8.
+    It maps one image, (3, H, W) uint8, to another, each with a seed of its own for torch's CPU
+    generator. From (n, H, W, 3) to the same.
 
     Raises:
         ValueError: The transform returns another shape or type.
@@ -123,13 +97,9 @@ def transform_each(
 
 
 def normalize(images_uint8: torch.Tensor) -> torch.Tensor:
-    """Normalises with ImageNet's statistics, nothing else: the evaluation transform.
+    """Normalises (n, H, W, 3), 0..255, with ImageNet's statistics: the evaluation transform.
 
-    Args:
-        images_uint8: (n, H, W, 3), 0..255.
-
-    Returns:
-        (n, 3, H, W) float32 on the same device, channels_last in memory.
+    Returns (n, 3, H, W) float32 on the same device, channels_last in memory.
     """
     scale, shift = _on(images_uint8, SCALE), _on(images_uint8, SHIFT)  # (3,)
     return (images_uint8.float() * scale + shift).permute(0, 3, 1, 2)

@@ -38,9 +38,6 @@ def processes(gpu: str) -> Iterator[torch.device]:
 
     Yields this process's device: that of ``--gpu``, and under torchrun the CUDA device of its local
     rank (NCCL), or the CPU (gloo).
-
-    Raises:
-        ValueError: When there is no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield resolve_device(gpu)
@@ -98,9 +95,8 @@ def gather_output(
 ) -> tuple[dict[str, Any], Tensor]:
     """Gathers what `model.TwoStreamNet` returns in training, and the labels, for the whole batch.
 
-    With `whole_reads` the maps of the memory, which are large, too. Otherwise they stay the own
-    rows': a term that is a mean over rows has the whole batch's gradient all the same, since
-    gradients are averaged over processes.
+    The memory's maps, which are large, stay the own rows' unless `whole_reads`: gradients are
+    averaged over processes, so a mean over rows has the whole batch's gradient all the same.
     """
     if size() == 1:
         return out, labels
@@ -127,27 +123,3 @@ def sum_in_place(tensors: Iterable[Tensor]) -> None:
     if size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Every process's value, in order of rank; for plain values and arrays."""
-    if size() == 1:
-        return [value]
-    values = [None] * size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def from_main(value: Any) -> Any:
-    """Rank 0's value, in every process; a plain value."""
-    return gather_objects(value)[0]
-
-
-def shard_of(count: int, unit: int) -> tuple[int, int]:
-    """This process's shard (first, last + 1) of `count` items, in whole units such as batches.
-
-    Shards are contiguous, in order of rank, cover all, and may be empty.
-    """
-    units = -(-count // unit)
-    bounds = [min(count, units * i // size() * unit) for i in (rank(), rank() + 1)]
-    return bounds[0], bounds[1]

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from data_loader import EvalLoader
 from data_manager import EvalSet, ImageList
-from engine import distributed
 from eval_metrics import METRICS, RE_RANKINGS, evaluate_rule, mean_and_std, summarize
 from re_rank import KReciprocal, random_walk
 
@@ -35,40 +34,29 @@ def evaluate(
 ) -> tuple[Features, list[dict[str, Any]]]:
     """Embeds queries and gallery, each image once, and scores them under their protocol.
 
-    With several processes each embeds a shard of the images, in whole batches, so that the result
-    has the bits of a single process's.
-
-    `net` is a `TwoStreamNet` on its device, alike in all processes; `images` gives the pixels of an
-    image list, such as a `data_loader.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`,
-    `rankings` of `RE_RANKINGS`, none where there is nothing to score; `amp` is bf16 autocast.
+    `net` is a `TwoStreamNet` on its device; `images` gives the pixels of an image list, such as a
+    `data_loader.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`, `rankings` of
+    `RE_RANKINGS`, none where there is nothing to score; `amp` is bf16 autocast.
 
     Returns:
-        The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1, in every
-        process; and on rank 0 a result (see `score`) with its ``test_feat`` for each kind of
-        feature and ranking.
+        The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1; and a result
+        (see `score`) with its ``test_feat`` for each kind of feature and ranking.
 
     Raises:
         ValueError: When there are no images, or a feature is not finite.
     """
     features = {}
     for role in ("query", "gallery"):
-        whole = getattr(eval_set, role)
-        if not len(whole):
-            raise ValueError(f"no {whole.modality} images to embed")
-        first, last = distributed.shard_of(len(whole), batch_size)
-        own = whole.take(range(first, last))
-        shard = {}
-        if len(own):
-            device = next(net.parameters()).device
-            batches = EvalLoader(images(own), batch_size=batch_size, device=device)
-            shard = embed(net, batches, own.modality, test_feats, amp=amp, progress=progress)
-        shards = [each for each in distributed.gather_objects(shard) if each]
-        features[role] = {name: np.concatenate([s[name] for s in shards]) for name in test_feats}
+        own = getattr(eval_set, role)
+        if not len(own):
+            raise ValueError(f"no {own.modality} images to embed")
+        device = next(net.parameters()).device
+        batches = EvalLoader(images(own), batch_size=batch_size, device=device)
+        features[role] = embed(net, batches, own.modality, test_feats, amp=amp, progress=progress)
     results = []
-    if distributed.is_main():
-        for name in test_feats:
-            pair = features["query"][name], features["gallery"][name]
-            results += [{**score(eval_set, *pair, r), "test_feat": name} for r in rankings]
+    for name in test_feats:
+        pair = features["query"][name], features["gallery"][name]
+        results += [{**score(eval_set, *pair, r), "test_feat": name} for r in rankings]
     return features, results
 
 
@@ -84,12 +72,8 @@ def embed(
 ) -> dict[str, np.ndarray]:
     """Embeds normalised images of one modality, batches of (n, 3, H, W), at least one.
 
-    Returns:
-        For each of `test_feats`, names of `TwoStreamNet.embed`, an (n, D) float32 array, rows
-        L2-normalised.
-
-    Raises:
-        ValueError: When a feature is not finite.
+    Returns (n, D) float32 with L2-normalised rows for each name in `test_feats`; raises ValueError
+    when a feature is not finite.
     """
     net.eval()
     chunks: dict[str, list[Tensor]] = {name: [] for name in test_feats}
@@ -107,11 +91,7 @@ def embed(
 
 
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
-    """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer.
-
-    Raises:
-        ValueError: When `ranking` is none of `RE_RANKINGS`.
-    """
+    """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer."""
     return distance_to(query, ranking)(gallery)
 
 

@@ -66,13 +66,12 @@ def fit(
     files: RunFiles,
     progress: Progress | None = None,
 ) -> Progress:
-    """Trains to the last epoch, evaluating, logging and saving on the way.
+    """Trains to the last epoch, evaluating, logging and saving on the way (rank 0 alone).
 
     Every random draw is a function of (seed, epoch, step): a run that ended anywhere and resumes
     from ``last.pt`` writes what an unbroken one does, times excepted, and on the CPU with the same
     bits. `evaluate` returns the results of the present weights, `progress` is an interrupted run's
-    whose states are loaded already; the other arguments are those of `train_epoch`. Returns the
-    final progress.
+    whose states are loaded already. Returns the final progress.
 
     Raises:
         NonFiniteLossError: A loss term or a weight is NaN or infinite; nothing broken is saved.
@@ -93,7 +92,7 @@ def fit(
         )
         check_weights(net, epoch=epoch + 1)
         progress.epoch = epoch + 1
-        if settings.evaluates(progress.epoch, schedule.epochs):
+        if distributed.is_main() and settings.evaluates(progress.epoch, schedule.epochs):
             result = {**evaluate(), "epoch": progress.epoch}
             if progress.best is None or result["rank1"] > progress.best["rank1"]:
                 progress.best = {**result, "selection": f"best Rank-1 on {settings.selection}"}
@@ -116,11 +115,7 @@ def _save(
     files: RunFiles,
     every: int,
 ) -> None:
-    """Writes the checkpoints and reports of a complete epoch.
-
-    ``best.pt`` when Rank-1 has improved, ``epoch_NNN.pt`` after `every` epochs (0: never), and
-    ``last.pt``, whose predecessor stays as ``last.previous.pt``.
-    """
+    """Writes the checkpoints and reports of a complete epoch: best.pt, epoch_NNN.pt, last.pt."""
     checkpoint = {
         **files.header,
         "net": net.state_dict(),

@@ -1,17 +1,15 @@
 """Resume an interrupted run: find its checkpoint, check that it fits, load its states."""
 
 import logging
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.fit import BEST, LAST, PREVIOUS, Progress, RunFiles
+from engine.fit import LAST, PREVIOUS, Progress
 from model import TwoStreamNet
-from utils import CheckpointError, load_checkpoint, save_checkpoint
+from utils import CheckpointError, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     try:
         content = load_checkpoint(path)
     except CheckpointError as error:
-        previous = beside(path, PREVIOUS)
+        previous = path.with_name(path.name.removesuffix(LAST) + PREVIOUS)
         if not (fall_back and path.name.endswith(LAST) and previous.is_file()):
             raise
         log.warning("%s. Going on from the one before it, %s", error, previous)
@@ -44,33 +42,6 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     return {**content, "path": path}
 
 
-def beside(path: Path, name: str) -> Path:
-    """Returns another checkpoint of the run that wrote `path`: `LAST`, `PREVIOUS`, `BEST`."""
-    own = re.search(r"(last|last\.previous|best|epoch_\d+)\.pt$", path.name)
-    return path.with_name((path.name[: own.start()] if own else "") + name)
-
-
-def set_damaged_aside(content: Mapping[str, Any], files: RunFiles) -> None:
-    """Renames a ``last.pt`` that was not readable, so that no save puts it over a good file."""
-    last = files.checkpoint(LAST)
-    if content["path"] == files.checkpoint(PREVIOUS) and last.exists():
-        os.replace(last, files.checkpoint("last.damaged.pt"))
-
-
-def carry_best(content: Mapping[str, Any], files: RunFiles) -> None:
-    """Brings ``best.pt`` along when a run goes on in another folder; warns when it is lost."""
-    path, best = beside(content["path"], BEST), content["best"]
-    if best is None or files.checkpoint(BEST).exists():
-        return
-    try:
-        found = load_checkpoint(path)
-        if found.get("epoch") != best["epoch"]:
-            raise CheckpointError(f"the best epoch so far, {best['epoch']}, is not that of {path}")
-        save_checkpoint(files.checkpoint(BEST), found)
-    except CheckpointError as error:
-        log.warning("going on without the best checkpoint so far: %s", error)
-
-
 def restore(
     content: Mapping[str, Any],
     net: TwoStreamNet,
@@ -78,15 +49,11 @@ def restore(
     *,
     identities: Sequence[int],
 ) -> Progress:
-    """Loads the states of network, optimiser and generators.
-
-    The network is as the flags describe it, the optimiser keeps its settings; `identities` has the
-    raw identity of each label.
+    """Loads the states of network, optimiser, which keeps its settings, and generators.
 
     Raises:
-        CheckpointError: When it belongs to another network or other data, or is damaged.
+        CheckpointError: When it belongs to another network or other `identities`, or is damaged.
     """
-    path = content["path"]
     try:
         differing = [
             f"{key} {content['config'].get(key)!r} there, {value!r} here"
@@ -94,14 +61,11 @@ def restore(
             if content["config"].get(key) != value
         ]
         if differing:
-            raise CheckpointError(
-                f"{path} belongs to another network ({'; '.join(differing)}); to start from its "
-                f"weights use --weights"
-            )
+            raise ValueError(f"it belongs to another network ({'; '.join(differing)})")
         if list(content["identities"]) != list(identities):
-            raise CheckpointError(
-                f"{path} was trained on other identities than this data set and split hold: go on "
-                f"with the same --data-path, --trial and --select-on, or use --weights {path}"
+            raise ValueError(
+                "it was trained on other identities than this data set and split hold: go on with "
+                "the same --data-path, --trial and --select-on"
             )
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
@@ -109,20 +73,16 @@ def restore(
         for device, state in enumerate(content["cuda_generators"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, device)
         return Progress(content["epoch"], content["best"], content["last"], content["log"])
-    except CheckpointError:
-        raise
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
-        reason = " ".join(str(error).split())[:300] or repr(error)
+        reason = " ".join(str(error).split())[:500] or repr(error)
         raise CheckpointError(
-            f"{path} does not hold a run's state as expected: {reason}"
+            f"{content['path']} cannot be resumed here: {reason}; to start from its weights use "
+            f"--weights"
         ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Takes over the state alone: rates, decay and momentum are the flags'.
-
-    Raises ValueError or RuntimeError when the state is not of this optimiser's parameters.
-    """
+    """Takes over the state alone: rates, decay and momentum are the flags'."""
     ours = optimizer.state_dict()["param_groups"]
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in ours]:
         raise ValueError("the optimiser's parameters differ")

@@ -33,23 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a training script.
+    """One run of a training script."""
 
-    Attributes:
-        args: Resolved flags.
-        sources: Where each flag's value came from.
-        name: Method, data set and trial.
-        device: Where to compute.
-        files: Where to write.
-        checkpoint: Entries of the checkpoint that --resume goes on from; None starts afresh.
-    """
-
-    args: argparse.Namespace
-    sources: dict[str, str]
-    name: str
+    args: argparse.Namespace  # resolved flags
+    sources: dict[str, str]  # where each flag's value came from
+    name: str  # method, data set and trial
     device: torch.device
     files: RunFiles
-    checkpoint: dict[str, Any] | None
+    checkpoint: dict[str, Any] | None  # that --resume goes on from; None starts afresh
 
     @property
     def head(self) -> str:
@@ -100,9 +91,9 @@ class Run:
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
         """Lists the images to train and to evaluate on; none is decoded."""
         args = self.args
-        subsets = ("fit", "val") if args.select_on == "val" else ("all", "test")
-        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=subsets[0])
-        return train, eval_set(**options.protocol(args, subset=subsets[1]))
+        fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
+        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit)
+        return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
         self,
@@ -113,30 +104,16 @@ class Run:
     ) -> Progress:
         """Checks what can be checked, loads the checkpoint if there is one, and opens the folders.
 
-        Returns:
-            How far the run is.
-
-        Raises:
-            ValueError: When the checkpoint does not fit, an option cannot change, or a folder
-                cannot be written to.
+        Returns how far the run is.
         """
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
-        if args.sync_bn and self.device.type != "cuda":
-            raise ValueError(
-                "--sync-bn needs CUDA devices: torch's SyncBatchNorm has no CPU version"
-            )
         identities, progress, changed = train.pids.tolist(), Progress(), ""
         if checkpoint is not None:
             if not args.test_only:
                 changed = options.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-            if progress.epoch > args.epochs and not args.test_only:
-                raise ValueError(
-                    f"{checkpoint['path']} has {progress.epoch} epochs and --epochs is "
-                    f"{args.epochs}"
-                )
         if distributed.is_main():
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
@@ -157,17 +134,15 @@ class Run:
     def _start_files(self, data: str, identities: list[int]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
+        last = files.checkpoint(LAST)
         if self.args.overwrite:
-            for folder, names in (
-                (files.checkpoint_dir, f"{files.prefix}*.pt"),
-                (files.output_dir, "*.json*"),
-                (files.tensorboard_dir, "events.*"),
-            ):
-                for file in folder.glob(names):
-                    file.unlink()
-        if self.checkpoint:
-            resume.set_damaged_aside(self.checkpoint, files)
-            resume.carry_best(self.checkpoint, files)
+            former = [*files.checkpoint_dir.glob(f"{files.prefix}*.pt")]
+            former += files.output_dir.glob("*.json*")
+            for file in [*former, *files.tensorboard_dir.glob("events.*")]:
+                file.unlink()
+        fell_back = self.checkpoint and self.checkpoint["path"] == files.checkpoint(PREVIOUS)
+        if fell_back and last.exists():  # damaged: no save may put it over the good one
+            last.replace(files.checkpoint("last.damaged.pt"))
         about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
         about["versions"] = utils.versions()
         utils.write_json(files.output_dir / "options.json", about)
@@ -225,8 +200,7 @@ class Run:
                 amp=args.amp,
                 progress=self.shows_bars,
             )
-            result = distributed.from_main(results[0] if results else None)
-            del result["cmc"]  # of no use in a log
+            result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
             return {**result, "dataset": data_name(args.dataset, args.data_path)}
 
         return evaluate_now
@@ -245,13 +219,7 @@ class Run:
 
 @contextlib.contextmanager
 def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator[Run]:
-    """Opens a run; errors a user can mend, and signals, end it with a message.
-
-    Args:
-        method: Name in folders and logs.
-        description: Text of ``--help``.
-        argv: Command line; None takes the process's.
-    """
+    """Opens a run; errors a user can mend, and signals, end it with a message."""
     with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
@@ -296,7 +264,7 @@ def start_logging(file: Path | None = None) -> None:
 
 def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
     """What to run after an interruption."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
     former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
     kept = [str(word) for word in words if word not in former]
     command = shlex.join([Path(sys.argv[0]).name, *kept, "--resume"])
@@ -304,11 +272,7 @@ def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> 
 
 
 def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
-    """Where the run will write; nothing is made yet.
-
-    Raises:
-        ValueError: When the folder holds a run that would be overwritten.
-    """
+    """Where the run will write; raises where that would overwrite another one."""
     output = args.output_dir or Path("runs") / name
     events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
     prefix = f"{name}_" if args.model_path else ""
@@ -319,11 +283,10 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
             f"{output} holds another run than {name}; runs can share --model_path, but each needs "
             f"an --output-dir of its own: name another, or leave it out"
         )
-    resumes = args.resume is not None
-    if args.overwrite and resumes:
+    if args.overwrite and args.resume is not None:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
     existing = [path for path in map(files.checkpoint, (LAST, PREVIOUS)) if path.exists()]
-    if existing and not (resumes or args.overwrite):
+    if existing and args.resume is None and not args.overwrite:
         raise ValueError(
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
@@ -332,11 +295,7 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
 
 
 def _read_checkpoint(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
-    """Reads the checkpoint that --resume names: a path, or alone the output folder's last.pt.
-
-    Alone in a folder without one it starts at the beginning: the same command serves however early
-    a run was ended.
-    """
+    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
     if args.resume is None:
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")

@@ -64,11 +64,7 @@ def make_optimizer(
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """SGD (Nesterov) or Adam, by name, of the `parameter_groups`; its rates are zero until set.
-
-    Raises:
-        ValueError: When `name` is neither "sgd" nor "adam".
-    """
+    """SGD (Nesterov) or Adam, by name, of the `parameter_groups`; its rates are zero until set."""
     groups = parameter_groups(net, backbone_lr_scale)
     settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
@@ -125,11 +121,10 @@ def training_step(
     weights: Mapping[str, float],
     amp: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
-    """One optimisation step, at the rates already set.
+    """One optimisation step, at the rates already set, on a `data_loader.Batch`.
 
-    A batch has ``visible`` and ``infrared`` images (PK, 3, H, W) and ``labels`` (2PK,), visible
-    first; `order` is a random order of the stripes, `weights` are those of the terms in the total.
-    With `amp` the network runs under bf16 autocast, the losses never do.
+    `order` is a random order of the stripes, `weights` are those of the terms in the total. With
+    `amp` the network runs under bf16 autocast, the losses never do.
 
     Returns:
         Detached terms, with their ``total``; the feature (N, D) that the triplet acts on; the
@@ -163,11 +158,7 @@ def feature_spread(feat: Tensor) -> Tensor:
 def read_finite(
     waiting: Sequence[Mapping[str, Tensor]], *, epoch: int, first_step: int
 ) -> list[dict[str, float]]:
-    """Reads the numbers of consecutive steps from the device.
-
-    Raises:
-        NonFiniteLossError: Naming the first one that is not finite.
-    """
+    """Reads the numbers of consecutive steps from the device; all must be finite."""
     steps = []
     for step, numbers in enumerate(waiting, first_step):
         values = torch.stack(list(numbers.values())).tolist()

@@ -71,11 +71,7 @@ class Stage(nn.Module):
 def resnet_stages(
     arch: str, state: Mapping[str, Tensor] | None, origin: str, non_local: bool
 ) -> Stages:
-    """Stages of a torchvision ResNet whose last stride is 1 in place of 2.
-
-    Raises:
-        CheckpointError: When the weights `state` do not fit.
-    """
+    """Stages of a torchvision ResNet whose last stride is 1 in place of 2."""
     resnet = torchvision.models.get_model(arch, weights=None)
     if state is not None:
         _load(resnet, state, origin)
@@ -92,7 +88,7 @@ def resnet_stages(
 
 
 def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Loads torchvision-named weights into a torchvision ResNet, classifier and counters aside."""
+    """Loads weights into a torchvision ResNet, classifier and counters aside."""
     unused = ("fc.weight", "fc.bias", "num_batches_tracked")
     own = {k: v for k, v in resnet.state_dict().items() if not k.endswith(unused)}
     wrong = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
@@ -106,14 +102,10 @@ def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone that ``--arch`` can name.
+    """A backbone that ``--arch`` can name."""
 
-    Attributes:
-        channels: C, channels of the last map.
-        build: From weights, their origin and whether non-local blocks are wanted to the stages.
-    """
-
-    channels: int
+    channels: int  # C, of the last map
+    # From weights, their origin and whether non-local blocks are wanted to the stages.
     build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
 
 
@@ -135,10 +127,8 @@ def find_backbone(arch: str) -> Backbone:
 def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
     """Returns the state dict that ``--weights`` names.
 
-    Args:
-        arch: Whose ImageNet weights.
-        weights: "imagenet" (torchvision's V1, as the earlier releases used), or a file with a
-            torchvision backbone or a whole network.
+    That is "imagenet" (torchvision's V1, as the earlier releases used), or a file with a
+    torchvision backbone or a whole network.
 
     Raises:
         FileNotFoundError: When ImageNet weights are neither cached nor downloadable.

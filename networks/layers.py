@@ -21,12 +21,7 @@ def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
     """Generalised-mean pooling over `dims`, ``(mean(x^p) + 1e-12)^(1/p)``, in at least float32.
 
     Each pooled region is divided by its maximum first, which cancels out: in float32, 7200^10 would
-    overflow, and an untrained network's evaluation reaches such activations.
-
-    Args:
-        x: Not negative.
-        p: Exponent.
-        dims: Dimensions that are pooled and left out of the result.
+    overflow, and an untrained network's evaluation reaches such activations. `x` is not negative.
     """
     x = at_least_float32(x)
     scale = x.detach().amax(dim=dims, keepdim=True).clamp_min(1)

@@ -15,15 +15,12 @@ class MemoryHealth:
     """Usage statistics of a memory, accumulated over an epoch's reads without any gradient.
 
     Counters stay on the device: updating never waits for it.
-
-    Attributes:
-        counters: By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
-        used: By level (m,) float32: how many reads each prototype survived in.
     """
 
     def __init__(self) -> None:
+        # By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
         self.counters: dict[str, Tensor] = {}
-        self.used: dict[str, Tensor] = {}
+        self.used: dict[str, Tensor] = {}  # (m,) float32: reads each prototype survived in
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:

@@ -29,15 +29,10 @@ def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
 
 
 def sparse_read(queries: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Reads a bank; see `memory.read`, whose plain form this equals.
+    """Reads a bank (m, C) with queries (n, C); see `memory.read`, whose plain form this equals.
 
-    Args:
-        queries: (n, C); under autocast the scores are computed in its type.
-        bank: Prototypes, (m, C).
-        shrink: Softmax weights at or below it do not survive.
-
-    Returns:
-        Values (n, C) in the bank's type, and the weights, a sparse CSR matrix (n, m).
+    Returns values (n, C) in the bank's type, and the weights, a sparse CSR matrix (n, m). Under
+    autocast the scores are computed in its type.
     """
     device = queries.device.type
     dtype = queries.dtype

@@ -14,10 +14,8 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks.plain import term_weights  # noqa: E402
-from data_loader import Batch, ImageCache  # noqa: E402
-from data_manager import eval_set  # noqa: E402
+from data_loader import Batch  # noqa: E402
 from engine import distributed  # noqa: E402
-from engine.evaluate import evaluate  # noqa: E402
 from engine.train import (  # noqa: E402
     Schedule,
     TrainSettings,
@@ -86,22 +84,10 @@ class OwnRows:
             yield Batch(*images, labels)
 
 
-def evaluate_and_train(data: Path) -> tuple[list[bool], dict]:
-    """Whether each rank ends an epoch with equal states and numbers; an evaluation before it."""
+def train_one_epoch() -> list[bool]:
+    """Whether each rank ends an epoch with rank 0's states and numbers."""
     torch.manual_seed(0)
     net = TwoStreamNet(6, arch="resnet18", num_strips=2, local_feat_dim=8, memory="mg")
-    features, results = evaluate(
-        net,
-        eval_set("regdb", data),
-        ImageCache(32, 16, workers=1),
-        test_feats=("pcb", "both"),
-        rankings=("no", "k_reciprocal"),
-        batch_size=3,
-    )
-    evaluation = {
-        "results": distributed.from_main(results),
-        "features": [torch.from_numpy(f) for kinds in features.values() for f in kinds.values()],
-    }
     numbers = train_epoch(
         distributed.parallel(net),
         Criterion(term_weights(net)),
@@ -113,25 +99,27 @@ def evaluate_and_train(data: Path) -> tuple[list[bool], dict]:
     )
     del numbers["images_per_second"]
     states = {k: v.numpy() for k, v in net.state_dict().items()} | numbers
-    states = distributed.gather_objects({k: np.asarray(v) for k, v in states.items()})
-    alike = [all((state[k] == states[0][k]).all() for k in state) for state in states]
-    return alike, evaluation
+    own = {k: np.asarray(v) for k, v in states.items()}
+    states = [own] * distributed.size()
+    if distributed.size() > 1:
+        torch.distributed.all_gather_object(states, own)
+    return [all((state[k] == states[0][k]).all() for k in state) for state in states]
 
 
-def work(data: Path, folder: Path) -> None:
+def work(folder: Path) -> None:
     """One process's part; the main one writes FOLDER/report.pt."""
     torch.set_num_threads(1)
     with distributed.processes("cpu"):
         short_run.use_narrow_backbone()
         methods = {"HCT": one_step({}), "AGW": one_step({"head": "agw"})}
         methods |= {memory: one_step({"memory": memory}) for memory in ("sg", "mg")}
-        alike, evaluation = evaluate_and_train(data)
+        alike = train_one_epoch()
         if distributed.is_main():
-            report = {"methods": methods, "alike": alike, "evaluation": evaluation}
+            report = {"methods": methods, "alike": alike}
             torch.save(report, folder / "report.pt")
 
 
-def fork(count: int, rank: int, port: int, data: Path, folder: Path) -> int:
+def fork(count: int, rank: int, port: int, folder: Path) -> int:
     """Starts one process with torchrun's environment; returns its id."""
     child = os.fork()
     if child == 0:
@@ -139,7 +127,7 @@ def fork(count: int, rank: int, port: int, data: Path, folder: Path) -> int:
         values = map(str, (count, rank, rank, port, "127.0.0.1"))
         os.environ.update(zip(names, values, strict=True))
         try:
-            work(data, folder)
+            work(folder)
         except BaseException:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
@@ -150,7 +138,6 @@ def fork(count: int, rank: int, port: int, data: Path, folder: Path) -> int:
 def main() -> int:
     """Does the work with one, two and three processes; torch is imported only once for all."""
     root = Path(sys.argv[1])
-    data = short_run.write_data(root / "data")
     failed = 0
     for count in (1, 2, 3):
         folder = root / str(count)
@@ -158,7 +145,7 @@ def main() -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = [fork(count, rank, port, data, folder) for rank in range(count)]
+        children = [fork(count, rank, port, folder) for rank in range(count)]
         failed += sum(os.waitpid(child, 0)[1] != 0 for child in children)
     return failed
 

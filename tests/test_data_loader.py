@@ -4,7 +4,6 @@ import struct
 import threading
 import time
 import zlib
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,13 +135,9 @@ def test_an_undecodable_image_is_named(tmp_path, case):
     for i, name in enumerate(names):
         save_image(tmp_path / name, i)
     (tmp_path / "33.jpg").write_bytes(BAD_IMAGES[case])
-    origins = tuple(f"idx/train_visible_1.txt:{i + 1}" for i in range(40))
-    images = image_list(tmp_path, *names, origins=origins)
-    with pytest.raises(DataError) as caught:
+    images = image_list(tmp_path, *names)
+    with pytest.raises(DataError, match=rf"cannot decode {tmp_path / '33.jpg'}: "):
         load_images(images, height=8, width=4, workers=2, progress=False)
-    assert f"{tmp_path / '33.jpg'} (named in idx/train_visible_1.txt:34)" in str(caught.value)
-    with pytest.raises(DataError, match=r"cannot decode .*33.jpg: "):
-        load_images(replace(images, origins=()), height=8, width=4, progress=False)
 
 
 def test_an_image_deleted_meanwhile_and_a_folder_are_named(tmp_path):
@@ -185,7 +180,7 @@ def cached(root, pixels, rows=None):
 def test_a_whole_cache_is_mapped_and_rows_of_it_are_copied(tmp_path):
     pixels = noise(50, 8, 4)
     whole = load_images(cached(tmp_path, pixels), height=8, width=4)
-    assert isinstance(whole, np.memmap) and not whole.flags.writeable
+    assert isinstance(whole, np.memmap) and whole.mode == "c"  # the file stays as it is
     assert np.array_equal(whole, pixels)
     rows = np.random.default_rng(0).permutation(50)[:13]
     some = load_images(cached(tmp_path, pixels, rows), height=8, width=4)
@@ -325,21 +320,9 @@ def test_the_global_generators_are_left_alone():
     assert torch.equal(before[1], torch.get_rng_state())
 
 
-BAD_SAMPLERS = {
-    "few identities": ({"p": 8}, r"asks for 8 identities and there are 7; lower --batch-size"),
-    "gap": ({"visible": np.array([0, 2, 2, 3, 4, 5, 6])}, "label 1 lacks images of a modality"),
-    "one modality": (
-        {"visible": np.arange(9)},
-        r"label 7 lacks .*each label 0\.\.8 in both",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_SAMPLERS)
-def test_bad_samplers(case):
-    options, message = BAD_SAMPLERS[case]
-    with pytest.raises(ValueError, match=message):
-        make_sampler(**options)
+def test_more_identities_in_a_batch_than_there_are():
+    with pytest.raises(ValueError, match="asks for 8 identities and there are 7; lower --batch-s"):
+        make_sampler(p=8)
 
 
 # --- Stores and loaders ---------------------------------------------------------------------------

@@ -59,19 +59,11 @@ def test_parameters_and_statistics_are_equal_on_all_ranks(count, reports):
     assert reports[count]["alike"] == [True] * count
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_sharded_evaluation_has_the_bits_of_one_process(count, reports):
-    one, several = (reports[n]["evaluation"] for n in (1, count))
-    assert len(one["results"]) == 4
-    assert several["results"] == one["results"]
-    assert all(map(torch.equal, several["features"], one["features"]))
-
-
 def test_each_rank_loads_its_share_of_the_one_batch():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(6), 3)
     stores = [
-        ImageStore(rng.integers(0, 256, (18, 12, 6, 3), dtype=np.uint8), device="cpu")
+        ImageStore(rng.integers(0, 256, (18, 12, 6, 3), dtype=np.uint8), device=torch.device("cpu"))
         for _ in range(2)
     ]
     sampler = IdentitySampler(labels, labels, ids_per_batch=6, images_per_id=2, seed=3)
@@ -105,28 +97,11 @@ def test_alone_everything_is_the_identity():
     rows = torch.ones(4, 2)
     assert (distributed.size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     assert distributed.gather_rows(rows) is rows
-    assert distributed.gather_objects(3) == [3]
-    assert distributed.from_main("x") == "x"
-    assert distributed.shard_of(10, 4) == (0, 10)
     assert distributed.mean_of({"a": rows}) == {"a": rows}
     distributed.sum_in_place([rows])
     assert torch.equal(rows, torch.ones(4, 2))
     net = torch.nn.Linear(2, 2)
     assert distributed.parallel(net) is net
-
-
-def test_shards_are_whole_batches_that_cover_all(monkeypatch):
-    for size in (1, 2, 3, 5):
-        monkeypatch.setattr(distributed, "size", lambda size=size: size)
-        for count in (0, 1, 7, 8, 64, 65, 300):
-            bounds = []
-            for rank in range(size):
-                monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-                bounds.append(distributed.shard_of(count, 8))
-            assert bounds[0][0] == 0
-            assert bounds[-1][1] == count
-            assert all(a[1] == b[0] for a, b in zip(bounds, bounds[1:], strict=False))
-            assert all(first % 8 == 0 or first == count for first, _ in bounds)
 
 
 def torchrun(count, script, arguments):

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,9 +74,10 @@ class Place:
         outside.mkdir(parents=True)
         shutil.copy(next(self.regdb.rglob("*.bmp")), outside / "out.bmp")
         self.files = sorted(p.relative_to(self.regdb).as_posix() for p in self.regdb.rglob("*.bmp"))
-        (self.regdb / Path(self.files[0]).parent / "link.bmp").symlink_to(outside / "out.bmp")
+        (self.regdb / "Visible" / "78").mkdir()
+        (self.regdb / "Visible" / "78" / "link.bmp").symlink_to(outside / "out.bmp")
         (self.regdb / "Visible" / "77").symlink_to(outside)
-        self.files += [f"{Path(self.files[0]).parent}/link.bmp", "Visible/77/out.bmp"]
+        self.files += ["Visible/78/link.bmp", "Visible/77/out.bmp"]
         self.lines = (self.regdb / "idx/train_visible_1.txt").read_text().splitlines()
         folder = root / "run"
         train_MGMRA.main(arguments(self.regdb, folder, "--epochs", 1))
@@ -161,7 +161,7 @@ def test_regdb_lists(place, data):
         try:
             found = train_set("regdb", place.regdb)
         except DataError as error:
-            assert "idx/train_" in str(error) or str(place.regdb / "Visible") in str(error)
+            assert "idx/train_" in str(error) or str(place.regdb) in str(error)
         else:
             inside(found.visible, place.regdb)
 
