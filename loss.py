@@ -220,6 +220,8 @@ class Criterion(nn.Module):
     ) -> None:
         """Sets the weight of each term; with the head "agw" ``triplet`` is AGW's own.
 
+        The heads "agw" and "global" have no stripes, and so no ``center_triplet``.
+
         Raises:
             ValueError: When a weight's name is no term.
         """
@@ -239,12 +241,12 @@ class Criterion(nn.Module):
         return {name: getattr(self, name)(out, labels, order) for name in used}
 
     def id(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
-        """Identity: of each stripe, summed (AGW: of the feature after the neck)."""
+        """Identity: of each stripe, summed (without stripes: of the feature after the neck)."""
         logits = out["part_logits"] if "part_logits" in out else out["logits"]
         return identity_loss(logits, labels, self.label_smoothing)
 
     def triplet(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:
-        """Hetero-centre triplet of the concatenated feature (AGW: its own triplet)."""
+        """Hetero-centre triplet of the whole feature (AGW: its own triplet)."""
         return self.feature_triplet(out["feat"], labels)
 
     def center_triplet(self, out: Output, labels: Tensor, order: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 
 log = logging.getLogger(__name__)
 
+HEADS = ("pcb", "global", "agw")
 MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
 # Of the earlier releases, whose files do not say it: settings, and the size of training images.
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}
@@ -38,7 +39,7 @@ MEMORY_SETTINGS = {  # of a memory that the network builds, and their defaults
 
 
 class TwoStreamNet(nn.Module):
-    """Two-stream ResNet with an HCT (``pcb``) or AGW head and an optional memory branch.
+    """Two-stream ResNet with an HCT (``pcb``, ``global``) or AGW head, and a memory branch or none.
 
     Weights up to stage ``share_net - 1`` exist once a modality (``visible``, ``infrared``), the
     others once (``shared``). The memory acts in training only: evaluation does not run it unless a
@@ -68,7 +69,8 @@ class TwoStreamNet(nn.Module):
 
         Args:
             num_ids: Training identities L.
-            head: "pcb" (HCT) or "agw".
+            head: "pcb" (HCT's stripes), "global" (HCT's baseline: AGW's head without its non-local
+                blocks) or "agw".
             memory: None, "sg", "mg", or a module from a map (N, C, H, W) to a `MemoryRead`; a class
                 is built with the arguments of `memory.MultiGranularityMemory`.
             memory_variant: Of a memory that is built here; see `memory.MultiGranularityMemory`.
@@ -91,7 +93,7 @@ class TwoStreamNet(nn.Module):
             FileNotFoundError: When weights are neither there nor downloadable.
         """
         super().__init__()
-        _check_choice("head", head, ("pcb", "agw"))
+        _check_choice("head", head, HEADS)
         _check_choice("memory_variant", memory_variant, VARIANTS)
         _check_choice("share_net", share_net, range(len(STAGES) + 1))
         _check_choice("memory_levels", memory_levels, (None, "none", *LEVELS))
@@ -114,7 +116,7 @@ class TwoStreamNet(nn.Module):
         self.infrared = copy.deepcopy(self.visible)
         self.shared = nn.Sequential(OrderedDict(stages[share_net:]))
 
-        # Head: HCT's stripes, or AGW's neck.
+        # Head: HCT's stripes, or the neck of the whole map's feature.
         if head == "pcb":
             self.part_reduce = StripeLinear(num_strips, self.dim, local_feat_dim)
             # One batch norm over S*d channels equals one over d channels for each stripe.
@@ -206,10 +208,10 @@ class TwoStreamNet(nn.Module):
     ) -> dict[str, Tensor | MemoryRead] | Tensor:
         """Training: everything the losses need; evaluation: the headline of `embed`, (N, D).
 
-        In training mode a dict with N = all rows, visible first: ``feat`` (N, S*d; AGW: N, C), with
-        the pcb head ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the AGW head
-        ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits`` (N, L),
-        ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none").
+        In training mode a dict with N = all rows, visible first: with the pcb head ``feat``
+        (N, S*d), ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the others ``feat``
+        (N, C) and ``logits`` (N, L), and with a memory ``memory_feat`` (N, C), ``memory_logits``
+        (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none").
         """
         if not self.training:
             return self.embed(visible, infrared)
@@ -253,9 +255,9 @@ class TwoStreamNet(nn.Module):
     ) -> Tensor:
         """Retrieval features (N, D), L2-normalised, of images (n, 3, H, W) in evaluation mode.
 
-        `test_feat` is "pcb": concatenated stripes; "neck" and "pool": AGW's after and before the
-        neck; "memory": the memory feature after its neck; "both": the headline and the memory
-        feature, side by side with equal weight. None: the headline, pcb or neck.
+        `test_feat` is "pcb": concatenated stripes; "neck" and "pool": the whole map's after and
+        before the neck; "memory": the memory feature after its neck; "both": the headline and the
+        memory feature, side by side with equal weight. None: the headline, pcb or neck.
         """
         name = test_feat or self.test_feats()[0]
         return self.embed_all(visible, infrared, (name,))[name]

@@ -8,8 +8,11 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
+import itertools
 import json
+import logging
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +28,8 @@ from networks.settings import (
     SHRINK,
     VARIANTS,
 )
+
+log = logging.getLogger(__name__)
 
 # --- Kinds of values ------------------------------------------------------------------------------
 
@@ -61,6 +66,16 @@ def _shrink(text: str) -> float | str:
     return text if text == "auto" else PROBABILITY(text)
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected no value, True or False, got {text}")
+    return text.lower() == "true"
+
+
+def _method(text: str) -> str:
+    return "agw" if text == "awg" else text  # AGW's scripts spell it so too
+
+
 PRESETS: dict[str, Mapping[str, Any]] = {
     **{name: data.preset for name, data in DATASETS.items()},
     # No pretrained weights at hand: small network, small images, equal rates, triplets let in late.
@@ -68,7 +83,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
         **{"weights": "none", "arch": "resnet18", "img_h": 96, "img_w": 48, "pad": 4},
         **{"gem_p": 3.0, "w_center": 1.0, "label_smooth": "on", "triplet_ramp": (4, 9)},
         **{"lr": 0.05, "backbone_lr_scale": 1.0, "schedule": "cosine", "warmup_epochs": 3},
-        **{"epochs": 14, "eval_start": 0, "eval_every": 7, "grey": 0.5, "tone": 0.3},
+        **{"epochs": 14, "eval_start": 6, "eval_every": 7, "grey": 0.5, "tone": 0.3},
     },
 }
 PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
@@ -78,13 +93,16 @@ PRESET_SOURCES["scratch"] = "this project, on stand-in data"
 
 
 class Flag:
-    """A flag; a default of False makes it a switch, with None the help text says what happens."""
+    """A flag; a default of False without a parser makes it a switch.
+
+    With None the help text says what happens.
+    """
 
     def __init__(
         self, name: str, default: Any, text: str, kind: Any = str, *short: str, **settings: Any
     ) -> None:
         self.name, self.default, self.text, self.short = name, default, text, short
-        if default is False:
+        if default is False and kind is str:
             self.settings = {"action": "store_true"}
         elif callable(kind):
             self.settings = {"type": kind, **settings}
@@ -96,7 +114,7 @@ RESUME_LAST = ""  # --resume without a value
 ON_OFF = ("on", "off")
 # The longer help texts of the table below.
 FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
-FEAT = "retrieval feature; memory and both run the memory (default: pcb; AGW: neck)"
+FEAT = "retrieval feature; memory and both run the memory (default: pcb; without stripes: neck)"
 READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
@@ -107,7 +125,25 @@ MEMORY_IDS = (
     "(default: the training identities)"
 )
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
+PROTOCOL_OF_LLCM = (
+    "LLCM, visible to infrared: as in the CVPR 2023 paper, or as in its authors' repository, where "
+    "drawn infrared images query all visible ones; their numbers do not compare"
+)
+MODEL_PATH = (
+    "folder of checkpoints, which runs may share: RUN_last.pt, RUN_best.pt, RUN being the name of "
+    "method, data set and trial (default: last.pt, best.pt in the output folder)"
+)
+METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
+PRESET = (
+    "values of flags not given (default: the data set's); one that is named here also decides "
+    "AGW's --epochs, --batch-size, --num_pos and --share_net, as far as it has them"
+)
 RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
+SELECT = (
+    "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training "
+    "(the releases chose their best SYSU-MM01 epoch on gallery draw 0 of the test identities "
+    "alone: --trials 1)"
+)
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
 
 # By the headings of --help. The defaults are the releases' settings.
@@ -116,21 +152,22 @@ TRAIN = {
         Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
         Flag("data-path", None, f"data folder (default: {FOLDERS})", Path),
         Flag("trial", 1, "RegDB: split, 1 to 10", int),
+        Flag("protocol", "paper", PROTOCOL_OF_LLCM, ("paper", "repository")),
         Flag("mode", "all", "SYSU-MM01: gallery from all or indoor cameras", ("all", "indoor")),
         Flag("gallery", "seeded", "SYSU-MM01: seeded or published draws", ("seeded", "official")),
         Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
         Flag("trials", 10, "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1 to N", COUNT),
         Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
-        Flag("tvsearch", False, "same as --direction i2v"),
+        Flag("tvsearch", False, "same as --direction i2v", _truth, nargs="?", const=True),
         Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
         Flag("test-feat", None, FEAT, ("pcb", "neck", "pool", "memory", "both")),
     ),
     "model": (
-        Flag("method", "base", "baseline network: base is HCT, agw is AGW", ("base", "agw")),
+        Flag("method", "base", METHOD, _method, choices=("base", "agw")),
         Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
         Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
         Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
-        Flag("pcb", "on", "horizontal stripes: on for HCT, off for AGW", ON_OFF),
+        Flag("pcb", "on", "HCT: stripes; off: its baseline, one feature of the map", ON_OFF),
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
@@ -155,7 +192,7 @@ TRAIN = {
         Flag("w_decorrelation", 0.0, "weight of the part decorrelation loss", WEIGHT),
     ),
     "optimisation": (
-        Flag("preset", None, "values of flags not given (default: the data set's)", tuple(PRESETS)),
+        Flag("preset", None, PRESET, tuple(PRESETS)),
         Flag("lr", 0.1, "base learning rate", FACTOR),
         Flag("optim", "sgd", "optimiser", ("sgd", "adam")),
         Flag("backbone-lr-scale", 0.1, "rate of all but the head, as a fraction of --lr", FACTOR),
@@ -181,22 +218,22 @@ TRAIN = {
     ),
     "run": (
         Flag("output-dir", None, "folder of a run's files (default: runs/METHOD_DATASET...)", Path),
-        Flag("model_path", None, "folder of checkpoints (default: the output folder)", Path),
-        Flag("log_path", None, "folder of train.log (default: the output folder)", Path),
-        Flag("vis_log_path", None, "TensorBoard folder (default: OUTPUT/tensorboard)", Path),
+        Flag("model_path", None, MODEL_PATH, Path),
+        Flag("log_path", None, "folder of RUN.log (default: train.log in the output folder)", Path),
+        Flag("vis_log_path", None, "folder of RUN's events (default: OUTPUT/tensorboard)", Path),
         Flag("overwrite", False, "start anew in a folder that holds a run; deletes its files"),
         Flag("resume", None, RESUME, str, "-r", nargs="?", const=RESUME_LAST),
         Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
-        Flag("eval-start", 10, "epochs before the first evaluation", COUNT_OR_0),
+        Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
         Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
-        Flag("select-on", "test", "identities that choose best.pt; val: held out", ("test", "val")),
+        Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
-        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one to each process"),
+        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one per process"),
         Flag("amp", False, "run the network in bf16 (autocast)"),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
-        Flag("workers", 4, "threads that decode images", COUNT),
+        Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
         Flag("quiet", False, "no progress bars"),
     ),
 }
@@ -207,16 +244,27 @@ DEFAULTS: dict[str, Any] = {
     if flag.default is not None
 }
 
-# Whatever the data set: AGW's own settings, which have no stripes and so no stripes' triplets.
-METHOD_VALUES = {"agw": {"pcb": "off", "label_smooth": "off", "gem_p": 3.0, "w_center": 0.0}}
+# AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
+# it trains and on what, a preset that is asked for by its name wins.
+AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
+AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
+METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
+NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
 NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
-PROTOCOL = ("dataset", "data_path", "trial", "direction", "mode", "gallery", "shots", "trials")
+PROTOCOL = ("dataset", "data_path", "trial", "direction", "protocol", "mode", "gallery", "shots")
+PROTOCOL += ("trials",)
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
     *("overwrite", "test_only", "save_epoch", "test_batch", "figures"),
+)
+# The ancestors' test scripts take these too; here the checkpoint knows them.
+CHECKPOINT_KNOWS = (
+    *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
+    *("method", "margin", "num_pos", "seed", "share_net", "pcb", "w_center", "local_feat_dim"),
+    *("num_strips", "label_smooth"),
 )
 # On --resume: what may differ without a remark, and what belongs to the run for good. Everything
 # else may change, and is reported.
@@ -233,6 +281,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns the flags; a value behind a switch and a space in a flag have their own error."""
+        words = sys.argv[1:] if args is None else list(args)
+        if "--" in words[:-1]:  # as in HCT's README
+            name = words[words.index("--") + 1]
+            self.error(f"'-- {name}' has a space: write --{name}")
+        found, rest = self.parse_known_args(words, namespace)
+        for flag, word in itertools.pairwise(words):
+            action = self._option_string_actions.get(flag)
+            if word in rest and action is not None and action.nargs == 0:
+                self.error(f"{flag} takes no value, got {word}: leave the value out")
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: "argument --lr: expected a number above 0, got -1; ..."."""
@@ -254,7 +317,7 @@ class Flags:
         """Adds one flag; a `default` stands in place of that in `DEFAULTS`."""
         key = name.replace("-", "_")
         spellings = dict.fromkeys([f"--{name}", f"--{key.replace('_', '-')}", f"--{key}", *short])
-        if settings.get("action") != "store_true":
+        if settings.get("action") != "store_true" and text != argparse.SUPPRESS:
             layers = {"default": DEFAULTS, **PRESETS, **METHOD_VALUES}
             values = {origin: layer[key] for origin, layer in layers.items() if key in layer}
             if default is not None:
@@ -290,6 +353,10 @@ def test_parser(description: str) -> Parser:
     """Returns the parser of ``test.py``."""
     parser = Parser(description)
     evaluation_flags(parser)
+    add = Flags(parser, argparse.SUPPRESS)
+    for name in CHECKPOINT_KNOWS:
+        add(name, argparse.SUPPRESS, nargs="?", const=True)
+    parser.set_defaults(ignored=[name.replace("-", "_") for name in CHECKPOINT_KNOWS])
     add = Flags(parser, "output")
     add("output-dir", "folder of results.json (default: beside the checkpoint)", type=Path)
     add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
@@ -306,6 +373,8 @@ def evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
     add = Flags(parser, "checkpoint")
     add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1 to N", "-r")
+    text = "folder in which --resume is looked for where there is no such path"
+    add("model_path", text, type=Path, default=Path("save_model"))  # as in the ancestors' scripts
     add("img_h", "image height in pixels", type=COUNT, default=AS_TRAINED)
     add("img_w", "image width in pixels", type=COUNT, default=AS_TRAINED)
     text = "GeM exponent; the earlier releases' files store none: 3 unless given"
@@ -337,22 +406,23 @@ def resolve(
     """
     given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     method = given.get("method", DEFAULTS["method"])
+    of_method = METHOD_VALUES.get(method, {})
     preset = given.get("preset") or given.get("dataset") or DEFAULTS["dataset"]
+    if "preset" in given:
+        of_method = {k: v for k, v in of_method.items() if k in AGW or k not in PRESETS[preset]}
     values, sources = {**vars(args), "preset": preset}, {}
     for source, layer in (
         ("default", DEFAULTS),
         (f"preset {preset}", PRESETS[preset]),
-        (method.upper(), METHOD_VALUES.get(method, {})),
+        (method.upper(), of_method),
+        ("no stripes", NO_STRIPES if {**of_method, **given}.get("pcb") == "off" else {}),
         ("no memory", NO_MEMORY if given.get("memory_levels") == "none" else {}),
         ("flag", given),
     ):
         values |= layer
         sources |= dict.fromkeys(layer, source)
-    if (method == "agw") == (values["pcb"] == "on"):
-        raise ValueError(
-            f"--method {method} with --pcb {values['pcb']} is not a method of this project: "
-            f"HCT is --method base --pcb on, AGW is --method agw --pcb off"
-        )
+    if method == "agw" and values["pcb"] == "on":
+        raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
         if given.get(name):  # a weight of 0 is what an absent term has
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
@@ -371,8 +441,10 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     flags = {}
     if given.get("shrink") != "auto":
         flags["shrink_scale"] = f"--shrink is {given.get('shrink', SHRINK)}, not auto"
-    if given.get("method") == "agw":
-        flags |= dict.fromkeys(("w_center", "local_feat_dim"), "--method agw has no stripes")
+    for flag, value in (("pcb", "off"), ("method", "agw")):
+        if given.get(flag) == value:
+            reason = f"--{flag} {value} has no stripes"
+            flags |= dict.fromkeys(("w_center", "local_feat_dim"), reason)
     if given.get("memory_levels") == "none":
         flags |= dict.fromkeys((*of_levels, *of_memory), "--memory-levels none has no memory")
     if script == "train_SGMRA.py":
@@ -389,6 +461,14 @@ def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
         ValueError: When flags contradict each other.
     """
     values = dict(vars(args))
+    ignored = values.pop("ignored", ())  # by test.py
+    given = [f"--{name}" for name in ignored if values.pop(name) is not None]
+    if given:
+        log.warning("no effect, since the checkpoint knows: %s", ", ".join(given))
+    if values["resume"]:
+        first = values["resume"].replace("{trial}", "1")
+        if not Path(first).exists() and (values["model_path"] / first).exists():
+            values["resume"] = str(values["model_path"] / values["resume"])
     as_trained = ("img_h", "img_w", "gem_p", "memory_variant")
     for name in DEFAULTS.keys() & values.keys() - set(as_trained):
         if values[name] is None:

@@ -41,8 +41,8 @@ DRAWN = 10  # and in its picture
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with utils.user_errors():
-        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
         utils.setup_logging()
+        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
         with distributed.processes(args.gpu) as device:
             if device.type == "cpu":
                 utils.keep_freed_memory()
@@ -239,11 +239,12 @@ def default_output(args: argparse.Namespace) -> Path:
     elif args.dataset == "sysu":
         words = [args.mode, args.gallery, f"{args.shots}shot"]
     else:
-        words = [args.direction]
+        words = [args.direction, *([args.protocol] if args.direction == "v2i" else [])]
     rare = (args.test_feat, args.subset, args.re_rank)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent
-    return parent / "_".join(["test", args.dataset, *words, Path(args.resume).stem])
+    stem = Path(args.resume.replace("{trial}", "")).stem
+    return parent / "_".join(["test", args.dataset, *words, stem])
 
 
 def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
@@ -267,13 +268,16 @@ def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[s
     The arrays are, for ``query`` and ``gallery`` each, ``<role>_<feature>`` (n, D) float32 with
     rows of norm 1, ``<role>_pids`` (n,), ``<role>_camids`` (n,), ``<role>_paths`` (n,) and
     ``<role>_modality``; ``gallery_trials`` (trials, g) with rows of the gallery, -1 behind a
-    trial's last; ``protocol``, ``dataset``, ``checkpoint``. None needs pickle to be read.
+    trial's last, and where each trial has its own queries ``query_trials`` likewise;
+    ``protocol``, ``dataset``, ``checkpoint``. None needs pickle to be read.
     """
-    trials = protocol.gallery_trials
-    padded = np.full((len(trials), max(map(len, trials))), -1, np.int64)
-    for number, rows in enumerate(trials):
-        padded[number, : len(rows)] = rows
-    arrays: dict[str, Any] = {"gallery_trials": padded}
+    arrays: dict[str, Any] = {}
+    trials = {"gallery": protocol.gallery_trials, "query": protocol.query_trials}
+    for role, each in trials.items():
+        if each is not None:
+            padded = arrays[f"{role}_trials"] = np.full((len(each), max(map(len, each))), -1)
+            for number, rows in enumerate(each):
+                padded[number, : len(rows)] = rows
     arrays |= {name: np.array(str(row[name])) for name in ("protocol", "dataset", "checkpoint")}
     for role in ("query", "gallery"):
         images = getattr(protocol, role)

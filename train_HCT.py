@@ -1,4 +1,4 @@
-"""Trains HCT, the baseline, or with ``--method agw`` its ancestor AGW.
+"""Trains HCT, with ``--pcb off`` its baseline without stripes, or with ``--method agw`` AGW.
 
     python train_HCT.py --dataset regdb --lr 0.1 --gpu 0 --batch-size 8 --num_pos 4
     python train_HCT.py --dataset regdb --method agw
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
             *train.labels, ids_per_batch=args.batch_size, images_per_id=args.num_pos, seed=args.seed
         )
 
-        # Network: two streams and the head, stripes (HCT) or the whole map (AGW).
+        # Network: two streams and the head: stripes or the whole map.
         net = TwoStreamNet(
             train.num_ids,
             head=run.head,

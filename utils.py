@@ -95,6 +95,14 @@ def resolve_device(gpu: str) -> torch.device:
     """Returns the device of ``--gpu``; the CPU, with a warning, on a machine without CUDA."""
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
+    first, *others = gpu.split(",")
+    if others and all(index.isdigit() for index in (first, *others)):
+        log.warning(
+            "--gpu %s: one process uses one GPU, here the first of these; for several start it "
+            "with torchrun --nproc_per_node=%d",
+            *(gpu, 1 + len(others)),
+        )
+        gpu = first
     if not gpu.isdigit():
         raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {gpu!r}")
     if not torch.cuda.is_available():

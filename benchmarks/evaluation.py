@@ -221,6 +221,7 @@ def _sysu_trials(args: argparse.Namespace, share: int) -> dict[str, Any]:
             query=SimpleNamespace(pids=q_pids, camids=q_camids),
             gallery=SimpleNamespace(pids=pids, camids=camids),
             gallery_trials=tuple(chosen),
+            query_trials=None,
             camera_rule="sysu",
             protocol=f"all-search, {shots}-shot",
         )

@@ -40,7 +40,7 @@ def term_weights(net: TwoStreamNet) -> dict[str, float]:
     """The releases' weights of a network's terms."""
     count = {None: 3, "sg": 5, "mg": 6}[net.config["memory"]]
     names = list(TERM_WEIGHTS)[:count]
-    if net.head == "agw":
+    if net.head != "pcb":
         names.remove("center_triplet")
     return {name: TERM_WEIGHTS[name] for name in names}
 

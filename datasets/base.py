@@ -117,6 +117,7 @@ class EvalSet:
     gallery_trials: tuple[np.ndarray, ...]  # rows of the gallery, in the protocol's order
     camera_rule: str  # a name in `eval_metrics.CAMERA_RULES`
     protocol: str  # in words, for printed rows
+    query_trials: tuple[np.ndarray, ...] | None = None  # rows of the queries; None: all
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class EvalOptions:
 
     trial: int = 1  # RegDB's split
     direction: str = "v2i"  # a key of `DIRECTIONS`; not for SYSU-MM01
+    protocol: str = "paper"  # LLCM, v2i: the paper's or the "repository"'s, see `llcm.Llcm`
     mode: str = "all"  # SYSU-MM01: all gallery cameras (1, 2, 4, 5), or the "indoor" ones (1, 2)
     gallery: str = "seeded"  # SYSU-MM01: "seeded" or "official" draws, see `sysu_mm01.Sysu`
     shots: int = 1  # SYSU-MM01: gallery images per identity and camera
@@ -134,6 +136,7 @@ class EvalOptions:
     def __post_init__(self) -> None:
         check_choice("trial", self.trial, TRIALS)
         check_choice("direction", self.direction, tuple(DIRECTIONS))
+        check_choice("protocol", self.protocol, ("paper", "repository"))
         check_choice("mode", self.mode, ("all", "indoor"))
         check_choice("gallery", self.gallery, ("seeded", "official"))
         check_choice("shots", self.shots, (1, 10))

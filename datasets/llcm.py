@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from datasets.base import (
+    DataError,
     DataSet,
     EvalOptions,
     EvalSet,
@@ -31,6 +34,10 @@ class Llcm(DataSet):
     modality; the gallery has one seeded image of the other per identity and camera, drawn as
     SYSU-MM01's. Images of the query's own person and camera do not count.
 
+    Visible to infrared has two meanings in print, whose numbers do not compare: that of the CVPR
+    2023 paper is the one above; since 2023-06-20 the authors' repository turns it round, and the
+    drawn infrared images query all visible ones.
+
     Deviation: the data set names no validation identities; every fifth training label is held out,
     and since the training lists name no cameras either, these are evaluated as RegDB's.
     """
@@ -48,6 +55,11 @@ class Llcm(DataSet):
     preset = Sysu.preset
     preset_source = "this project's guess, SYSU-MM01's values"
     gallery_draws = 10
+    protocols = {
+        "v2i paper": {"direction": "v2i", "protocol": "paper"},
+        "v2i repository": {"direction": "v2i", "protocol": "repository"},
+        "i2v": {"direction": "i2v"},
+    }
     expected = {"train": (713, 16946, 13975), "test": (351, None, None)}
 
     def train(self, root: Path, trial: int) -> TrainSet:
@@ -55,6 +67,16 @@ class Llcm(DataSet):
         visible = read_list(root, "idx/train_vis.txt", modality="visible", camid=-1)
         infrared = read_list(root, "idx/train_nir.txt", modality="infrared", camid=-1)
         return paired_lists(visible, infrared, self.title)
+
+    def describe(self, options: EvalOptions) -> str:
+        """Returns direction and, where there are two, protocol in words."""
+        words = {
+            "paper": "the CVPR 2023 paper's protocol",
+            "repository": "the authors' repository's protocol (drawn infrared images query all"
+            " visible ones)",
+        }
+        which = f", {words[options.protocol]}" if options.direction == "v2i" else ""
+        return super().describe(options) + which
 
     def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
         """Lists the images of the test identities."""
@@ -68,15 +90,28 @@ class Llcm(DataSet):
         return listed("vis"), listed("nir")
 
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
-        """Makes one modality the queries and draws the galleries from the other."""
+        """Makes one modality the queries and draws the galleries, or the queries, from the other.
+
+        Raises:
+            DataError: The repository's protocol is asked for in the direction that has but one.
+        """
+        turned = options.protocol == "repository"
+        if turned and options.direction == "i2v":
+            raise DataError(
+                "LLCM has one protocol from infrared to visible: leave out --protocol repository"
+            )
         if options.subset == "val":
             return super().evaluate(root, options)
         visible, infrared = self.images(root, "test", 1)
         forth = options.direction == "v2i"
-        query, gallery = (visible, infrared) if forth else (infrared, visible)
+        query, drawn = (visible, infrared) if forth else (infrared, visible)
         people = "the identities in idx/test_id.txt in test_vis/, test_nir/"
-        check_not_empty(query, gallery, people)
-        draws = [seeded_draw(gallery, trial, 1) for trial in range(options.trials)]
-        protocol = f"{self.title}, {self.describe(options)}, single-shot, seeded gallery"
+        check_not_empty(query, drawn, people)
+        draws = [seeded_draw(drawn, trial, 1) for trial in range(options.trials)]
+        protocol = f"{self.title}, {self.describe(options)}, single-shot, seeded draws"
         protocol += f", {len(draws)} trials"
-        return EvalSet(self.name, query, *drawn_gallery(gallery, draws), "same", protocol)
+        drawn, rows = drawn_gallery(drawn, draws)
+        if turned:
+            everything = (np.arange(len(query)),) * len(draws)
+            return EvalSet(self.name, drawn, query, everything, "same", protocol, rows)
+        return EvalSet(self.name, query, drawn, rows, "same", protocol)

@@ -126,11 +126,18 @@ def score(
     distance = distance_to(query, ranking)
     # Trials share images: all distances once, unless a ranking depends on the gallery.
     whole = distance(gallery) if ranking == "no" and len(eval_set.gallery_trials) > 1 else None
+    asking = eval_set.query_trials or (slice(None),) * len(eval_set.gallery_trials)
     per_trial, curves = [], []
-    for rows in eval_set.gallery_trials:
-        distmat = distance(gallery[rows]) if whole is None else whole[:, rows]
-        cameras = q.camids, g.camids[rows]
-        result = evaluate_rule(eval_set.camera_rule, distmat, q.pids, g.pids[rows], *cameras)
+    for own, rows in zip(asking, eval_set.gallery_trials, strict=True):
+        if whole is not None:
+            distmat = whole[own][:, rows]
+        elif eval_set.query_trials:
+            distmat = distances(query[own], gallery[rows], ranking)
+        else:
+            distmat = distance(gallery[rows])
+        cameras = q.camids[own], g.camids[rows]
+        pids = q.pids[own], g.pids[rows]
+        result = evaluate_rule(eval_set.camera_rule, distmat, *pids, *cameras)
         per_trial.append(summarize(*result))
         curves.append(result[0])
     mean, std = mean_and_std(per_trial)

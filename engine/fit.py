@@ -47,6 +47,11 @@ class RunFiles:
     checkpoint_dir: Path
     tensorboard_dir: Path
     header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
+    prefix: str = ""  # of the checkpoints' names, in a folder that runs share
+
+    def checkpoint(self, name: str) -> Path:
+        """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
+        return self.checkpoint_dir / f"{self.prefix}{name}"
 
 
 def fit(
@@ -123,16 +128,15 @@ def _save(
         "torch_generator": torch.get_rng_state(),
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
-    folder = files.checkpoint_dir
     if progress.best is not None and progress.best["epoch"] == progress.epoch:
         checkpoint["selection"] = progress.best["selection"]
-        save_checkpoint(folder / BEST, checkpoint)
+        save_checkpoint(files.checkpoint(BEST), checkpoint)
     if every and progress.epoch % every == 0:
         checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
-        save_checkpoint(folder / f"epoch_{progress.epoch:03d}.pt", checkpoint)
+        save_checkpoint(files.checkpoint(f"epoch_{progress.epoch:03d}.pt"), checkpoint)
     # Last, so that a resumed run never finds less than it claims.
     checkpoint["selection"] = "last epoch"
-    save_checkpoint(folder / LAST, checkpoint, keep=folder / PREVIOUS)
+    save_checkpoint(files.checkpoint(LAST), checkpoint, keep=files.checkpoint(PREVIOUS))
     write_reports(files, progress)
 
 

@@ -27,8 +27,8 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     try:
         content = load_checkpoint(path)
     except CheckpointError as error:
-        previous = path.with_name(PREVIOUS)
-        if not (fall_back and path.name == LAST and previous.is_file()):
+        previous = path.with_name(path.name.removesuffix(LAST) + PREVIOUS)
+        if not (fall_back and path.name.endswith(LAST) and previous.is_file()):
             raise
         log.warning("%s. Going on from the one before it, %s", error, previous)
         path, content = previous, load_checkpoint(previous)

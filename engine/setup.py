@@ -44,8 +44,10 @@ class Run:
 
     @property
     def head(self) -> str:
-        """The network's head: "agw" or "pcb" (HCT)."""
-        return "agw" if self.args.method == "agw" else "pcb"
+        """The network's head: "agw", or HCT's "pcb" or "global"."""
+        if self.args.method == "agw":
+            return "agw"
+        return "pcb" if self.args.pcb == "on" else "global"
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class Run:
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
                 utils.make_writable_dir(folder)
-            start_logging(logs / "train.log")
+            start_logging(logs / (f"{self.name}.log" if args.log_path else "train.log"))
         data = data_name(args.dataset, args.data_path)
         log.info("%s\n%s", self.name, options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
@@ -132,14 +134,15 @@ class Run:
     def _start_files(self, data: str, identities: list[int]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
-        last = files.checkpoint_dir / LAST
+        last = files.checkpoint(LAST)
         if self.args.overwrite:
-            former = [*last.parent.glob("*.pt"), *files.output_dir.glob("*.json*")]
+            former = [*files.checkpoint_dir.glob(f"{files.prefix}*.pt")]
+            former += files.output_dir.glob("*.json*")
             for file in [*former, *files.tensorboard_dir.glob("events.*")]:
                 file.unlink()
-        fell_back = self.checkpoint and self.checkpoint["path"] == last.with_name(PREVIOUS)
+        fell_back = self.checkpoint and self.checkpoint["path"] == files.checkpoint(PREVIOUS)
         if fell_back and last.exists():  # damaged: no save may put it over the good one
-            last.replace(last.with_name("last.damaged.pt"))
+            last.replace(files.checkpoint("last.damaged.pt"))
         about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
         about["versions"] = utils.versions()
         utils.write_json(files.output_dir / "options.json", about)
@@ -220,7 +223,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
     with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
-        name = f"{method}{'_AGW' if args.method == 'agw' else ''}_{args.dataset}"
+        without_stripes = "_AGW" if args.method == "agw" else "_global"
+        name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
         if args.deterministic:
             utils.make_deterministic()
@@ -231,10 +235,10 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                 if device.type == "cpu":
                     utils.keep_freed_memory()
                 utils.seed_everything(args.seed)
-                checkpoint = _read_checkpoint(args, files.checkpoint_dir)
+                checkpoint = _read_checkpoint(args, files)
                 yield Run(args, sources, name, device, files, checkpoint)
         except utils.Interrupted as stop:
-            saved = files.checkpoint_dir / LAST
+            saved = files.checkpoint(LAST)
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
             sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
             raise SystemExit(stop.exit_code) from None
@@ -270,28 +274,37 @@ def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> 
 def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
     """Where the run will write; raises where that would overwrite another one."""
     output = args.output_dir or Path("runs") / name
-    checkpoints = args.model_path or output
+    events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
+    prefix = f"{name}_" if args.model_path else ""
+    files = RunFiles(output, args.model_path or output, events, prefix=prefix)
+    report = output / "options.json"
+    if prefix and report.exists() and f'"method": "{name}"' not in report.read_text():
+        raise ValueError(
+            f"{output} holds another run than {name}; runs can share --model_path, but each needs "
+            f"an --output-dir of its own: name another, or leave it out"
+        )
     if args.overwrite and args.resume is not None:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
-    existing = [checkpoints / n for n in (LAST, PREVIOUS) if (checkpoints / n).exists()]
+    existing = [path for path in map(files.checkpoint, (LAST, PREVIOUS)) if path.exists()]
     if existing and args.resume is None and not args.overwrite:
         raise ValueError(
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
         )
-    return RunFiles(output, checkpoints, args.vis_log_path or output / "tensorboard")
+    return files
 
 
-def _read_checkpoint(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+def _read_checkpoint(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
     """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
     if args.resume is None:
         if args.test_only:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
-    path = Path(args.resume or folder / LAST)
+    folder = files.checkpoint_dir
+    path = Path(args.resume or files.checkpoint(LAST))
     if not path.exists() and (folder / path).exists():
         path = folder / path
-    nothing_yet = not any((folder / name).exists() for name in (LAST, PREVIOUS))
+    nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
     if args.resume == options.RESUME_LAST and nothing_yet and not args.test_only:
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
         return None

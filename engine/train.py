@@ -37,15 +37,16 @@ class TrainSettings:
     amp: bool = False  # bf16 autocast in the network; the losses never run under it
     sync_bn: bool = False  # with several processes, batch statistics over all of them (CUDA only)
     progress: bool = True  # whether to show progress bars
-    eval_start: int = 10  # epochs before the first evaluation
-    eval_every: int = 2  # epochs between evaluations; the last epoch is always evaluated
+    # Counted from 0, as the releases do: 10, 12, ..., 60; the last epoch is always evaluated.
+    eval_start: int = 10
+    eval_every: int = 2
     save_every: int = 0  # epochs between numbered checkpoints; 0 keeps none
     selection: str = "the test set"  # what is evaluated, written beside the best result
 
     def evaluates(self, epoch: int, epochs: int) -> bool:
-        """Whether the network is evaluated after an epoch."""
-        since_start = epoch - self.eval_start
-        return epoch == epochs or (since_start > 0 and since_start % self.eval_every == 0)
+        """Whether the network is evaluated after an epoch, counted from 1."""
+        since_start = epoch - 1 - self.eval_start
+        return epoch == epochs or (since_start >= 0 and since_start % self.eval_every == 0)
 
 
 def parameter_groups(net: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:

@@ -24,12 +24,20 @@ MAX_IMAGES = 20  # of an identity and modality in the plane
 
 
 def first_trial(protocol: EvalSet) -> EvalSet:
-    """Returns a protocol whose gallery is that of its first trial, which its words then say."""
+    """Returns a protocol with its first trial's images alone, which its words then say."""
+    drawn = "gallery" if protocol.query_trials is None else "queries"
     several = len(protocol.gallery_trials) > 1
-    words = protocol.protocol + ("; first trial's gallery" if several else "")
-    gallery = protocol.gallery.take(protocol.gallery_trials[0])
-    rows = (np.arange(len(gallery)),)
-    return replace(protocol, gallery=gallery, gallery_trials=rows, protocol=words)
+    words = protocol.protocol + (f"; first trial's {drawn}" if several else "")
+    asking, rows = rows_of_first(protocol)
+    query, gallery = protocol.query.take(asking), protocol.gallery.take(rows)
+    trials = {"gallery_trials": (np.arange(len(gallery)),), "query_trials": None}
+    return replace(protocol, query=query, gallery=gallery, protocol=words, **trials)
+
+
+def rows_of_first(protocol: EvalSet) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first trial's rows of the queries and of the gallery."""
+    everyone = (np.arange(len(protocol.query)),)
+    return (protocol.query_trials or everyone)[0], protocol.gallery_trials[0]
 
 
 def ignored(trial: EvalSet) -> np.ndarray:
@@ -145,10 +153,10 @@ def evaluation_figures(
 
     Returns the names of the files.
     """
-    rows = protocol.gallery_trials[0]
+    asking, rows = rows_of_first(protocol)
     trial = first_trial(protocol)
-    images = {"query": load(protocol.query), "gallery": load(protocol.gallery)[rows]}
-    features = {"query": features["query"], "gallery": features["gallery"][rows]}
+    images = {"query": load(protocol.query)[asking], "gallery": load(protocol.gallery)[rows]}
+    features = {"query": features["query"][asking], "gallery": features["gallery"][rows]}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
     curves = [(each["test_feat"], each) for each in results]

@@ -138,6 +138,13 @@ def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
+def _released_head(state: Iterable[str]) -> str:
+    """HCT's stripes, AGW by its non-local blocks, or without these HCT's baseline."""
+    if "fc_list.0.weight" in state:
+        return "pcb"
+    return "agw" if any(name.startswith("NL_") for name in state) else "global"
+
+
 def _count(pattern: str, names: Iterable[str]) -> int:
     """How many different values a pattern's group has among names."""
     return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
@@ -159,7 +166,7 @@ def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "arch": DEPTHS[blocks, bottleneck],
         "share_net": _first_shared_stage(state),
-        "head": "pcb" if "fc_list.0.weight" in state else "agw",
+        "head": _released_head(state),
         "memory": None,
     }
     if config["head"] == "pcb":

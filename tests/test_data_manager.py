@@ -298,6 +298,9 @@ def test_llcm_training_lists(tiny_llcm):
     assert "6 identities, 12 visible and 18 infrared" in train.description
 
 
+PROTOCOLS = ("paper", "repository")
+
+
 def naive_llcm_gallery(root, word, trial):
     """The protocol's draw and of the tiny set's counts, written once more."""
     generator, drawn = random.Random(trial), []
@@ -326,6 +329,24 @@ def test_llcm_queries_and_seeded_galleries(tiny_llcm, direction, words):
     assert protocol.camera_rule == "same"
     assert "4 trials" in protocol.protocol and protocol.query.modality in protocol.protocol
     assert len(eval_set("llcm", tiny_llcm).gallery_trials) == 10
+
+
+def test_llcm_s_other_protocol_turns_the_paper_s_round(tiny_llcm):
+    theirs = {"direction": "v2i", "trials": 4}
+    paper, other = (eval_set("llcm", tiny_llcm, protocol=p, **theirs) for p in PROTOCOLS)
+    assert other.query.paths == paper.gallery.paths and other.gallery.paths == paper.query.paths
+    assert paper.query_trials is None
+    for drawn, asking, rows in zip(
+        paper.gallery_trials, other.query_trials, other.gallery_trials, strict=True
+    ):
+        assert asking.tolist() == drawn.tolist()
+        assert rows.tolist() == list(range(len(paper.query)))
+    assert (other.query.modality, other.camera_rule) == ("infrared", "same")
+    assert "the CVPR 2023 paper's protocol, " in paper.protocol
+    assert "the authors' repository's protocol" in other.protocol
+    assert "protocol" not in eval_set("llcm", tiny_llcm, direction="i2v").protocol
+    with pytest.raises(DataError, match="one protocol .* leave out --protocol repository"):
+        eval_set("llcm", tiny_llcm, direction="i2v", protocol="repository")
 
 
 def test_llcm_folders_may_lack_leading_zeros(tiny_llcm):

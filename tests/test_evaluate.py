@@ -15,12 +15,13 @@ from engine.evaluate import RE_RANKINGS, distances, embed, evaluate, format_resu
 from eval_metrics import METRICS
 
 
-def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0))):
+def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0)), asking=None):
     images = lambda pids, cams: SimpleNamespace(pids=np.array(pids), camids=np.array(cams))  # noqa: E731
     return SimpleNamespace(
         query=images([1, 2], [3, 6]),
         gallery=images([1, 2, 1, 3], [2, 1, 4, 2]),
         gallery_trials=tuple(np.array(t) for t in trials),
+        query_trials=asking and tuple(np.array(t) for t in asking),
         camera_rule=rule,
         protocol="a test",
     )
@@ -44,6 +45,19 @@ def test_scores_are_means_over_trials_and_follow_the_camera_rule():
     expected = np.mean([t["mAP"] for t in plain["per_trial"]])
     assert plain["mAP"] == pytest.approx(expected)
     assert plain["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in plain["per_trial"]]))
+
+
+@pytest.mark.parametrize("ranking", RE_RANKINGS)
+def test_each_trial_may_have_queries_of_its_own(ranking):
+    rng = np.random.default_rng(0)
+    query, gallery = (rng.normal(size=(n, 5)).astype(np.float32) for n in (2, 4))
+    query, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery))
+    found = score(protocol(asking=((1,), (1, 0))), query, gallery, ranking)
+    for number, own in enumerate(([1], [1, 0])):
+        alone = protocol(trials=(protocol().gallery_trials[number],))
+        alone.query = SimpleNamespace(pids=alone.query.pids[own], camids=alone.query.camids[own])
+        expected = score(alone, query[own], gallery, ranking)
+        assert found["per_trial"][number] == pytest.approx(expected["per_trial"][0])
 
 
 def test_distances_name_the_legal_rankings():

@@ -16,9 +16,11 @@ from loss import Criterion
 
 def test_the_last_epoch_is_always_evaluated():
     for start, every, epochs, evaluated in (
-        (1, 2, 6, [3, 5, 6]),
+        (1, 2, 6, [2, 4, 6]),
         (10, 2, 3, [3]),
         (0, 1, 3, [1, 2, 3]),
+        (10, 2, 61, [*range(11, 62, 2)]),  # the releases': 10, 12, ..., 60 counted from 0
+        (6, 7, 14, [7, 14]),  # the scratch preset's
     ):
         settings = TrainSettings(eval_start=start, eval_every=every)
         assert [e for e in range(1, epochs + 1) if settings.evaluates(e, epochs)] == evaluated
@@ -39,7 +41,7 @@ def short_fit(folder, **settings):
         make_optimizer(net),
         Loader(),
         schedule=Schedule(lr=0.001, epochs=8),
-        settings=TrainSettings(progress=False, eval_start=1, eval_every=2, save_every=4),
+        settings=TrainSettings(progress=False, eval_start=2, eval_every=2, save_every=4),
         evaluate=evaluate,
         files=RunFiles(folder, folder, folder / "board", {"method": "m"}),
     )

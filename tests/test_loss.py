@@ -230,7 +230,7 @@ def outputs(kind):
     labels = torch.arange(3).repeat_interleave(2).repeat(2)
     draw = lambda *shape: torch.randn(12, *shape, generator=gen)  # noqa: E731
     out = {"feat": draw(24)}
-    if kind.startswith("agw"):
+    if kind.startswith(("agw", "global")):
         out["logits"] = draw(7)
     else:
         out |= {"part_feats": draw(6, 4), "part_logits": draw(6, 7)}
@@ -248,12 +248,13 @@ def outputs(kind):
         ("pcb sg", {**HCT, **MEMORY}),
         ("pcb mg", {**HCT, **MEMORY, "alignment": 0.1}),
         ("agw", {"id": 1.0, "triplet": 1.0}),
+        ("global", {"id": 1.0, "triplet": 1.0}),
         ("agw mg", {"id": 1.0, "triplet": 1.0, **MEMORY, "alignment": 0.1}),
     ],
 )
 def test_criterion_gives_the_terms_it_was_given_weights_for(kind, weights):
     out, labels = outputs(kind)
-    head = "agw" if kind.startswith("agw") else "pcb"
+    head = kind.split()[0]
     terms = Criterion(weights, head=head)(out, labels, list(range(6)))
     assert list(terms) == list(weights)
     total = weighted_total(terms, weights)

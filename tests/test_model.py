@@ -61,7 +61,7 @@ def test_agrees_with_the_released_network(name):
         assert relative(pooled, golden["train/part_pooled"]) < 2e-3
 
 
-@pytest.mark.parametrize("head", ["pcb", "agw"])
+@pytest.mark.parametrize("head", ["pcb", "global", "agw"])
 @pytest.mark.parametrize("memory", [None, "sg", "mg"])
 def test_training_outputs_have_the_promised_names_and_shapes(head, memory):
     net = small(head=head, memory=memory)
@@ -273,7 +273,7 @@ def test_initialisation():
 
 
 def test_head_parameters_are_the_part_layers_or_neck_and_classifier():
-    names = {"pcb": ("part_",), "agw": ("neck.", "classifier.")}
+    names = {"pcb": ("part_",), **dict.fromkeys(("global", "agw"), ("neck.", "classifier."))}
     for head, prefixes in names.items():
         net = small(head=head, memory="mg")
         ids = {id(p) for p in net.head_parameters()}
@@ -293,14 +293,27 @@ def test_heights_that_do_not_divide_are_refused_with_ones_that_do(height, fits):
         net(*pictures(height=height))
 
 
-def test_agw_without_memory_takes_any_height():
-    small(head="agw").check_image_height(100)
+def test_a_network_without_stripes_and_memory_takes_any_height():
+    for head in ("global", "agw"):
+        small(head=head).check_image_height(100)
+
+
+def test_the_global_head_is_agw_s_without_non_local_blocks():
+    ours, agw = (small(head=head).eval() for head in ("global", "agw"))
+    names = agw.state_dict().keys()
+    assert ours.state_dict().keys() == {name for name in names if "non_local" not in name} < names
+    agw.load_state_dict(ours.state_dict(), strict=False)  # non-local blocks start as identities
+    with torch.no_grad():
+        for name in ("neck", "pool"):
+            feats = [net.embed(*pictures(), test_feat=name) for net in (ours, agw)]
+            torch.testing.assert_close(*feats)
+    assert ours.test_feats() == ("neck", "pool")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"head": "bnneck"}, "head must be one of: pcb, agw; got 'bnneck'"),
+        ({"head": "bnneck"}, "head must be one of: pcb, global, agw; got 'bnneck'"),
         ({"memory": "xl"}, "memory must be one of: None, sg, mg"),
         ({"share_net": 6}, "share_net must be one of: 0, 1, 2, 3, 4, 5; got 6"),
         ({"arch": "vgg16"}, "arch must be one of: resnet18"),

@@ -7,10 +7,6 @@ import pytest
 import options
 from data_manager import EvalOptions
 
-PUBLISHED = [
-    "--dataset regdb --lr 0.1 --gpu 0 --batch-size 8 --num_pos 4",
-    "--dataset sysu --lr 0.1 --batch-size 6 --num_pos 8 --gpu 0",
-]
 ANCESTORS_FLAGS = {
     "dataset": "sysu",
     "lr": "0.2",
@@ -47,20 +43,12 @@ def resolved(line=""):
     return options.resolve(options.train_parser("").parse_args(line.split()))
 
 
-@pytest.mark.parametrize("line", PUBLISHED)
-def test_published_commands_parse(line):
-    args, _ = resolved(line)
-    assert args.lr == 0.1
-    assert args.epochs == 61
-
-
 @pytest.mark.parametrize("spelling", ["-", "_"])
 @pytest.mark.parametrize("name", ANCESTORS_FLAGS)
 def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
     value = ANCESTORS_FLAGS[name]
     flag = "--" + name.replace("_", spelling).replace("-", spelling)
-    extra = ["--method", "agw"] if name == "pcb" else []
-    args, _ = options.resolve(options.train_parser("").parse_args([flag, value, *extra]))
+    args, _ = options.resolve(options.train_parser("").parse_args([flag, value]))
     found = getattr(args, name.replace("-", "_"))
     assert str(found) == value or found == float(value)
 
@@ -69,6 +57,11 @@ def test_switches_and_short_forms():
     args, _ = resolved("--tvsearch --test-only -r x")
     assert (args.direction, args.test_only, args.resume) == ("i2v", True, "x")
     assert resolved("--resume")[0].resume == options.RESUME_LAST
+    assert resolved("--tvsearch True")[0].direction == "i2v"
+    assert resolved("--tvsearch False")[0].direction == "v2i"
+    assert resolved("--tvsearch false --direction v2i")[0].direction == "v2i"
+    assert resolved("--method awg")[0] == resolved("--method agw")[0]
+    assert resolved("--workers 0")[0].workers == 0
     assert resolved("")[0].resume is None
 
 
@@ -117,14 +110,35 @@ def test_presets_name_known_flags_and_their_source():
 def test_agw_has_its_own_settings():
     args, sources = resolved("--method agw")
     assert (args.pcb, args.gem_p, args.label_smooth) == ("off", 3.0, "off")
-    assert sources["gem_p"] == "AGW"
+    assert sources["gem_p"] == sources["epochs"] == "AGW"
     assert resolved("--method agw --label_smooth on")[0].label_smooth == "on"
+    names = ("epochs", "batch_size", "num_pos", "share_net", "w_center", "label_smooth")
+    for dataset in options.DATASETS:
+        args, _ = resolved(f"--method agw --dataset {dataset}")
+        assert tuple(getattr(args, n) for n in names) == (81, 8, 4, 1, 0.0, "off"), dataset
+    line = "--method agw --dataset sysu --epochs 5 --batch-size 6 --share_net 2"
+    args, _ = resolved(line)
+    assert (args.epochs, args.batch_size, args.num_pos, args.share_net) == (5, 6, 4, 2)
 
 
-@pytest.mark.parametrize("line", ["--method agw --pcb on", "--pcb off"])
-def test_contradictions(line):
-    with pytest.raises(ValueError, match="is not a method of this project"):
-        resolved(line)
+def test_a_preset_that_is_named_decides_how_agw_trains_and_not_what_it_is():
+    args, sources = resolved("--method agw --preset scratch")
+    assert (args.epochs, args.share_net, args.label_smooth) == (14, 1, "off")
+    assert sources["epochs"] == "preset scratch"
+    args, _ = resolved("--method agw --dataset sysu --preset sysu")
+    assert (args.epochs, args.batch_size, args.num_pos, args.w_center) == (81, 6, 8, 0.0)
+
+
+def test_contradictions():
+    with pytest.raises(ValueError, match="agw has no stripes: leave out --pcb on"):
+        resolved("--method agw --pcb on")
+
+
+def test_without_stripes_hct_keeps_its_recipe_but_for_their_triplets():
+    with_stripes, without = (vars(resolved(f"--pcb {value}")[0]) for value in ("on", "off"))
+    differing = {k for k, v in with_stripes.items() if without[k] != v}
+    assert differing == {"pcb", "w_center"}
+    assert without["w_center"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -164,6 +178,9 @@ def test_illegal_values_are_refused_by_the_flag_s_name(line):
         ("--margin nan", "expected 0 or more, got nan"),
         ("--shrink 2", "expected a number from 0 to 1, got 2"),
         ("--triplet-ramp 5 3", "START <= END; got 5 3"),
+        ("--tvsearch yes", "expected no value, True or False, got yes"),
+        ("--lr 0.1 --overwrite True", "--overwrite takes no value, got True"),
+        ("--tvsearch True True", "unrecognized arguments: True"),
     ],
 )
 def test_errors_say_what_is_legal(line, expected):
@@ -196,7 +213,7 @@ def test_resolving_changes_nothing_that_was_given():
     before = dict(vars(given))
     args, _ = options.resolve(given)
     assert vars(given) == before
-    assert (args.direction, args.pcb, args.epochs) == ("i2v", "off", 61)
+    assert (args.direction, args.pcb, args.epochs) == ("i2v", "off", 81)
     given = options.test_parser("").parse_args(["--tvsearch"])
     before = dict(vars(given))
     args = options.resolve_evaluation(given)
@@ -269,6 +286,7 @@ def test_a_memory_that_is_not_there_has_no_terms():
         ("MGMRA", "--memory-levels none --shrink 0.1", "--memory-levels none has no memory"),
         ("MGMRA", "--method agw --w_center 1", "--method agw has no stripes"),
         ("MGMRA", "--method agw --local_feat_dim 8", "--method agw has no stripes"),
+        ("HCT", "--pcb off --w_center 1", "--pcb off has no stripes"),
     ],
 )
 def test_flags_without_effect_are_refused(script, line, reason):

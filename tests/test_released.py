@@ -73,6 +73,14 @@ def test_every_entry_is_mapped_or_known_to_be_unused():
     assert set(agw) == set(TwoStreamNet(206, head="agw", share_net=1).state_dict())
 
 
+def test_a_released_file_without_stripes_and_non_local_blocks_is_hct_s_baseline():
+    state = {k: v for k, v in numbered("AGW").items() if not k.startswith("NL_")}
+    config = released_config(state)
+    assert (config["head"], released_config(numbered("AGW"))["head"]) == ("global", "agw")
+    with torch.device("meta"):
+        assert set(convert_released_state_dict(state)) == set(TwoStreamNet(**config).state_dict())
+
+
 def test_shared_stage_and_depth_are_read_off_the_names():
     state = numbered("HCT")
     assert released_config(state)["share_net"] == 2

@@ -133,11 +133,11 @@ def test_options_become_flags_and_flags_options():
     ("table", "dataset", "trainings", "tests", "files"),
     [
         ("regdb", "regdb", 50, 10 * (5 * 2 * 2 + 1), 10),
-        ("sysu", "sysu", 5, 5 * 8 * 2 + 1, 1),
+        ("sysu", "sysu", 8, 8 * 8 * 2 + 1, 1),
         ("ablation", "regdb", 10 * 29, None, 10),
         ("ablation", "sysu", 29, None, 1),
         ("memory", "llcm", 17, None, 1),
-        ("llcm", "llcm", 5, 5 * 2 * 2 + 1, 1),
+        ("llcm", "llcm", 5, 5 * 3 * 2 + 1, 1),
     ],
 )
 def test_tables_have_the_runs_that_they_name(table, dataset, trainings, tests, files):
@@ -172,7 +172,18 @@ def test_methods_and_protocols_of_the_tables():
         ("train_SGMRA.py", "base"),
     }
     steps, rows = planned("sysu", "sysu", trials=3)
+    agw = [s.resolved for s in steps if s.trains and s.resolved["method"] == "agw"]
+    names = ("epochs", "batch_size", "num_pos", "share_net", "label_smooth", "w_center")
+    assert {tuple(run[n] for n in names) for run in agw} == {(81, 8, 4, 1, "off", 0.0)}
     assert len({row.protocol for row in rows}) == 8
+    recipes = {
+        tuple(s.resolved[n] for n in ("w_center", "label_smooth", "lr"))
+        for s in steps
+        if s.trains and s.script == "train_MGMRA.py" and s.resolved["method"] == "base"
+    }
+    assert recipes == {
+        (w, smooth, lr) for w, smooth in ((1, "off"), (2, "on")) for lr in (0.1, 0.01)
+    }
     tests = [step.resolved for step in steps if not step.trains]
     combinations = {(t["mode"], t["shots"], t["gallery"]) for t in tests}
     assert len(combinations) == 8
@@ -327,7 +338,7 @@ REFUSALS = {
     "too many trials": (("--table", "regdb", "--trials", "11"), "--trials"),
     "another data set": (("--table", "regdb", "--dataset", "sysu"), "is of --dataset regdb"),
     "no such row": (("--table", "regdb", "--only", "Xmodal"), "leaves no row"),
-    "contradiction": (("--table", "regdb", "--pcb", "off"), "is not a method of this project"),
+    "contradiction": (("--table", "regdb", "--pcb", "on"), "agw has no stripes"),
     "no data": (("--table", "regdb", "--data-path", "nowhere"), "signed form"),
 }
 

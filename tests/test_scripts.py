@@ -161,6 +161,22 @@ def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["HCT", "SGMRA", "MGMRA"])
+def test_hct_s_recipe_without_stripes_trains_and_is_evaluated(name, tiny, tmp_path):
+    folder = tmp_path / "run"
+    train(f"train_{name}.py", tiny, folder, "--pcb", "off", "--epochs", 1)
+    line = log_lines(folder)[0]
+    assert {"id", "triplet"} <= line.keys() and "center_triplet" not in line
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert saved["config"]["head"] == "global"
+    assert saved["method"] == f"{name}_global_regdb_trial1"
+    flags = ("--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--quiet")
+    call("test.py", *flags, "--resume", folder / "last.pt", cwd=tmp_path)
+    result = json.loads((folder / "test_regdb_v2i_trial1_last/results.json").read_text())
+    assert [row["test_feat"] for row in result["rows"]] == ["neck", "pool"]
+    assert result["rank1"] == pytest.approx(line["eval"]["rank1"])
+
+
 def test_resumed_run_equals_an_unbroken_one(tiny, tmp_path):
     train("train_MGMRA.py", tiny, tmp_path / "whole", "--epochs", 2, start=run)
     train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 1, start=run)
@@ -237,6 +253,21 @@ def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
     assert "stand-in data in LLCM's layout" in output and "infrared to visible" in output
     result = json.loads((tmp_path / "run/test_llcm_i2v_both_last/results.json").read_text())
     assert len(result["rows"][0]["per_trial"]) == 10
+    output, _ = call(
+        *("test.py", "--dataset", "llcm", "--data-path", data / "llcm", "--protocol", "repository"),
+        *("--resume", tmp_path / "run" / "last.pt", "--gpu", "cpu", "--trials", 2, "--figures"),
+        *("--save-features", tmp_path / "features.npz"),
+        cwd=tmp_path,
+    )
+    assert "the authors' repository's protocol" in output
+    folder = tmp_path / "run/test_llcm_v2i_repository_last"
+    result = json.loads((folder / "results.json").read_text())
+    assert "the authors' repository's protocol" in result["protocol"]
+    with np.load(tmp_path / "features.npz") as saved:
+        asking, visible = saved["query_trials"], saved["gallery_pids"]
+        assert len(asking) == len(saved["gallery_trials"]) == 2
+        assert saved["gallery_trials"].shape[1] == len(visible)
+        assert asking.max() < len(saved["query_pids"])
 
 
 def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
@@ -284,6 +315,44 @@ def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
     )
     train("train_HCT.py", tiny, folder, "--epochs", 1, "--overwrite", "--optim", "adam")
     assert (folder / "last.pt").read_bytes() != before
+
+
+def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
+    shared = ("--model_path", "saved", "--log_path", "logs", "--vis_log_path", "events")
+    where = ("--dataset", "regdb", "--data-path", data / "regdb", *QUICK, "--num_pos", 4)
+    names = [f"HCT_regdb_trial{trial}" for trial in (1, 2)]
+    for trial in (1, 2):
+        flags = (*where, *shared, "--trial", trial, "--epochs", 1)
+        call("train_HCT.py", *flags, cwd=tmp_path)
+    saved = tmp_path / "saved"
+    files = {f"{name}_{kind}.pt" for name in names for kind in ("last", "best")}
+    assert {path.name for path in saved.iterdir()} == files
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{n}.log" for n in names}
+    assert {path.name for path in (tmp_path / "events").iterdir()} == set(names)
+    _, error = call("train_HCT.py", *flags, cwd=tmp_path, code=2)
+    assert "saved/HCT_regdb_trial2_last.pt is there already" in error
+    (saved / f"{names[1]}_last.pt").rename(saved / f"{names[1]}_last.previous.pt")
+    first = (saved / f"{names[0]}_last.pt").read_bytes()
+    _, error = call("train_HCT.py", *flags, "--epochs", 2, "--resume", cwd=tmp_path)
+    assert f"resumed saved/{names[1]}_last.previous.pt after 1 epochs" in error
+    call("train_HCT.py", *flags, "--overwrite", cwd=tmp_path)
+    assert (saved / f"{names[0]}_last.pt").read_bytes() == first
+    output = ("--output-dir", f"runs/{names[0]}")
+    _, error = call("train_HCT.py", *flags, *output, "--resume", cwd=tmp_path, code=2)
+    assert "holds another run than HCT_regdb_trial2" in error
+    # test.py finds them there, one or all of them.
+    found = ("--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu", "--quiet")
+    found += ("--model_path", "saved", "--lr", 0.1, "--batch-size", 8, "--method", "agw")
+    name = f"{names[0]}_last.pt"
+    _, error = call("test.py", *found, "--resume", name, cwd=tmp_path)
+    assert error.count("no effect, since the checkpoint knows: --lr, --batch_size, --method\n") == 1
+    pattern = "HCT_regdb_trial{trial}_last.pt"
+    call("test.py", *found, "--trials", 2, "--resume", pattern, cwd=tmp_path)
+    report = saved / "test_regdb_v2i_trials_HCT_regdb_trial_last/results.json"
+    assert len(json.loads(report.read_text())["checkpoints"]) == 2
+    saved.rename(tmp_path / "save_model")  # where the ancestors' scripts look
+    found = found[: found.index("--model_path")]
+    call("test.py", *found, "--resume", name, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["SGMRA", "MGMRA"])
@@ -421,6 +490,7 @@ BAD_INPUT = {
     "no such weights": (("--weights", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     "test-only without a checkpoint": (("--test-only",), "--resume"),
     "not a device": (("--gpu", "tpu"), "CUDA index"),
+    "a value behind a switch": (("--amp", "True"), "--amp takes no value, got True"),
     "both directions": (("--tvsearch", "--direction", "v2i"), "--direction"),
 }
 

@@ -144,7 +144,7 @@ def test_folders_that_cannot_be_written(tmp_path):
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
-def test_devices(monkeypatch):
+def test_devices(monkeypatch, caplog):
     assert resolve_device("cpu").type == resolve_device("-1").type == "cpu"
     with pytest.raises(ValueError, match="CUDA index"):
         resolve_device("cuda:0")
@@ -152,7 +152,8 @@ def test_devices(monkeypatch):
     assert resolve_device("0").type == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("1") == torch.device("cuda", 1)
+    assert resolve_device("1") == resolve_device("1,0") == torch.device("cuda", 1)
+    assert "--gpu 1,0: one process uses one GPU, here the first" in caplog.text
     with pytest.raises(ValueError, match=r"2 CUDA device\(s\)"):
         resolve_device("2")
 

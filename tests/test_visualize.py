@@ -245,10 +245,14 @@ def test_the_first_of_several_trials_is_drawn_and_named():
     images = listed([4, 5, 6], [1, 2, 3], "visible")
     protocol = EvalSet("sysu", images, images, (np.array([2, 0]), np.array([1])), "none", "p")
     trial = evaluation.first_trial(protocol)
-    assert trial.gallery.pids.tolist() == [6, 4] and trial.query is images
+    assert (trial.gallery.pids.tolist(), trial.query.pids.tolist()) == ([6, 4], [4, 5, 6])
     assert trial.protocol == "p; first trial's gallery"
     only = replace(protocol, gallery_trials=protocol.gallery_trials[:1])
     assert evaluation.first_trial(only).protocol == "p"
+    turned = replace(protocol, query_trials=(np.array([1]), np.array([0])))
+    trial = evaluation.first_trial(turned)
+    assert (trial.query.pids.tolist(), trial.query_trials) == ([5], None)
+    assert trial.protocol == "p; first trial's queries"
 
 
 def test_identities_are_chosen_among_those_in_both_modalities(place):
