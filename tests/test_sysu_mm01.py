@@ -507,4 +507,6 @@ def test_nothing_in_a_cache_is_executed(tiny_sysu, tmp_path, name):
 
 
 def test_defaults_of_the_protocol_options():
-    assert EvalOptions() == EvalOptions(1, "v2i", "all", "seeded", 1, 10, "test")
+    expected = {"trial": 1, "direction": "v2i", "protocol": "paper", "mode": "all"}
+    expected |= {"gallery": "seeded", "shots": 1, "trials": 10, "subset": "test"}
+    assert vars(EvalOptions()) == expected
