@@ -26,7 +26,15 @@ import torch
 import options
 import utils
 from data_loader import ImageCache
-from data_manager import EvalSet, ImageList, data_name, eval_set, folder_images, is_stand_in
+from data_manager import (
+    DATASETS,
+    EvalSet,
+    ImageList,
+    data_name,
+    eval_set,
+    folder_images,
+    is_stand_in,
+)
 from engine import distributed
 from engine.evaluate import Features, distances, evaluate
 from eval_metrics import METRICS, mean_and_std
@@ -155,7 +163,7 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
         raise ValueError("name the checkpoint to evaluate: --resume PATH")
     if "{trial}" not in args.resume:
         return [(args.trial, args.resume)]
-    if args.dataset != "regdb":
+    if DATASETS[args.dataset].splits == 1:
         raise ValueError("{trial} in --resume is for RegDB, whose trials are trained one by one")
     found = [(t, args.resume.replace("{trial}", str(t))) for t in range(1, args.trials + 1)]
     missing = [path for _, path in found if not Path(path).is_file()]
@@ -234,12 +242,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def default_output(args: argparse.Namespace) -> Path:
     """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
-    if args.dataset == "regdb":
-        words = [args.direction, "trials" if "{trial}" in args.resume else f"trial{args.trial}"]
-    elif args.dataset == "sysu":
-        words = [args.mode, args.gallery, f"{args.shots}shot"]
-    else:
-        words = [args.direction, *([args.protocol] if args.direction == "v2i" else [])]
+    data = DATASETS[args.dataset]
+    asked = {  # what the data set's protocols in this direction differ in
+        name: getattr(args, name)
+        for settings in data.protocols.values()
+        if settings.get("direction", args.direction) == args.direction
+        for name in settings
+    }
+    words = [f"{value}shot" if name == "shots" else value for name, value in asked.items()]
+    if data.splits > 1:
+        words.append("trials" if "{trial}" in args.resume else f"trial{args.trial}")
     rare = (args.test_feat, args.subset, args.re_rank)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent

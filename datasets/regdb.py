@@ -31,7 +31,7 @@ class Regdb(DataSet):
         "w_center": 2.0,
         "label_smooth": "on",
     }
-    preset_source = "the authors' README for RegDB"
+    preset_source = "lr, P, K: the authors' README; p, w_center, smoothing: their script, HCT"
     splits = 10
     expected = {"train": (206, 2060, 2060), "test": (206, 2060, 2060)}
 

@@ -33,7 +33,7 @@ INFRARED_CAMERAS = (3, 6)
 GALLERY_CAMERAS = {"all": VISIBLE_CAMERAS, "indoor": (1, 2)}
 SHOTS = {1: "single-shot", 10: "ten-shot"}
 PROTOCOLS = {
-    f"{mode} {shots} {gallery}": {"mode": mode, "shots": shots, "gallery": gallery}
+    f"{mode} {shots} {gallery}": {"mode": mode, "gallery": gallery, "shots": shots}
     for mode, shots, gallery in product(GALLERY_CAMERAS, SHOTS, ("seeded", "official"))
 }
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"

@@ -6,6 +6,7 @@ them to `engine.fit.fit`. Everything that can be checked is checked before an im
 
 import argparse
 import contextlib
+import json
 import logging
 import shlex
 import sys
@@ -19,7 +20,7 @@ import torch
 import options
 import utils
 from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
-from data_manager import EvalSet, TrainSet, data_name, eval_set, train_set
+from data_manager import DATASETS, EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
 from engine import distributed, resume
 from engine.evaluate import evaluate, format_result
@@ -225,7 +226,7 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         args, sources = options.resolve(given, f"train_{method}.py")
         without_stripes = "_AGW" if args.method == "agw" else "_global"
         name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
-        name += f"_trial{args.trial}" if args.dataset == "regdb" else ""
+        name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
         if args.deterministic:
             utils.make_deterministic()
         files = _run_files(args, name)
@@ -278,7 +279,7 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
     prefix = f"{name}_" if args.model_path else ""
     files = RunFiles(output, args.model_path or output, events, prefix=prefix)
     report = output / "options.json"
-    if prefix and report.exists() and f'"method": "{name}"' not in report.read_text():
+    if prefix and report.exists() and json.loads(report.read_text()).get("method") != name:
         raise ValueError(
             f"{output} holds another run than {name}; runs can share --model_path, but each needs "
             f"an --output-dir of its own: name another, or leave it out"
