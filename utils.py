@@ -30,6 +30,7 @@ from numpy._core import multiarray
 
 log = logging.getLogger(__name__)
 
+VERSION = "2.0.0"  # of this project, see CHANGELOG.md
 FORMAT = "mgmra-checkpoint-1"  # written into each checkpoint; other files are earlier releases'
 # The NumPy types in earlier releases' checkpoints: scalars and arrays beside the weights.
 NUMPY_TYPES = [
@@ -151,6 +152,7 @@ def versions() -> dict[str, str]:
         commit = ""
     cuda = torch.cuda.is_available()
     return {
+        "version": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torchvision": metadata.version("torchvision"),

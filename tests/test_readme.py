@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import options
+import utils
 import visualize
 from model import TwoStreamNet
 from reproduction.plan import TABLES
 from utils import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
 COMMANDS = re.findall(r"^python (\w+\.py.*?)(?:   +#.*)?$", README, re.MULTILINE)
 
@@ -47,6 +48,15 @@ def test_commands_parse(command):
         options.resolve_evaluation(options.test_parser("").parse_args(words))
     else:
         assert (ROOT / script).exists()
+
+
+def test_version_and_citation_are_those_in_use():
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == utils.versions()["version"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    for name in re.findall(r"(\w+), \w+", re.search(r"author  = {(.*)}", README)[1]):
+        assert f"family-names: {name}," in citation
+    assert re.search(r"title   = {(.*)}", README)[1] in citation
 
 
 def test_readme_names_what_there_is():
