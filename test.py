@@ -36,9 +36,10 @@ from data_manager import (
     is_stand_in,
 )
 from engine import distributed
+from engine.checkpoints import load_network, trained_size
 from engine.evaluate import Features, distances, evaluate
 from eval_metrics import METRICS, mean_and_std
-from model import TwoStreamNet, load_network, trained_size
+from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
 

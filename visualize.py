@@ -28,11 +28,12 @@ from scipy import sparse
 import options
 from data_loader import EvalLoader, ImageCache
 from data_manager import ImageList, data_name, eval_set
+from engine.checkpoints import load_network, trained_size
 from engine.evaluate import evaluate
 from figures import charts, evaluation, image_grids
 from figures.page import FORMATS, save
 from figures.prototypes import addressing_weights, alike, fired, prototype_patches
-from model import TwoStreamNet, load_network, trained_size
+from model import TwoStreamNet
 from networks.settings import LEVELS
 from utils import resolve_device, seed_everything, setup_logging, user_errors
 

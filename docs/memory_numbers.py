@@ -28,11 +28,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.plain import TERM_WEIGHTS  # noqa: E402
 from data_loader import EvalLoader, ImageCache  # noqa: E402
 from data_manager import data_name, train_set  # noqa: E402
+from engine.checkpoints import load_network, trained_size  # noqa: E402
 from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
 from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled  # noqa: E402
 from loss import Criterion  # noqa: E402
 from memory import MultiGranularityMemory  # noqa: E402
-from model import TwoStreamNet, load_network, trained_size  # noqa: E402
+from model import TwoStreamNet  # noqa: E402
 from networks.memory_health import MemoryHealth  # noqa: E402
 from networks.settings import LEVELS, SHRINK  # noqa: E402
 

@@ -3,10 +3,11 @@ import pytest
 import torch
 from recipe import GOLDEN, METHODS, images, released_state_dict
 
+from engine.checkpoints import load_network
 from loss import part_alignment_loss
 from memory import MemoryRead, MultiGranularityMemory
-from model import TwoStreamNet, convert_released_state_dict, load_network
-from networks.released import released_config
+from model import TwoStreamNet
+from networks.released import convert_released_state_dict, released_config
 from utils import CheckpointError
 
 

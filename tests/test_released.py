@@ -6,7 +6,8 @@ import torch
 import torchvision
 from recipe import METHODS, numbered, released_file
 
-from model import TwoStreamNet, load_network
+from engine.checkpoints import load_network
+from model import TwoStreamNet
 from networks.released import convert_released_state_dict, is_released, released_config
 from utils import CheckpointError, save_checkpoint
 

@@ -20,10 +20,11 @@ import stand_in
 import train_MGMRA
 from data_manager import DataError, eval_set, train_set
 from engine import resume
+from engine.checkpoints import load_network, trained_size
 from engine.evaluate import format_result
 from engine.fit import RunFiles, write_reports
 from engine.train import Schedule, make_optimizer
-from model import TwoStreamNet, load_network, trained_size
+from model import TwoStreamNet
 from networks.backbone import BACKBONES
 from test import describe_checkpoint
 from utils import CheckpointError, load_checkpoint
