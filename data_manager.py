@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets.base import (  # noqa: F401 - found here as well
     TRIALS,
+    TTA,
     DataError,
     DataSet,
     EvalOptions,
@@ -66,7 +67,8 @@ def eval_set(dataset: str, data_path: str | Path, **options: int | str) -> EvalS
     """
     check_choice("dataset", dataset, tuple(DATASETS))
     chosen = EvalOptions(**options)
-    return DATASETS[dataset].evaluate(checked_folder(dataset, data_path), chosen)
+    found = DATASETS[dataset].evaluate(checked_folder(dataset, data_path), chosen)
+    return replace(found, protocol=found.protocol + TTA[chosen.tta], tta=chosen.tta)
 
 
 def checked_folder(dataset: str, data_path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_manager import DATASETS
+from data_manager import DATASETS, TTA
 from eval_metrics import RE_RANKINGS
 from networks.settings import (
     INSTANCES_PER_ID,
@@ -115,6 +115,7 @@ ON_OFF = ("on", "off")
 # The longer help texts of the table below.
 FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
 FEAT = "retrieval feature; memory and both run the memory (default: pcb; without stripes: neck)"
+FLIP = "flip: features of image and mirror image summed, then normalised; named in every row"
 READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
@@ -160,6 +161,7 @@ TRAIN = {
         Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
         Flag("tvsearch", False, "same as --direction i2v", _truth, nargs="?", const=True),
         Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
+        Flag("tta", "no", FLIP, tuple(TTA)),
         Flag("test-feat", None, FEAT, ("pcb", "neck", "pool", "memory", "both")),
     ),
     "model": (
@@ -254,7 +256,7 @@ NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
 PROTOCOL = ("dataset", "data_path", "trial", "direction", "protocol", "mode", "gallery", "shots")
-PROTOCOL += ("trials",)
+PROTOCOL += ("trials", "tta")
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),

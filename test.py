@@ -28,6 +28,7 @@ import utils
 from data_loader import ImageCache
 from data_manager import (
     DATASETS,
+    TTA,
     EvalSet,
     ImageList,
     data_name,
@@ -253,7 +254,7 @@ def default_output(args: argparse.Namespace) -> Path:
     words = [f"{value}shot" if name == "shots" else value for name, value in asked.items()]
     if data.splits > 1:
         words.append("trials" if "{trial}" in args.resume else f"trial{args.trial}")
-    rare = (args.test_feat, args.subset, args.re_rank)
+    rare = (args.test_feat, args.subset, args.re_rank, args.tta)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent
     stem = Path(args.resume.replace("{trial}", "")).stem
@@ -332,9 +333,12 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     output = utils.make_writable_dir(args.output_dir or Path(args.resume).parent / name)
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
+    title += TTA[args.tta]
     features, _ = evaluate(
         net,
-        EvalSet("own folders", query, gallery, (np.arange(len(gallery)),), "none", title),
+        EvalSet(
+            "own folders", query, gallery, (np.arange(len(gallery)),), "none", title, None, args.tta
+        ),
         images,
         test_feats=(feat,),
         rankings=(),
@@ -351,6 +355,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         "gallery_modality": gallery.modality,
         "test_feat": feat,
         "re_rank": args.re_rank,
+        "tta": args.tta,
     }
     write_ranks(output, query, gallery, distmat, about)
     figure = ranked_lists(

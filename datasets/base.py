@@ -15,6 +15,7 @@ import numpy as np
 
 TRIALS = range(1, 11)  # RegDB's splits; SYSU-MM01's and LLCM's gallery draws
 VALIDATION_STEP = 5  # without a validation list every fifth training label is held out
+TTA = {"no": "", "flip": ", flip averaging"}  # test-time augmentation, as a protocol's words end
 DIRECTIONS = {"v2i": "visible to infrared", "i2v": "infrared to visible"}
 
 Item = tuple[str, int, int]  # path relative to the data folder, pid, camid
@@ -118,6 +119,7 @@ class EvalSet:
     camera_rule: str  # a name in `eval_metrics.CAMERA_RULES`
     protocol: str  # in words, for printed rows
     query_trials: tuple[np.ndarray, ...] | None = None  # rows of the queries; None: all
+    tta: str = "no"  # a key of `TTA`
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class EvalOptions:
     shots: int = 1  # SYSU-MM01: gallery images per identity and camera
     trials: int = 10  # SYSU-MM01, LLCM: number of gallery draws
     subset: str = "test"  # or "val": the training identities that `train_set(subset="fit")` omits
+    tta: str = "no"  # or "flip": features of image and mirror image summed, then normalised
 
     def __post_init__(self) -> None:
         check_choice("trial", self.trial, TRIALS)
@@ -142,6 +145,7 @@ class EvalOptions:
         check_choice("shots", self.shots, (1, 10))
         check_choice("trials", self.trials, TRIALS)
         check_choice("subset", self.subset, ("test", "val"))
+        check_choice("tta", self.tta, tuple(TTA))
 
 
 class DataSet:

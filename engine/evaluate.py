@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from data_loader import EvalLoader
@@ -40,7 +41,7 @@ def evaluate(
 
     Returns:
         The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1; and a result
-        (see `score`) with its ``test_feat`` for each kind of feature and ranking.
+        (see `score`) with its ``test_feat`` and ``tta`` for each kind of feature and ranking.
 
     Raises:
         ValueError: When there are no images, or a feature is not finite.
@@ -52,11 +53,13 @@ def evaluate(
             raise ValueError(f"no {own.modality} images to embed")
         device = next(net.parameters()).device
         batches = EvalLoader(images(own), batch_size=batch_size, device=device)
-        features[role] = embed(net, batches, own.modality, test_feats, amp=amp, progress=progress)
+        how = {"amp": amp, "progress": progress, "flip": eval_set.tta == "flip"}
+        features[role] = embed(net, batches, own.modality, test_feats, **how)
     results = []
     for name in test_feats:
         pair = features["query"][name], features["gallery"][name]
-        results += [{**score(eval_set, *pair, r), "test_feat": name} for r in rankings]
+        about = {"test_feat": name, "tta": eval_set.tta}
+        results += [{**score(eval_set, *pair, r), **about} for r in rankings]
     return features, results
 
 
@@ -69,20 +72,32 @@ def embed(
     *,
     amp: bool = False,
     progress: bool = False,
+    flip: bool = False,
 ) -> dict[str, np.ndarray]:
     """Embeds normalised images of one modality, batches of (n, 3, H, W), at least one.
+
+    With `flip`, the features of an image and of its mirror image are summed and normalised.
 
     Returns (n, D) float32 with L2-normalised rows for each name in `test_feats`; raises ValueError
     when a feature is not finite.
     """
     net.eval()
     chunks: dict[str, list[Tensor]] = {name: [] for name in test_feats}
-    hidden = None if progress else True
-    for images in tqdm(batches, f"embed {modality}", disable=hidden, leave=False):
+
+    def features(images: Tensor) -> dict[str, Tensor]:
         inputs = (images, None) if modality == "visible" else (None, images)
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
-            for name, feat in net.embed_all(*inputs, test_feats).items():
-                chunks[name].append(feat.float().cpu())
+            feats = net.embed_all(*inputs, test_feats)
+        return {name: feat.float() for name, feat in feats.items()}
+
+    hidden = None if progress else True
+    for images in tqdm(batches, f"embed {modality}", disable=hidden, leave=False):
+        feats = features(images)
+        if flip:
+            mirrored = features(images.flip(3))
+            feats = {name: normalize(feat + mirrored[name]) for name, feat in feats.items()}
+        for name, feat in feats.items():
+            chunks[name].append(feat.cpu())
     result = {name: torch.cat(feats).numpy() for name, feats in chunks.items()}
     for name, feats in result.items():
         if not np.isfinite(feats).all():

@@ -77,7 +77,7 @@ def _read_result(file: Path, row: Row) -> dict[str, Any]:
         content = json.loads(file.read_text())
         wanted = (row.re_rank, feat or content["rows"][0]["test_feat"])
         found = [r for r in content["rows"] if (r["re_rank"], r["test_feat"]) == wanted]
-        return {**found[0], "commit": content["versions"]["commit"]}
+        return {"tta": "no", **found[0], "commit": content["versions"]["commit"]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{file} has no result with re-ranking {row.re_rank!r} and feature "
@@ -142,6 +142,8 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
     first = results[0].row
     title = f"{first.title}, {_distinct(results, 'selection') or f'{first.checkpoint} epoch'}"
     title += "" if first.re_rank == "no" else ", re-ranked"
+    flip = _distinct(results, "tta")
+    title += f", tta: {flip}" if flip not in ("", "no") else ""
     known = published(first.dataset, first.protocol)
     lines = []
     for result in results:
@@ -242,7 +244,9 @@ def comma_separated(results: Sequence[Result]) -> str:
         line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
         line |= {"test_feat": setting.test.get("test_feat"), "trials": row.trials}
         line["missing"] = ", ".join(map(str, result.missing))
-        line |= {name: _distinct([result], name) for name in ("dataset", "selection", "commit")}
+        line |= {
+            name: _distinct([result], name) for name in ("dataset", "selection", "tta", "commit")
+        }
         line |= {f"{metric}_mean": result.mean.get(metric) for metric in METRICS}
         line |= {f"{metric}_std": result.std.get(metric) for metric in METRICS}
         theirs = published(row.dataset, row.protocol).get(setting.published, {})

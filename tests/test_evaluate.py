@@ -23,6 +23,7 @@ def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0)), asking=None):
         query_trials=asking and tuple(np.array(t) for t in asking),
         camera_rule=rule,
         protocol="a test",
+        tta="no",
     )
 
 
@@ -84,6 +85,16 @@ def test_features_are_extracted_in_order_for_each_kind():
         embed(net, batches, "visible", ("pcb",))
 
 
+def test_flip_averaging_sums_the_features_of_image_and_mirror_image():
+    net, images = small(), torch.randn(3, 3, 96, 32)
+    plain = embed(net, [images], "visible", ("pcb",))["pcb"]
+    mirrored = embed(net, [images.flip(3)], "visible", ("pcb",))["pcb"]
+    found = embed(net, [images], "visible", ("pcb",), flip=True)["pcb"]
+    total = plain + mirrored
+    np.testing.assert_allclose(found, total / np.linalg.norm(total, axis=1, keepdims=True), 1e-5)
+    assert not np.allclose(found, plain, atol=1e-4)
+
+
 def image_list(modality, pids, camids):
     return ImageList(Path("nowhere"), (), np.array(pids), np.array(camids), modality)
 
@@ -120,6 +131,7 @@ def test_an_evaluation_gives_features_and_a_result_for_each_feature_and_ranking(
     for kinds in features.values():
         for feats in kinds.values():
             np.testing.assert_allclose(np.linalg.norm(feats, axis=1), 1, rtol=1e-5)
+    assert {result.pop("tta") for result in results} == {"no"}
     named = [(r["test_feat"], r["re_rank"]) for r in results]
     assert named == [(feat, ranking) for feat in ("pcb", "memory") for ranking in RE_RANKINGS]
     for result in results:

@@ -196,15 +196,17 @@ def test_resumed_run_equals_an_unbroken_one(tiny, tmp_path):
 def test_half_precision_trains_and_evaluates(tiny, tmp_path):
     """On the smallest data: processors without bf16 take half a second an image."""
     folder = tmp_path / "run"
-    train("train_MGMRA.py", tiny, folder, "--epochs", 1, "--amp")
+    train("train_MGMRA.py", tiny, folder, "--epochs", 1, "--amp", "--tta", "flip")
     (line,) = log_lines(folder)
+    assert line["eval"]["tta"] == "flip" and "flip averaging" in line["eval"]["protocol"]
     assert all(np.isfinite(v) for v in line.values() if isinstance(v, float))
     call(
         *("test.py", "--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--amp"),
-        *("--resume", folder / "last.pt", "--output-dir", tmp_path / "test", "--quiet"),
+        *("--resume", folder / "last.pt", "--quiet", "--tta", "flip"),
         cwd=tmp_path,
     )
-    result = json.loads((tmp_path / "test" / "results.json").read_text())
+    result = json.loads((folder / "test_regdb_v2i_trial1_flip_last/results.json").read_text())
+    assert result["tta"] == "flip"
     for metric in ("rank1", "mAP", "mINP"):
         assert result[metric] == pytest.approx(line["eval"][metric], abs=1e-6), metric
 
@@ -453,11 +455,13 @@ def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
     where = ("--gpu", "cpu", "--quiet", "--resume", tmp_path / "run" / "last.pt")
     run(
         *("test.py", "--query-dir", folders[0], "--gallery-dir", folders[1], *where),
+        *("--tta", "flip"),
         cwd=tmp_path,
     )
     output = tmp_path / "run" / "search_Visible_Thermal"
     ranks = json.loads((output / "ranks.json").read_text())
     assert (ranks["query_modality"], ranks["gallery_modality"]) == ("visible", "infrared")
+    assert ranks["tta"] == "flip"
     assert len(ranks["ranks"]) == len(list(folders[0].rglob("*.bmp")))
     for entry in ranks["ranks"]:
         scores = [answer["score"] for answer in entry["gallery"]]

@@ -171,6 +171,8 @@ def test_re_ranked_rows_stand_apart_and_carry_their_name(tmp_path):
     assert [line[0] for line in second.rows] == ["MG-MRA, k_reciprocal"]
     assert second.title.endswith("re-ranked")
     assert "probably re-ranked" in second.rows[0][-1]
+    flipped = write(tmp_path / "c.json", tta="flip")
+    assert arranged(row(flipped))[0].title == f"{first.title}, tta: flip"
     methods = [line[0] for line in others.rows]
     assert "HCT" in methods and "MG-MRA re-ranked" not in methods
 
