@@ -135,6 +135,10 @@ MODEL_PATH = (
     "method, data set and trial (default: last.pt, best.pt in the output folder)"
 )
 METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
+CHANNEL_AUG = (
+    "probability that a visible image is made one of its channels, or grey (CAJ, ICCV 2021); above "
+    "0, --erase fills its rectangle with a random value in each channel, not with the mean"
+)
 PRESET = (
     "values of flags not given (default: the data set's); one that is named here also decides "
     "AGW's --epochs, --batch-size, --num_pos and --share_net, as far as it has them"
@@ -214,6 +218,7 @@ TRAIN = {
         Flag("grey", 0.0, "probability that a visible image is made grey", PROBABILITY),
         Flag("tone", 0.0, "random gamma and gain from exp(-TONE) to exp(TONE)", WEIGHT),
         Flag("erase", 0.0, "probability that a rectangle is erased", PROBABILITY),
+        Flag("channel-aug", 0.0, CHANNEL_AUG, PROBABILITY),
         Flag("seed", 0, "seed of all random numbers", COUNT_OR_0),
         Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),

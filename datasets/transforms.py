@@ -25,7 +25,8 @@ ERASE_ASPECT = 3.3  # height over width between 1 / 3.3 and 3.3
 # What each row of an array of uniform random numbers decides; its columns are images.
 Draw = IntEnum(
     "Draw",
-    "TOP LEFT FLIP GREY GAMMA GAIN ERASE ERASE_ASPECT ERASE_PLACE ERASE_AREA",  # TOP of the crop
+    "TOP LEFT FLIP GREY GAMMA GAIN ERASE ERASE_ASPECT ERASE_PLACE ERASE_AREA "  # TOP of the crop
+    "EXCHANGE CHANNEL FILL_RED FILL_GREEN FILL_BLUE",  # the former rows' numbers stay as they were
     start=0,
 )
 
@@ -34,14 +35,18 @@ Draw = IntEnum(
 class Augmentation:
     """The train transform: pad with black, crop back to the image's size, flip, normalise.
 
-    Source: the AGW code base for pad and flip; the others are this project's and off by default.
+    Source: the AGW code base for pad and flip; the others are off by default: channel exchange and
+    channel-level erasing follow CAJ (Ye et al., ICCV 2021), the rest is this project's.
     """
 
     pad: int = 10  # pixels of black on every side before the crop
     flip: float = 0.5  # probability of a horizontal flip
     grey: float = 0.0  # probability that a visible image is made grey
-    erase: float = 0.0  # probability that a rectangle is set to the ImageNet mean
+    erase: float = 0.0  # probability that a rectangle is set to the ImageNet mean, or see below
     tone: float = 0.0  # s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image
+    # Probability that a visible image is made its red, green or blue channel three times, or grey,
+    # each as likely. Above 0, erased rectangles get a random value in each channel instead.
+    channel_aug: float = 0.0
 
 
 def augment(
@@ -58,6 +63,9 @@ def augment(
     images = images_uint8
     if modality == "visible" and augmentation.grey > 0:
         images = _grey(images, np.flatnonzero(draws[Draw.GREY] < augmentation.grey))
+    if modality == "visible" and augmentation.channel_aug > 0:
+        chosen = np.flatnonzero(draws[Draw.EXCHANGE] < augmentation.channel_aug)
+        images = _exchange(images, chosen, (4 * draws[Draw.CHANNEL, chosen]).astype(np.int64))
     images = _crop_and_flip(images, augmentation.pad, top, left, flipped)
     if augmentation.tone > 0:
         tone = (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1) * augmentation.tone
@@ -65,7 +73,11 @@ def augment(
     batch = normalize(images)
     if augmentation.erase > 0:
         chosen = np.flatnonzero(draws[Draw.ERASE] < augmentation.erase)
-        _erase(batch, chosen, draws[:, chosen])
+        fills = np.zeros((3, len(chosen)), np.float32)  # the mean, once normalised
+        if augmentation.channel_aug > 0:
+            values = 255 * draws[Draw.FILL_RED : Draw.FILL_BLUE + 1, chosen]
+            fills = (values * SCALE[:, None] + SHIFT[:, None]).astype(np.float32)
+        _erase(batch, chosen, draws[:, chosen], fills)
     return batch
 
 
@@ -118,6 +130,14 @@ def _grey(images: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
     return images.index_copy(0, rows, grey.to(torch.uint8).expand(-1, -1, -1, 3))
 
 
+def _exchange(images: torch.Tensor, chosen: np.ndarray, kinds: np.ndarray) -> torch.Tensor:
+    """Returns (n, H, W, 3) images of which `chosen` (k,) are one channel (0 to 2), or grey (3)."""
+    images = _grey(images, chosen[kinds == 3])
+    rows, channels = _on(images, chosen[kinds < 3]), _on(images, kinds[kinds < 3])
+    single = images[rows, :, :, channels].unsqueeze(3)  # (k', H, W, 1)
+    return images.index_copy(0, rows, single.expand(-1, -1, -1, 3))
+
+
 def _crop_and_flip(
     images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray, flipped: np.ndarray
 ) -> torch.Tensor:
@@ -139,8 +159,8 @@ def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
     return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
 
 
-def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray) -> None:
-    """Sets a rectangle of each `chosen` (k,) image to zero, in place; `draws` has k columns."""
+def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray, fills: np.ndarray) -> None:
+    """Fills a rectangle of each `chosen` (k,) image in place; `draws`, `fills` have k columns."""
     _, _, height, width = batch.shape
     area = ERASE_AREA[0] + draws[Draw.ERASE_AREA] * (ERASE_AREA[1] - ERASE_AREA[0])
     pixels = area * height * width
@@ -150,5 +170,6 @@ def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray) -> None:
     places = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all
     place = (draws[Draw.ERASE_PLACE] * places).astype(np.int64)
     top, left = np.divmod(place, width - wide + 1)
-    for row, y, x, h, w in zip(chosen, top, left, tall, wide, strict=True):
-        batch[row, :, y : y + h, x : x + w] = 0
+    colours = _on(batch, fills.T)[:, :, None, None]  # (k, 3, 1, 1)
+    for row, y, x, h, w, colour in zip(chosen, top, left, tall, wide, colours, strict=True):
+        batch[row, :, y : y + h, x : x + w] = colour

@@ -171,13 +171,12 @@ class Run:
     ) -> TrainLoader:
         """Decodes the training images and builds the loader of augmented batches."""
         args, images = self.args, self._images()
+        names = ("pad", "flip", "grey", "erase", "tone", "channel_aug")
         return TrainLoader(
             visible=ImageStore(images(train.visible), device=self.device),
             infrared=ImageStore(images(train.infrared), device=self.device),
             sampler=sampler,
-            augmentation=Augmentation(
-                pad=args.pad, flip=args.flip, grey=args.grey, erase=args.erase, tone=args.tone
-            ),
+            augmentation=Augmentation(**{name: getattr(args, name) for name in names}),
             seed=args.seed,
             device=self.device,
             transform=transform,

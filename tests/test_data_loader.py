@@ -313,7 +313,7 @@ def test_the_global_generators_are_left_alone():
     before = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
     make_sampler().batch(0, 0)
     images = torch.from_numpy(noise(4, 8, 4))
-    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5, 0.5)
     draws = np.random.default_rng(0).random((len(Draw), 4))
     augment(images, everything, draws, modality="visible")
     assert np.array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
@@ -387,7 +387,7 @@ def same(one, other):
 
 
 def test_batches_depend_on_seed_epoch_and_step_alone(monkeypatch):
-    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5, 0.5)
     images = noise(len(VISIBLE), 8, 4), noise(len(INFRARED), 8, 4, seed=1)
 
     def run(epoch=1, seed=0):
@@ -552,7 +552,7 @@ def test_from_files_to_batches(tiny_regdb):
 def test_cuda_batches_equal_those_of_the_cpu(resident, monkeypatch):
     monkeypatch.setattr(data_loader, "RESIDENT_FRACTION", 0.25 * resident)
     cuda = torch.device("cuda")
-    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5)
+    everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5, 0.5)
     images = noise(len(VISIBLE), 32, 16), noise(len(INFRARED), 32, 16, seed=1)
     expected = list(make_loader(everything, 0, images).epoch(0))
     loader = TrainLoader(

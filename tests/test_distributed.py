@@ -69,7 +69,7 @@ def test_each_rank_loads_its_share_of_the_one_batch():
     sampler = IdentitySampler(labels, labels, ids_per_batch=6, images_per_id=2, seed=3)
 
     def loader(rank=0, world_size=1):
-        settings = Augmentation(pad=2, grey=0.5, erase=0.5, tone=0.2)
+        settings = Augmentation(pad=2, grey=0.5, erase=0.5, tone=0.2, channel_aug=0.5)
         return TrainLoader(
             visible=stores[0],
             infrared=stores[1],

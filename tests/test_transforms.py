@@ -113,6 +113,7 @@ def test_switching_one_augmentation_on_leaves_the_other_draws_alone():
         return augment(images, augmentation, draws(50, 3), modality="infrared")
 
     assert torch.equal(run(), run(grey=1.0))
+    assert torch.equal(run(), run(channel_aug=1.0))
     erased, plain = run(erase=1.0), run()
     assert torch.equal(torch.where(erased == 0, plain, erased), plain)
 
@@ -136,6 +137,47 @@ def test_erase_blanks_one_rectangle_of_legal_size():
         areas.append(int(mask.sum()) / 800)
     assert len(tops) > 15 and len(lefts) > 8
     assert 0.17 < np.mean(areas) < 0.23  # uniform over 0.02..0.4, however rarely one is erased
+
+
+def test_channel_augmentation_gives_one_channel_or_grey_and_spares_infrared():
+    pixels = noise(1000, 6, 4)
+    images = torch.from_numpy(pixels)
+
+    def run(p, modality="visible"):
+        return augment(
+            images, Augmentation(pad=0, flip=0, channel_aug=p), draws(1000), modality=modality
+        )
+
+    kinds = [np.repeat(pixels[..., c : c + 1], 3, axis=3) for c in range(3)]
+    kinds += [
+        np.stack([np.asarray(Image.fromarray(p).convert("L").convert("RGB")) for p in pixels])
+    ]
+    kinds += [pixels]
+    found = run(0.8)
+    hits = np.array([(found == normalize(torch.from_numpy(k))).flatten(1).all(1) for k in kinds])
+    assert (hits.sum(axis=0) == 1).all()
+    assert (abs(hits.sum(axis=1) - 200) < 50).all()  # red, green, blue, grey, as it was
+    assert torch.equal(run(1, "infrared"), normalize(images))
+    assert torch.equal(run(0), normalize(images))
+    assert torch.equal(images, torch.from_numpy(pixels))
+
+
+@pytest.mark.parametrize("modality", ["visible", "infrared"])
+def test_with_channel_augmentation_erased_channels_get_a_random_value_each(modality):
+    images = torch.from_numpy(noise(200, 20, 10))
+    settings = {"pad": 2, "erase": 1.0}
+    where = augment(images, Augmentation(**settings), draws(200), modality=modality) == 0
+    found = augment(
+        images, Augmentation(**settings, channel_aug=1e-9), draws(200), modality=modality
+    )
+    values = []
+    for mask, image in zip(where.all(1), found, strict=True):
+        inside = image[:, mask]
+        assert torch.equal(inside, inside[:, :1].expand_as(inside))
+        values.append(inside[:, 0] * torch.tensor(STD) + torch.tensor(MEAN))
+    values = torch.stack(values)
+    assert values.min() > -1e-6 and values.max() < 1 + 1e-6
+    assert (abs(values.mean(0) - 0.5) < 0.07).all() and len(values.unique()) > 590
 
 
 def test_tone_is_one_monotone_curve_per_image_and_keeps_black():
