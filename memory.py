@@ -22,17 +22,21 @@ from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRI
 EPSILON = 1e-12  # of the releases' divisions
 
 
-def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+def read(
+    x: Tensor, bank: Tensor, shrink: float, temperature: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Reads a bank at every position of a map.
 
     ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
     renormalised; ``value = weights @ bank``. Under autocast the products run in half precision; the
-    part that all prototypes have in common, which cancels in the softmax, is kept out of them.
+    part that all prototypes have in common is kept out of them.
 
     Args:
         x: Queries, (B, C, H, W).
         bank: Prototypes, (m, C).
         shrink: Threshold on the weights, in [0, 1).
+        temperature: None addresses by dot products, as published; a number by cosines, ``weights =
+            softmax(cos(bank, query) / temperature)``, whatever the norms.
 
     Returns:
         The values, a map of x's shape, zero where no weight is above `shrink`; and the addressing
@@ -42,18 +46,21 @@ def read(x: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
     Source: MemAE (Gong et al., ICCV 2019).
     """
     b, c, h, w = x.shape
-    queries = x.permute(0, 2, 3, 1).reshape(-1, c)  # (n, C)
+    queries, keys = x.permute(0, 2, 3, 1).reshape(-1, c), bank  # (n, C), (m, C)
+    if temperature is not None:
+        queries = F.normalize(queries) / temperature
+        keys = F.normalize(bank)
+    keys = keys - keys.mean(dim=0)  # the same softmax, from smaller scores
     if sparse_read.pays_off(queries, bank, shrink):
-        values, weights = sparse_read.sparse_read(queries, bank, shrink)
+        values, weights = sparse_read.sparse_read(queries, keys, bank, shrink)
     else:
-        common = bank.mean(dim=0)  # (C,)
-        prototypes = bank - common
-        scores = queries @ prototypes.t()  # (n, m)
+        scores = queries @ keys.t()  # (n, m)
         weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
         weights = hard_shrink(weights, shrink)
         total = weights.sum(dim=1, keepdim=True)  # (n, 1)
         weights = weights / total.clamp_min(EPSILON)
-        values = weights @ prototypes + (total > 0) * common
+        common = bank.mean(dim=0)  # (C,)
+        values = weights @ (bank - common) + (total > 0) * common
     return values.view(b, h, w, c).permute(0, 3, 1, 2), weights
 
 
@@ -109,6 +116,7 @@ class SingleGranularityMemory(nn.Module):
         shrink: float = SHRINK,
         *,
         shrink_scale: float | None = None,
+        temperature: float | None = None,
     ) -> None:
         """Builds the bank.
 
@@ -120,22 +128,24 @@ class SingleGranularityMemory(nn.Module):
             shrink: Addressing weights at or below it are dropped.
             shrink_scale: In place of `shrink`, a threshold of ``shrink_scale / m`` on a bank of m
                 prototypes, so that all levels and any number of identities are cut alike.
+            temperature: Of cosine addressing; None: dot products. See `read`.
 
         Raises:
-            ValueError: When a size is not positive, `shrink` is outside [0, 1), or `shrink_scale`
-                is not above 0.
+            ValueError: When a size, `shrink_scale` or `temperature` is not positive, or `shrink` is
+                outside [0, 1).
         """
         super().__init__()
         self.num_ids, self.dim = num_ids, dim
         self.instances_per_id, self.parts_per_instance = instances_per_id, parts_per_instance
-        self.shrink, self.shrink_scale = shrink, shrink_scale
+        self.shrink, self.shrink_scale, self.temperature = shrink, shrink_scale, temperature
         for name in ("num_ids", "instances_per_id", "parts_per_instance", "dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink must be in [0, 1), got {shrink}")
-        if shrink_scale is not None and not shrink_scale > 0:
-            raise ValueError(f"shrink_scale must be above 0, got {shrink_scale}")
+        for name in ("shrink_scale", "temperature"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
@@ -152,7 +162,7 @@ class SingleGranularityMemory(nn.Module):
 
     def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
         """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
-        return read(x, bank, self.threshold(level, len(bank)))
+        return read(x, bank, self.threshold(level, len(bank)), self.temperature)
 
     def forward(self, x: Tensor) -> MemoryRead:
         """Reads the part bank at every position of x (B, C, H, W)."""
@@ -188,17 +198,14 @@ class MultiGranularityMemory(SingleGranularityMemory):
         dim: int = 2048,
         shrink: float = SHRINK,
         variant: str = "paper",
-        *,
-        shrink_scale: float | None = None,
+        **addressing: float | None,
     ) -> None:
         """Builds bank and gates; see `SingleGranularityMemory`.
 
         Raises:
             ValueError: Also when `variant` is unknown.
         """
-        super().__init__(
-            num_ids, instances_per_id, parts_per_instance, dim, shrink, shrink_scale=shrink_scale
-        )
+        super().__init__(num_ids, instances_per_id, parts_per_instance, dim, shrink, **addressing)
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant

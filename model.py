@@ -28,6 +28,7 @@ MEMORY_SETTINGS = {  # of a memory that the network builds, and their defaults
     "parts_per_instance": PARTS_PER_INSTANCE,
     "shrink": SHRINK,
     "shrink_scale": None,
+    "temperature": None,
 }
 
 

@@ -20,12 +20,14 @@ from typing import Any, NoReturn
 from data_manager import DATASETS, TTA
 from eval_metrics import RE_RANKINGS
 from networks.settings import (
+    ADDRESSINGS,
     INSTANCES_PER_ID,
     LABEL_SMOOTHING,
     LEVELS,
     MARGIN,
     PARTS_PER_INSTANCE,
     SHRINK,
+    TEMPERATURE,
     VARIANTS,
 )
 
@@ -120,6 +122,14 @@ READ = (
     "granularity whose read is added to the map; none is a control: the memory branch without a "
     "memory (default: the method's coarsest)"
 )
+ADDRESSING = (
+    "the memory's weights are a softmax of prototype @ query (dot, the published method), or of "
+    "their cosine / T (cosine)"
+)
+BANK_INIT = (
+    "first values of the prototypes: random, or features of the training images, each of its own "
+    "identity, image and stripe, once --bank-init-epoch epochs are trained"
+)
 VARIANT = "MG-MRA: the paper's figure, or the release's first or later upload (released)"
 MEMORY_IDS = (
     "identities that the memory has prototypes for; the releases' has 206 on every data set "
@@ -180,6 +190,10 @@ TRAIN = {
         Flag("memory-variant", "paper", VARIANT, VARIANTS),
         Flag("shrink", SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
+        Flag("addressing", "dot", ADDRESSING, ADDRESSINGS),
+        Flag("temperature", TEMPERATURE, "T of --addressing cosine", FACTOR),
+        Flag("bank-init", "uniform", BANK_INIT, ("uniform", "features")),
+        Flag("bank-init-epoch", 4, "epochs before --bank-init features", COUNT_OR_0),
         Flag("memory-levels", None, READ, ("none", *LEVELS)),
         Flag("instances-per-id", INSTANCES_PER_ID, "instance prototypes per identity, T", COUNT),
         Flag("parts-per-instance", PARTS_PER_INSTANCE, "part prototypes per instance, R", COUNT),
@@ -444,10 +458,15 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a training with those `given`, and why."""
     of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
     of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance", "memory_ids")
+    of_memory += ("addressing", "temperature", "bank_init", "bank_init_epoch")
     of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
     flags = {}
     if given.get("shrink") != "auto":
         flags["shrink_scale"] = f"--shrink is {given.get('shrink', SHRINK)}, not auto"
+    if given.get("addressing") != "cosine":
+        flags["temperature"] = "--addressing is dot, not cosine"
+    if given.get("bank_init") != "features":
+        flags["bank_init_epoch"] = "--bank-init is uniform, not features"
     for flag, value in (("pcb", "off"), ("method", "agw")):
         if given.get(flag) == value:
             reason = f"--{flag} {value} has no stripes"

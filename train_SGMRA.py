@@ -42,7 +42,7 @@ def main(
             args.instances_per_id,
             args.parts_per_instance,
             dim=find_backbone(args.arch).channels,
-            **run.threshold,
+            **run.addressing,
         )
         net = TwoStreamNet(
             train.num_ids,
@@ -84,16 +84,18 @@ def main(
         progress = run.begin(net, optimizer, train, sampler)
         evaluate = run.evaluator(net, test)
         if run.trains(progress):
+            loader = run.loader(train, sampler)
             progress = fit(
                 net,
                 criterion,
                 optimizer,
-                run.loader(train, sampler),
+                loader,
                 schedule=schedule,
                 settings=run.settings,
                 evaluate=evaluate,
                 files=run.files,
                 progress=progress,
+                before_epoch=run.bank_filler(net, optimizer, loader, train),
             )
         run.report(progress, evaluate)
     return 0

@@ -65,11 +65,11 @@ def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
     return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
 
 
-def share_buffers(net: nn.Module) -> None:
-    """Broadcasts rank 0's BatchNorm statistics; each rank has gathered its own rows'."""
+def share(tensors: Iterable[Tensor]) -> None:
+    """Replaces each tensor by rank 0's."""
     if size() > 1:
-        for buffer in net.buffers():
-            dist.broadcast(buffer, src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def gather_rows(rows: Tensor) -> Tensor:

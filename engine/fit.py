@@ -65,13 +65,15 @@ def fit(
     evaluate: Callable[[], dict[str, Any]],
     files: RunFiles,
     progress: Progress | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> Progress:
     """Trains to the last epoch, evaluating, logging and saving on the way (rank 0 alone).
 
     Every random draw is a function of (seed, epoch, step): a run that ended anywhere and resumes
     from ``last.pt`` writes what an unbroken one does, times excepted, and on the CPU with the same
     bits. `evaluate` returns the results of the present weights, `progress` is an interrupted run's
-    whose states are loaded already. Returns the final progress.
+    whose states are loaded already. `before_epoch` is called with the number of the epoch to come,
+    counted from 0. Returns the final progress.
 
     Raises:
         NonFiniteLossError: A loss term or a weight is NaN or infinite; nothing broken is saved.
@@ -87,6 +89,8 @@ def fit(
     for epoch in range(progress.epoch, schedule.epochs):
         start = time.perf_counter()
         line: dict[str, Any] = {"epoch": epoch + 1}
+        if before_epoch is not None:
+            before_epoch(epoch)
         line |= train_epoch(
             trained, criterion, optimizer, loader, epoch=epoch, schedule=schedule, settings=settings
         )

@@ -23,6 +23,7 @@ from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
 from data_manager import DATASETS, EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
 from engine import distributed, resume
+from engine.bank_init import fill_bank
 from engine.evaluate import evaluate, format_result
 from engine.fit import LAST, PREVIOUS, Progress, RunFiles, threshold_in_words, write_reports
 from engine.train import TrainSettings
@@ -57,11 +58,11 @@ class Run:
         return {name: getattr(self.args, name) for name in names}
 
     @property
-    def threshold(self) -> dict[str, float]:
-        """The memory's threshold: lambda, or ``--shrink auto``'s numerator over the bank's size."""
-        if self.args.shrink == "auto":
-            return {"shrink_scale": self.args.shrink_scale}
-        return {"shrink": self.args.shrink}
+    def addressing(self) -> dict[str, float]:
+        """How the memory is addressed, as its classes take it: threshold and temperature."""
+        args, auto = self.args, self.args.shrink == "auto"
+        chosen = {"shrink_scale": args.shrink_scale} if auto else {"shrink": args.shrink}
+        return chosen | ({"temperature": args.temperature} if args.addressing == "cosine" else {})
 
     @property
     def weights(self) -> str | None:
@@ -184,6 +185,24 @@ class Run:
             world_size=distributed.size(),
         )
 
+    def bank_filler(
+        self,
+        net: TwoStreamNet,
+        optimizer: torch.optim.Optimizer,
+        loader: TrainLoader,
+        train: TrainSet,
+    ) -> Callable[[int], None] | None:
+        """Returns what `fit` calls before each epoch; None where the bank stays as it started."""
+        if self.args.bank_init == "uniform":
+            return None
+
+        def fill(epoch: int) -> None:
+            if epoch == self.args.bank_init_epoch:
+                fill_bank(net, optimizer, loader, train.labels, seed=self.args.seed)
+                log.info("the prototypes are now features of the training images")
+
+        return fill
+
     def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
         """Returns a function that evaluates the present weights; it decodes the images once."""
         args, images = self.args, self._images()
@@ -247,7 +266,7 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
 def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
     """Warns when MG-MRA's threshold is above the semantic level's uniform weight."""
     memory, added = net.memory, net.memory_levels in (None, "semantic")
-    if isinstance(memory, MultiGranularityMemory) and added:
+    if isinstance(memory, MultiGranularityMemory) and added and memory.temperature is None:
         size = memory.bank_sizes()["semantic"]
         if 1 / size < memory.threshold("semantic", size):
             log.warning(

@@ -224,7 +224,7 @@ def train_epoch(
             waiting.clear()
             bar.set_postfix_str(f"loss={steps[-1]['total']:.3f}, lr={lr:.2g}")
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])
-    distributed.share_buffers(net)
+    distributed.share(net.buffers())  # batch statistics, which each rank has gathered of its rows
     return {
         "lr": lr,
         **{name: sum(numbers[name] for numbers in steps) / len(steps) for name in steps[0]},

@@ -4,6 +4,8 @@ VARIANTS = ("paper", "first", "released")  # of MG-MRA's memory
 LEVELS = ("part", "instance", "semantic")  # granularities, the finest first
 HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
 
+ADDRESSINGS = ("dot", "cosine")
+TEMPERATURE = 0.02  # of cosine addressing; this project's
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped
 INSTANCES_PER_ID = 5  # T
 PARTS_PER_INSTANCE = 6  # R; not tied to the number of stripes

@@ -6,6 +6,7 @@ are products with sparse matrices that hold the survivors alone. Values and grad
 the plain form in `memory.read`, which `tests/test_sparse_read.py` checks.
 
 Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together.
+A prototype is addressed by its key, and read as it stands in the bank.
 """
 
 import warnings
@@ -28,8 +29,10 @@ def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
     return few and queries.device.type == "cpu" and queries.dtype != torch.float64
 
 
-def sparse_read(queries: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """Reads a bank (m, C) with queries (n, C); see `memory.read`, whose plain form this equals.
+def sparse_read(
+    queries: Tensor, keys: Tensor, bank: Tensor, shrink: float
+) -> tuple[Tensor, Tensor]:
+    """Reads a bank (m, C), addressed by its keys (m, C), with queries (n, C); see `memory.read`.
 
     Returns values (n, C) in the bank's type, and the weights, a sparse CSR matrix (n, m). Under
     autocast the scores are computed in its type.
@@ -39,17 +42,17 @@ def sparse_read(queries: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, T
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        weights = _surviving_weights(queries.detach().to(dtype), bank.detach().to(dtype), shrink)
-        return _WeightedSums.apply(queries, bank, weights), weights
+        weights = _surviving_weights(queries.detach().to(dtype), keys.detach().to(dtype), shrink)
+        return _WeightedSums.apply(queries, keys, bank, weights), weights
 
 
 @torch.no_grad()
-def _surviving_weights(queries: Tensor, bank: Tensor, shrink: float) -> Tensor:
+def _surviving_weights(queries: Tensor, keys: Tensor, shrink: float) -> Tensor:
     """Softmax weights above the threshold, renormalised: sparse CSR (n, m), float32."""
     rows, columns, values = [], [], []
-    chunk = max(1, SCORES_AT_A_TIME // len(bank))
+    chunk = max(1, SCORES_AT_A_TIME // len(keys))
     for start in range(0, len(queries), chunk):
-        scores = queries[start : start + chunk] @ bank.t()  # (chunk, m)
+        scores = queries[start : start + chunk] @ keys.t()  # (chunk, m)
         weights = scores.softmax(dim=1, dtype=torch.float32)
         row, column = (weights > shrink).nonzero(as_tuple=True)
         rows.append(row + start)
@@ -58,21 +61,21 @@ def _surviving_weights(queries: Tensor, bank: Tensor, shrink: float) -> Tensor:
     rows, columns, values = (torch.cat(parts) for parts in (rows, columns, values))  # (k,) each
     totals = values.new_zeros(len(queries)).index_add_(0, rows, values)  # (n,)
     offsets = torch.searchsorted(rows, torch.arange(len(queries) + 1))  # of each row's survivors
-    return _csr(offsets, columns, values / totals[rows], (len(queries), len(bank)))
+    return _csr(offsets, columns, values / totals[rows], (len(queries), len(keys)))
 
 
 class _WeightedSums(torch.autograd.Function):
     """``weights @ bank``, where the weights are the softmax of the survivors' scores."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, bank: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(queries, bank, weights)
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, bank: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys, bank, weights)
         return weights @ bank
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        queries, bank, weights = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        queries, keys, bank, weights = ctx.saved_tensors
         rows = torch.repeat_interleave(weights.crow_indices().diff())  # query of each survivor
         alpha = weights.values()  # (k,)
         # d value / d weight: products of the gradient's rows with the survivors' prototypes.
@@ -83,9 +86,9 @@ class _WeightedSums(torch.autograd.Function):
         grad_scores = _csr(
             weights.crow_indices(), weights.col_indices(), grad_scores, weights.shape
         )
-        grad_queries = (grad_scores @ bank).to(queries.dtype)
-        grad_bank = grad_scores.t() @ queries.to(bank.dtype) + weights.t() @ grad
-        return grad_queries, grad_bank, None
+        grad_queries = (grad_scores @ keys).to(queries.dtype)
+        grad_keys = grad_scores.t() @ queries.to(keys.dtype)
+        return grad_queries, grad_keys, weights.t() @ grad, None
 
 
 def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

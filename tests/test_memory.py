@@ -251,7 +251,7 @@ def test_health_counts_what_a_loop_counts(sparse):
     per_batch = []
     for x in rows:
         if sparse:
-            weights = sparse_read(x, bank, 0.03)[1]
+            weights = sparse_read(x, bank, bank, 0.03)[1]
         else:
             weights = read(x[:, :, None, None], bank, 0.03)[1]
         health.update({"part": weights})
@@ -302,3 +302,32 @@ def test_forward_changes_no_state():
 def test_illegal_sizes(settings, message):
     with pytest.raises(ValueError, match=message):
         MultiGranularityMemory(**{"num_ids": 3, "dim": 8, **settings})
+
+
+def test_cosine_addressing_is_a_softmax_of_cosines_and_reads_the_prototypes_themselves():
+    gen = torch.Generator().manual_seed(12)
+    x = torch.randn(2, 8, 3, 2, generator=gen, dtype=torch.float64)
+    bank = 5 * torch.rand(30, 8, generator=gen, dtype=torch.float64)
+    values, weights = read(x, bank, 3 / 30, temperature=0.1)
+    for b, row, column in np.ndindex(2, 3, 2):
+        query = x[b, :, row, column]
+        cosines = [float(query @ p / (query.norm() * p.norm())) for p in bank]
+        alpha = np.exp(np.array(cosines) / 0.1)
+        alpha = np.where(alpha / alpha.sum() > 0.1, alpha, 0)
+        alpha = torch.tensor(alpha / alpha.sum())
+        torch.testing.assert_close(values[b, :, row, column], alpha @ bank)
+        torch.testing.assert_close(weights[6 * b + 2 * row + column], alpha)
+    again, _ = read(100 * x, bank, 3 / 30, temperature=0.1)  # a query's norm is of no account
+    torch.testing.assert_close(again, values)
+    assert not read(0 * x, bank, 3 / 30, temperature=0.1)[0].any()  # uniform weights: none passes
+
+
+def test_cosine_addressing_reads_selectively_at_every_level_of_an_untrained_memory():
+    gen = torch.Generator().manual_seed(13)
+    torch.manual_seed(13)
+    memory = MultiGranularityMemory(40, 5, 6, 64, shrink_scale=3.0, temperature=0.02)
+    weights = memory(torch.rand(1, 64, 6, 3, generator=gen)).weights
+    for level, own in weights.items():
+        survivors = (own.to_dense() > 0).sum(dim=1).float()
+        assert (survivors > 0).all(), level
+        assert survivors.mean() < own.shape[1] / 4, level

@@ -31,7 +31,7 @@ def test_equals_a_masked_softmax_gradients_included(scale, shrink, chunk, monkey
     toward = torch.randn(40, 9, generator=gen)
     dense, survive = masked_softmax_read(x, bank, shrink)
     expected = torch.autograd.grad((toward * dense).sum(), (x, bank))
-    values, weights = sparse_read.sparse_read(x, bank, shrink)
+    values, weights = sparse_read.sparse_read(x, bank, bank, shrink)
     assert torch.equal(weights.crow_indices().diff(), survive.sum(1))
     assert weights.shape == (40, 150)
     torch.testing.assert_close(values, dense, rtol=1e-4, atol=1e-5)
@@ -44,7 +44,7 @@ def test_only_the_gradients_asked_for(needed):
     gen = torch.Generator().manual_seed(7)
     inputs = [torch.randn(n, 4, generator=gen) for n in (6, 12)]
     inputs[needed].requires_grad_()
-    values, _ = sparse_read.sparse_read(*inputs, 0.08)
+    values, _ = sparse_read.sparse_read(inputs[0], *inputs[1:] * 2, 0.08)
     (grad,) = torch.autograd.grad(values.square().sum(), inputs[needed])
     expected, _ = masked_softmax_read(*inputs, 0.08)
     (expected,) = torch.autograd.grad(expected.square().sum(), inputs[needed])
@@ -52,7 +52,8 @@ def test_only_the_gradients_asked_for(needed):
 
 
 @pytest.mark.parametrize("scale", [0.01, 0.3, 3.0])
-def test_the_memory_reads_the_same_either_way(scale, monkeypatch):
+@pytest.mark.parametrize("temperature", [None, 0.1])
+def test_the_memory_reads_the_same_either_way(scale, temperature, monkeypatch):
     gen = torch.Generator().manual_seed(8)
     x = (scale * torch.randn(2, 16, 4, 3, generator=gen)).requires_grad_()
     bank = torch.randn(900, 16, generator=gen).requires_grad_()
@@ -60,7 +61,7 @@ def test_the_memory_reads_the_same_either_way(scale, monkeypatch):
     results = []
     for fast in (True, False):
         monkeypatch.setattr(sparse_read, "pays_off", lambda *_, fast=fast: fast)
-        values, weights = read(x, bank, 0.0025)
+        values, weights = read(x, bank, 0.0025, temperature)
         grads = torch.autograd.grad((toward * values).sum(), (x, bank))
         results.append((values, weights.to_dense(), *grads))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
@@ -97,5 +98,5 @@ def test_second_derivatives_are_refused():
 
 
 def test_no_beta_notice_reaches_the_user(recwarn):
-    sparse_read.sparse_read(torch.randn(3, 4), torch.randn(900, 4), 0.0025)
+    sparse_read.sparse_read(torch.randn(3, 4), *[torch.randn(900, 4)] * 2, 0.0025)
     assert not [w for w in recwarn if "parse" in str(w.message)]
