@@ -12,8 +12,10 @@ import itertools
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -142,7 +144,11 @@ PROTOCOL_OF_LLCM = (
 )
 MODEL_PATH = (
     "folder of checkpoints, which runs may share: RUN_last.pt, RUN_best.pt, RUN being the name of "
-    "method, data set and trial (default: last.pt, best.pt in the output folder)"
+    "the default output folder (default: last.pt, best.pt in the output folder)"
+)
+OUTPUT_DIR = (
+    "folder of a run's files (default: runs/NAME, of method, data set, trial, seed and the flags "
+    "that differ from the preset)"
 )
 METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
 CHANNEL_AUG = (
@@ -238,7 +244,7 @@ TRAIN = {
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
     ),
     "run": (
-        Flag("output-dir", None, "folder of a run's files (default: runs/METHOD_DATASET...)", Path),
+        Flag("output-dir", None, OUTPUT_DIR, Path),
         Flag("model_path", None, MODEL_PATH, Path),
         Flag("log_path", None, "folder of RUN.log (default: train.log in the output folder)", Path),
         Flag("vis_log_path", None, "folder of RUN's events (default: OUTPUT/tensorboard)", Path),
@@ -281,6 +287,10 @@ INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
     *("overwrite", "test_only", "save_epoch", "test_batch", "figures"),
 )
+# Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
+IN_NAME = ("dataset", "trial", "method", "pcb", "preset")
+UNNAMED = (*IN_NAME, *INCIDENTAL, "data_path", "deterministic", "epochs")
+LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
 # The ancestors' test scripts take these too; here the checkpoint knows them.
 CHECKPOINT_KNOWS = (
     *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
@@ -353,7 +363,7 @@ AS_TRAINED = "as trained"
 
 
 def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _add_group(parser: argparse.ArgumentParser, title: str) -> None:
@@ -501,6 +511,19 @@ def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
             values[name] = DEFAULTS[name]
     _resolve_protocol(values, direction_given=args.direction)
     return argparse.Namespace(**values)
+
+
+def distinction(args: argparse.Namespace, sources: Mapping[str, str], script: str) -> str:
+    """Returns what tells a run's name from that of the preset's values: "_seed3_lr0.05", or ""."""
+    named = dict.fromkeys(vars(args)) | {name: getattr(args, name) for name in IN_NAME}
+    plain = vars(resolve(argparse.Namespace(**named), script)[0])
+    words = [] if args.preset == args.dataset else [f"_{args.preset}"]
+    for name, value in sorted(vars(args).items(), key=lambda item: item[0] != "seed"):
+        shown = _words(value)
+        if sources.get(name) == "flag" and name not in UNNAMED and shown != _words(plain[name]):
+            words.append(f"_{name.replace('_', '-')}{'' if value is True else shown}")
+    text = re.sub(r"[^\w.+-]", "-", "".join(words))
+    return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _resolve_protocol(values: dict[str, Any], direction_given: str | None) -> None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -22,11 +23,16 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
 from numpy._core import multiarray
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is locked
+    fcntl = None
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +181,50 @@ def make_writable_dir(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file, which the system frees when this process ends, however it ends.
+
+    Its folder is made, and removed again if it stays empty.
+
+    Raises:
+        ValueError: Another process, which the message names, holds it, and `wait` is false.
+    """
+    new = [folder for folder in path.parents if not folder.exists()]
+    while True:
+        make_writable_dir(path.parent)
+        with open(path, "a+") as file:
+            _take_lock(file, path, wait)
+            if os.fstat(file.fileno()).st_nlink == 0:  # its former holder has just removed it
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # a folder is not empty
+                    path.unlink()
+                    for folder in new:
+                        folder.rmdir()
+            return
+
+
+def _take_lock(file: TextIO, path: Path, wait: bool) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        text = f"{path.parent} is being written by {file.read() or 'another process'}"
+        if not wait:
+            raise ValueError(f"{text}: wait for it, end it, or choose another folder") from None
+        log.warning("%s: waiting for it", text)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        log.warning("%s cannot be locked (%s): start no other run there", path, error)
+
+
 def write_atomic(
     path: Path, write: Callable[[BinaryIO], None], *, keep: Path | None = None
 ) -> None:
@@ -182,9 +232,9 @@ def write_atomic(
 
     A former file moves to `keep`, if given, once the new one is on the disk.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other process's
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "xb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 COLLAPSED_SPREAD = 0.02  # below it, features of different images are as good as identical
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
+DAMAGED = "last.damaged.pt"
+CHECKPOINTS = (LAST, PREVIOUS, BEST, DAMAGED, "epoch_*.pt")  # patterns of a run's files
 
 
 @dataclass
@@ -46,6 +48,7 @@ class RunFiles:
     output_dir: Path  # log.jsonl, results
     checkpoint_dir: Path
     tensorboard_dir: Path
+    name: str = ""  # the run's, which tells it from others
     header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
     prefix: str = ""  # of the checkpoints' names, in a folder that runs share
 

@@ -25,7 +25,16 @@ from datasets.transforms import Augmentation
 from engine import distributed, resume
 from engine.bank_init import fill_bank
 from engine.evaluate import evaluate, format_result
-from engine.fit import LAST, PREVIOUS, Progress, RunFiles, threshold_in_words, write_reports
+from engine.fit import (
+    CHECKPOINTS,
+    DAMAGED,
+    LAST,
+    PREVIOUS,
+    Progress,
+    RunFiles,
+    threshold_in_words,
+    write_reports,
+)
 from engine.train import TrainSettings
 from memory import MultiGranularityMemory
 from model import TwoStreamNet
@@ -120,9 +129,9 @@ class Run:
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
                 utils.make_writable_dir(folder)
-            start_logging(logs / (f"{self.name}.log" if args.log_path else "train.log"))
+            start_logging(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         data = data_name(args.dataset, args.data_path)
-        log.info("%s\n%s", self.name, options.describe(args, self.sources))
+        log.info("%s\n%s", files.name, options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
         if checkpoint is not None:
             log.warning("resumed %s after %d epochs", checkpoint["path"], progress.epoch)
@@ -136,17 +145,19 @@ class Run:
     def _start_files(self, data: str, identities: list[int]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
-        last = files.checkpoint(LAST)
+        last, folder = files.checkpoint(LAST), files.checkpoint_dir
+        former = [p for name in CHECKPOINTS for p in folder.glob(f".{files.prefix}{name}.*.tmp")]
         if self.args.overwrite:
-            former = [*files.checkpoint_dir.glob(f"{files.prefix}*.pt")]
+            former += [p for name in CHECKPOINTS for p in folder.glob(f"{files.prefix}{name}")]
             former += files.output_dir.glob("*.json*")
-            for file in [*former, *files.tensorboard_dir.glob("events.*")]:
-                file.unlink()
+            former += files.tensorboard_dir.glob("events.*")
+        for file in former:
+            file.unlink()
         fell_back = self.checkpoint and self.checkpoint["path"] == files.checkpoint(PREVIOUS)
         if fell_back and last.exists():  # damaged: no save may put it over the good one
-            last.replace(files.checkpoint("last.damaged.pt"))
-        about = {"method": self.name, "data": data, "options": options.to_json(self.args)}
-        about["versions"] = utils.versions()
+            last.replace(files.checkpoint(DAMAGED))
+        about = {"method": self.name, "run": files.name, "data": data}
+        about |= {"options": options.to_json(self.args), "versions": utils.versions()}
         utils.write_json(files.output_dir / "options.json", about)
         files.header.update(about, identities=identities)
 
@@ -247,10 +258,14 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
         if args.deterministic:
             utils.make_deterministic()
-        files = _run_files(args, name)
+        files = _run_files(args, name, options.distinction(args, sources, f"train_{method}.py"))
         try:
-            with distributed.processes(args.gpu) as device:
+            with distributed.processes(args.gpu) as device, contextlib.ExitStack() as held:
                 start_logging()
+                if distributed.is_main() and not args.test_only:
+                    for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
+                        held.enter_context(utils.lock(file))
+                _check_folders(args, files)
                 if device.type == "cpu":
                     utils.keep_freed_memory()
                 utils.seed_everything(args.seed)
@@ -290,17 +305,22 @@ def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> 
     return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {command}"
 
 
-def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
-    """Where the run will write; raises where that would overwrite another one."""
+def _run_files(args: argparse.Namespace, method: str, distinction: str) -> RunFiles:
+    """Where the run will write."""
+    name = method + distinction
     output = args.output_dir or Path("runs") / name
     events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
     prefix = f"{name}_" if args.model_path else ""
-    files = RunFiles(output, args.model_path or output, events, prefix=prefix)
-    report = output / "options.json"
-    if prefix and report.exists() and json.loads(report.read_text()).get("method") != name:
+    return RunFiles(output, args.model_path or output, events, name, prefix=prefix)
+
+
+def _check_folders(args: argparse.Namespace, files: RunFiles) -> None:
+    """Raises where the run would overwrite another one."""
+    report = files.output_dir / "options.json"
+    if files.prefix and report.exists() and json.loads(report.read_text()).get("run") != files.name:
         raise ValueError(
-            f"{output} holds another run than {name}; runs can share --model_path, but each needs "
-            f"an --output-dir of its own: name another, or leave it out"
+            f"{files.output_dir} holds another run than {files.name}; runs can share --model_path, "
+            f"but each needs an --output-dir of its own: name another, or leave it out"
         )
     if args.overwrite and args.resume is not None:
         raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
@@ -310,7 +330,6 @@ def _run_files(args: argparse.Namespace, name: str) -> RunFiles:
             f"{existing[0]} is there already: continue that run with --resume, start it afresh "
             f"with --overwrite, or choose another --output-dir"
         )
-    return files
 
 
 def _read_checkpoint(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:

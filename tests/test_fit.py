@@ -43,7 +43,7 @@ def short_fit(folder, **settings):
         schedule=Schedule(lr=0.001, epochs=8),
         settings=TrainSettings(progress=False, eval_start=2, eval_every=2, save_every=4),
         evaluate=evaluate,
-        files=RunFiles(folder, folder, folder / "board", {"method": "m"}),
+        files=RunFiles(folder, folder, folder / "board", header={"method": "m"}),
     )
 
 

@@ -53,6 +53,30 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
     assert str(found) == value or found == float(value)
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    {
+        "": "",
+        "--dataset sysu --lr 0.1 --batch-size 6 --num_pos 8 --epochs 9 --gpu 1": "",
+        "--method agw --pcb off --deterministic": "",
+        "--lr 0.05 --seed 3 --milestones 20 50": "_seed3_lr0.05",
+        "--preset scratch --weights none --milestones 20 40 --amp": "_scratch_milestones20-40_amp",
+        "--weights a/b.pt": "_weightsa-b.pt",
+    }.items(),
+)
+def test_a_run_s_name_holds_what_differs_from_the_preset(line, expected):
+    args, sources = resolved(line)
+    assert options.distinction(args, sources, "train_MGMRA.py") == expected
+
+
+def test_a_long_name_ends_with_a_hash_that_no_trial_changes():
+    line = "--seed 1 --lr 1 --w_id 3 --gem-p 4 --flip 0 --erase .5 --arch resnet18 --trial"
+    names = {options.distinction(*resolved(f"{line} {t}"), "train_HCT.py") for t in (1, 2)}
+    (name,) = names
+    assert name.startswith("_seed1_arch") and len(name) <= options.LONGEST
+    assert name != options.distinction(*resolved(f"{line} 1 --pad 3"), "train_HCT.py")
+
+
 def test_switches_and_short_forms():
     args, _ = resolved("--tvsearch --test-only -r x")
     assert (args.direction, args.test_only, args.resume) == ("i2v", True, "x")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -211,19 +212,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert str(last) in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(data, unbroken, tmp_path, capsys):
+def test_a_full_disk_leaves_the_former_checkpoint_and_says_so(
+    data, unbroken, tmp_path, capsys, monkeypatch
+):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     before = (folder / "last.pt").read_bytes()
-    temporary = folder / ".last.pt.tmp"
-    temporary.symlink_to("/dev/full")  # every write to this device fails for want of room
-    interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
+    real = open
+
+    def full(path, mode="r", *args, **kwargs):  # every write to this device fails for want of room
+        if str(path).startswith(str(folder / ".last.pt")):
+            path, mode = "/dev/full", "wb"
+        return real(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(utils, "open", full, raising=False)
+        interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: cannot write the checkpoint {folder / 'last.pt'}")
     assert os.strerror(errno.ENOSPC) in error
     assert "the former one is untouched" in error
     assert (folder / "last.pt").read_bytes() == before
-    assert not temporary.is_symlink()
     train(data, folder, "--resume", "--epochs", EPOCHS + 1)
     assert [line["epoch"] for line in log_lines(folder)] == [1, 2, 3, 4]
 
@@ -237,7 +246,7 @@ def test_a_folder_that_became_read_only_leaves_the_former_checkpoint(
     real = open
 
     def read_only(path, mode="r", *args, **kwargs):  # root may write into a read-only folder
-        if str(path).startswith(str(folder / ".last.pt")) and "w" in mode:
+        if str(path).startswith(str(folder / ".last.pt")) and "x" in mode:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real(path, mode, *args, **kwargs)
 
@@ -251,11 +260,30 @@ def test_a_kill_between_the_two_renames_loses_nothing(data, unbroken, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
     os.replace(folder / "last.pt", folder / "last.previous.pt")
-    (folder / ".last.pt.tmp").write_bytes(b"half")
+    (folder / ".last.pt.1.tmp").write_bytes(b"half")
     interrupted(data, folder, code=2)  # neither overwritten
     assert train(data, folder, "--resume", "--epochs", EPOCHS + 1) == 0
-    assert not (folder / ".last.pt.tmp").exists()
+    assert not (folder / ".last.pt.1.tmp").exists()
     assert log_lines(folder)[:EPOCHS] == log_lines(unbroken)
+
+
+def test_a_folder_that_a_living_run_writes_is_refused_and_left_alone(
+    data, unbroken, tmp_path, capsys
+):
+    folder, holder = tmp_path / "run", f"process {os.getpid()} on {platform.node()}"
+    with utils.lock(folder / ".lock"):  # in its first epoch: there is no checkpoint yet
+        interrupted(data, folder, code=2)
+        assert capsys.readouterr().err.startswith(f"error: {folder} is being written by {holder}: ")
+        shutil.copytree(unbroken, folder, dirs_exist_ok=True)
+        before = outcome(folder)
+        for flag in ("--resume", "--overwrite"):
+            interrupted(data, folder, flag, "--epochs", EPOCHS + 1, code=2)
+            assert f"is being written by {holder}" in capsys.readouterr().err
+        assert train(data, folder, "--resume", "--test-only") == 0
+    assert differences(before, outcome(folder)) == []
+    (folder / ".lock").write_text("process 1 on a host that is gone")
+    assert train(data, folder, "--resume") == 0
+    assert not (folder / ".lock").exists()
 
 
 def test_an_end_between_any_two_renames_loses_nothing(data, unbroken, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from short_run import NARROW
 import stand_in
 import test
 import train_MGMRA
+import utils
 from memory import MemoryRead, MultiGranularityMemory
 from networks.backbone import BACKBONES
 
@@ -322,35 +323,44 @@ def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
 def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
     shared = ("--model_path", "saved", "--log_path", "logs", "--vis_log_path", "events")
     where = ("--dataset", "regdb", "--data-path", data / "regdb", *QUICK, "--num_pos", 4)
-    names = [f"HCT_regdb_trial{trial}" for trial in (1, 2)]
     for trial in (1, 2):
         flags = (*where, *shared, "--trial", trial, "--epochs", 1)
         call("train_HCT.py", *flags, cwd=tmp_path)
     saved = tmp_path / "saved"
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    pattern = names[0].replace("trial1", "trial{trial}") + "_last.pt"
+    assert names == [pattern[:-8].format(trial=trial) for trial in (1, 2)]
     files = {f"{name}_{kind}.pt" for name in names for kind in ("last", "best")}
     assert {path.name for path in saved.iterdir()} == files
     assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"{n}.log" for n in names}
     assert {path.name for path in (tmp_path / "events").iterdir()} == set(names)
     _, error = call("train_HCT.py", *flags, cwd=tmp_path, code=2)
-    assert "saved/HCT_regdb_trial2_last.pt is there already" in error
+    assert f"saved/{names[1]}_last.pt is there already" in error
+    with utils.lock(saved / f"{names[1]}_.lock"):
+        elsewhere = (*flags, "--overwrite", "--output-dir", "elsewhere")
+        _, error = call("train_HCT.py", *elsewhere, cwd=tmp_path, code=2)
+    assert "saved is being written by process" in error
+    assert not (tmp_path / "elsewhere").exists()
+    other = saved / f"{names[1]}_seed1_last.pt"  # no file of this run, although it begins so
+    other.touch()
     (saved / f"{names[1]}_last.pt").rename(saved / f"{names[1]}_last.previous.pt")
     first = (saved / f"{names[0]}_last.pt").read_bytes()
     _, error = call("train_HCT.py", *flags, "--epochs", 2, "--resume", cwd=tmp_path)
     assert f"resumed saved/{names[1]}_last.previous.pt after 1 epochs" in error
     call("train_HCT.py", *flags, "--overwrite", cwd=tmp_path)
+    other.unlink()
     assert (saved / f"{names[0]}_last.pt").read_bytes() == first
     output = ("--output-dir", f"runs/{names[0]}")
     _, error = call("train_HCT.py", *flags, *output, "--resume", cwd=tmp_path, code=2)
-    assert "holds another run than HCT_regdb_trial2" in error
+    assert f"holds another run than {names[1]}" in error
     # test.py finds them there, one or all of them.
     found = ("--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu", "--quiet")
     found += ("--model_path", "saved", "--lr", 0.1, "--batch-size", 8, "--method", "agw")
     name = f"{names[0]}_last.pt"
     _, error = call("test.py", *found, "--resume", name, cwd=tmp_path)
     assert error.count("no effect, since the checkpoint knows: --lr, --batch_size, --method\n") == 1
-    pattern = "HCT_regdb_trial{trial}_last.pt"
     call("test.py", *found, "--trials", 2, "--resume", pattern, cwd=tmp_path)
-    report = saved / "test_regdb_v2i_trials_HCT_regdb_trial_last/results.json"
+    (report,) = saved.glob("test_regdb_v2i_trials_*/results.json")
     assert len(json.loads(report.read_text())["checkpoints"]) == 2
     saved.rename(tmp_path / "save_model")  # where the ancestors' scripts look
     found = found[: found.index("--model_path")]

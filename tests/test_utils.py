@@ -1,9 +1,11 @@
 import json
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from utils import (
     CheckpointError,
     Interrupted,
     load_checkpoint,
+    lock,
     make_writable_dir,
     resolve_device,
     save_checkpoint,
@@ -134,6 +137,32 @@ def test_a_failed_write_leaves_the_former_file(tmp_path):
         write_atomic(path, fail)
     assert json.loads(path.read_text()) == {"kept": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_ends_with_its_process_and_may_be_waited_for(tmp_path, caplog):
+    file = tmp_path / "a" / "b" / ".lock"
+    code = (
+        "import pathlib, sys, utils\n"
+        "with utils.lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command, pipe = [sys.executable, "-c", code, str(file)], subprocess.PIPE
+    root = Path(utils.__file__).parent
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=root) as other:
+        assert other.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(ValueError, match=f"{file.parent} is being written by process"),
+            lock(file),
+        ):
+            pass
+        threading.Timer(0.5, other.kill).start()  # SIGKILL
+        with lock(file, wait=True):
+            assert f"process {other.pid} on {platform.node()}: waiting for it" in caplog.text
+    assert list(tmp_path.rglob("*")) == [file.parent.parent, file.parent]
+    with lock(tmp_path / "new" / "c" / ".lock"):
+        assert (tmp_path / "new" / "c").is_dir()
+    assert not (tmp_path / "new").exists()
 
 
 def test_folders_that_cannot_be_written(tmp_path):
