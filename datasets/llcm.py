@@ -50,10 +50,12 @@ class Llcm(DataSet):
     )
     lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
     has_stand_in = True
-    # No source we read trains these methods on LLCM; SYSU-MM01 too has several cameras, and one
-    # image per camera in the gallery.
+    # SYSU-MM01 too has several cameras, and one image per camera in the gallery.
     preset = Sysu.preset
-    preset_source = "this project's guess, SYSU-MM01's values"
+    preset_source = (
+        "this project's guess, SYSU-MM01's values; those that LLCM's authors publish for AGW, in"
+        " their DEEN repository, were not at hand"
+    )
     gallery_draws = 10
     protocols = {
         "v2i paper": {"direction": "v2i", "protocol": "paper"},

@@ -11,7 +11,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,13 @@ class Run:
     ) -> TrainLoader:
         """Decodes the training images and builds the loader of augmented batches."""
         args, images = self.args, self._images()
-        names = ("pad", "flip", "grey", "erase", "tone", "channel_aug")
         return TrainLoader(
             visible=ImageStore(images(train.visible), device=self.device),
             infrared=ImageStore(images(train.infrared), device=self.device),
             sampler=sampler,
-            augmentation=Augmentation(**{name: getattr(args, name) for name in names}),
+            augmentation=Augmentation(
+                **{f.name: getattr(args, f.name) for f in fields(Augmentation)}
+            ),
             seed=args.seed,
             device=self.device,
             transform=transform,

@@ -131,6 +131,19 @@ def test_presets_name_known_flags_and_their_source():
         assert set(values) <= set(options.DEFAULTS)
 
 
+@pytest.mark.parametrize("line", ["--dataset sysu", "--dataset regdb --method agw"])
+def test_the_strong_preset_changes_a_few_values_of_the_data_set_s(line):
+    (plain, before), (strong, after) = (
+        resolved(words) for words in (line, f"{line} --preset strong")
+    )
+    changed = {k: v for k, v in vars(strong).items() if v != vars(plain)[k]}
+    few = {"img_h": 384, "erase": 0.5, "channel_aug": 0.8, "tta": "flip"}
+    assert changed == {"preset": "strong", **few}
+    assert {
+        k: v for k, v in before.items() if k not in few | {"img_w": 144}
+    }.items() <= after.items()
+
+
 def test_agw_has_its_own_settings():
     args, sources = resolved("--method agw")
     assert (args.pcb, args.gem_p, args.label_smooth) == ("off", 3.0, "off")
