@@ -7,6 +7,7 @@ resumed at any epoch and prefetching changes nothing.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from datasets.decode import ImageCache, load_images  # noqa: F401 - found here a
 from datasets.transforms import Augmentation, Draw, augment, normalize, transform_each
 
 PREFETCH = 2  # batches made ahead
-RESIDENT_FRACTION = 0.25  # of the free device memory that one store may take
+RESIDENT_FRACTION = 0.05  # of the device's memory that one store may take unasked
 # The last word of (seed, epoch, step, stream): one stream of random numbers for each purpose.
 SAMPLER_STREAM = 0
 AUGMENT_STREAMS = {"visible": 1, "infrared": 2}
@@ -97,15 +98,18 @@ class IdentitySampler:
 
 
 class ImageStore:
-    """(n, H, W, 3) uint8 images; on CUDA they move there whole if they fit."""
+    """(n, H, W, 3) uint8 images, kept on a CUDA device whole or copied there batch by batch.
 
-    def __init__(self, images: np.ndarray, *, device: torch.device) -> None:
+    `resident` is "on", "off" or "auto": on the device if small against its memory.
+    """
+
+    def __init__(self, images: np.ndarray, device: torch.device, *, resident: str = "auto") -> None:
         self.device, self._images = device, images
-        self._resident: torch.Tensor | None = None
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if images.nbytes <= RESIDENT_FRACTION * free:
-                self._resident = torch.from_numpy(images).to(self.device)
+        if device.type == "cuda" and resident == "auto":
+            _, total = torch.cuda.mem_get_info(device)
+            resident = "on" if images.nbytes <= RESIDENT_FRACTION * total else "off"
+        on_device = device.type == "cuda" and resident == "on"
+        self._resident = torch.from_numpy(images).to(device) if on_device else None
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         """Returns the images at `rows` ((m,) integers): (m, H, W, 3) uint8 on the device."""
@@ -203,15 +207,21 @@ class EvalLoader:
         return _ahead(make, range(0, len(self.images), self.batch_size), self.device)
 
 
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The device's one stream for input: freed memory is kept for reuse stream by stream."""
+    return torch.cuda.Stream(device)
+
+
 def _ahead(
     make: Callable[[int], Batch | torch.Tensor], items: Sequence[int], device: torch.device
 ) -> Iterator[Batch | torch.Tensor]:
     """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own.
 
-    On CUDA the thread works on a stream of its own, so that copies run beside training; the
-    consumer's stream waits for each result.
+    On CUDA the thread works on another stream, so that copies run beside training; the consumer's
+    stream waits for each result.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _copy_stream(device) if device.type == "cuda" else None
     if stream is not None:  # resident images were copied on the current stream
         stream.wait_stream(torch.cuda.current_stream(device))
 

@@ -22,6 +22,7 @@ DECORRELATION_SCALE = 200.0  # released setting
 ALIGNMENT_OFFSET = 0.1  # released: subtracted from the alignment in the total; has no gradient
 
 Output = Mapping[str, Any]  # of `model.TwoStreamNet` in training mode
+CLASSIFYING_TERMS = ("id", "memory_id")  # without one of them its classifier has no gradient
 TRIPLET_TERMS = ("triplet", "center_triplet", "memory_triplet")
 
 

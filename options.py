@@ -173,6 +173,8 @@ SELECT = (
     "(the releases chose their best SYSU-MM01 epoch on gallery draw 0 of the test identities "
     "alone: --trials 1)"
 )
+RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
+GPU = "CUDA device index, or cpu; torchrun assigns one per process (default: 0, if there is one)"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
 
 # By the headings of --help. The defaults are the releases' settings.
@@ -259,13 +261,14 @@ TRAIN = {
         Flag("overwrite", False, "start anew in a folder that holds a run; deletes its files"),
         Flag("resume", None, RESUME, str, "-r", nargs="?", const=RESUME_LAST),
         Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
+        Flag("resident", "auto", RESIDENT, ("auto", *ON_OFF)),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
         Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
         Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
         Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
-        Flag("gpu", "0", "CUDA device index, or cpu; torchrun assigns one per process"),
+        Flag("gpu", None, GPU),
         Flag("amp", False, "run the network in bf16 (autocast)"),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
         Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
@@ -293,7 +296,7 @@ PROTOCOL += ("trials", "tta")
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
-    *("overwrite", "test_only", "save_epoch", "test_batch", "figures"),
+    *("overwrite", "test_only", "save_epoch", "resident", "test_batch", "figures"),
 )
 # Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")

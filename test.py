@@ -150,7 +150,8 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
             files = evaluation_figures(output, protocol, images, drawn, results[0])
             log.info("wrote %s", ", ".join(files))
     if distributed.is_main():
-        write_results(output, args, over_checkpoints(results), [path for _, path in paths])
+        files = [path for _, path in paths]
+        write_results(output, args, over_checkpoints(results), files, device)
 
 
 def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
@@ -206,7 +207,11 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
 
 
 def write_results(
-    output: Path, args: argparse.Namespace, rows: Sequence[dict[str, Any]], paths: Sequence[str]
+    output: Path,
+    args: argparse.Namespace,
+    rows: Sequence[dict[str, Any]],
+    paths: Sequence[str],
+    device: torch.device,
 ) -> None:
     """Prints the table and writes results.json."""
     sys.stdout.write(table(rows) + "\n")
@@ -217,7 +222,7 @@ def write_results(
         "rows": rows,
         "checkpoints": paths,
         "options": options.to_json(args),
-        "versions": utils.versions(),
+        "versions": utils.versions(device),
     }
     utils.write_json(output / "results.json", content)
     log.info("wrote %s", output / "results.json")

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import secrets
+import re
 import signal
 import subprocess
 import sys
@@ -98,29 +99,77 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def resolve_device(gpu: str) -> torch.device:
-    """Returns the device of ``--gpu``; the CPU, with a warning, on a machine without CUDA."""
+def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.device:
+    """Returns the device of ``--gpu``, which becomes CUDA's current one.
+
+    Args:
+        gpu: A CUDA index or "cpu"; None: device 0, or the CPU where torch can use no GPU.
+        local_rank: Under torchrun, the index to use where `gpu` does not say "cpu".
+
+    Raises:
+        ValueError: No such device; or `gpu` asks for a GPU that is there and torch cannot use it.
+    """
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
-    first, *others = gpu.split(",")
-    if others and all(index.isdigit() for index in (first, *others)):
+    index = local_rank or gpu or "0"
+    first, *others = index.split(",")
+    if others and all(number.isdigit() for number in (first, *others)):
         log.warning(
             "--gpu %s: one process uses one GPU, here the first of these; for several start it "
             "with torchrun --nproc_per_node=%d",
-            *(gpu, 1 + len(others)),
+            *(index, 1 + len(others)),
         )
-        gpu = first
-    if not gpu.isdigit():
-        raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {gpu!r}")
-    if not torch.cuda.is_available():
-        log.warning("--gpu %s: no CUDA device on this machine, running on the CPU", gpu)
-        return torch.device("cpu")
-    if int(gpu) >= torch.cuda.device_count():
+        index = first
+    if not index.isdigit():
+        raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {index!r}")
+    if torch.cuda.is_available() and int(index) >= torch.cuda.device_count():
         raise ValueError(
-            f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA device(s), "
+            f"--gpu {index}: this machine has {torch.cuda.device_count()} CUDA device(s), "
             f"numbered from 0; list them with nvidia-smi"
         )
-    return torch.device("cuda", int(gpu))
+    problem = _why_unusable(int(index))
+    if problem and gpu is not None:
+        raise ValueError(f"--gpu {gpu}: {problem}, or run on the CPU with --gpu cpu")
+    if problem or not torch.cuda.is_available():
+        log.warning("running on the CPU: %s", problem or "no CUDA device on this machine")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(index))
+    torch.cuda.set_device(device)  # for what takes no device: events, autocast, object exchange
+    return device
+
+
+def _why_unusable(index: int) -> str:
+    """Why torch cannot use an NVIDIA card that this machine has, and what to do; "" if it can."""
+    build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
+    remedy = "install a PyTorch with kernels for it, such as that of {} (README, Installation)"
+    wheels = "https://download.pytorch.org/whl/cu126"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(index)
+        # Compiled kernels serve later cards of their generation, PTX ("compute") all later ones.
+        kernels = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+        for kind, *version in kernels:
+            first = tuple(map(int, version))
+            last = (first[0], 9) if kind == "sm" else (major, minor)
+            if first <= (major, minor) <= last:
+                return ""
+        if not kernels:  # no NVIDIA card
+            return ""
+        card = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+        return f"{build} has no kernels for {card}: {remedy.format(wheels)}"
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # no NVIDIA driver here
+        return ""
+    if found.returncode or not found.stdout.strip():
+        return ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it"
+    cards = found.stdout.strip().replace("\n", "; ")
+    return (
+        f"{build} cannot use this machine's GPU (card, driver: {cards}): update the driver, or "
+        f"{remedy.format(wheels)}"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -148,7 +197,7 @@ def setup_logging(file: Path | None = None, level: int = logging.INFO) -> None:
     logging.captureWarnings(True)
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """Versions, hardware and commit (marked where the code has local changes) of a number."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -156,7 +205,7 @@ def versions() -> dict[str, str]:
         commit = git.stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
-    cuda = torch.cuda.is_available()
+    on_gpu = device.type == "cuda"
     return {
         "version": VERSION,
         "python": platform.python_version(),
@@ -164,7 +213,7 @@ def versions() -> dict[str, str]:
         "torchvision": metadata.version("torchvision"),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "commit": commit or "unknown",
     }
 

@@ -19,7 +19,7 @@ CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the widest firs
 
 def setting(device: torch.device) -> dict[str, Any]:
     """Versions and hardware, without a machine's name."""
-    known = versions()
+    known = versions(device)
     names = ("python", "torch", "torchvision", "numpy", "commit")
     hardware = f"CPU, {_cpu_features()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -33,7 +33,7 @@ def is_main() -> bool:
 
 
 @contextlib.contextmanager
-def processes(gpu: str) -> Iterator[torch.device]:
+def processes(gpu: str | None) -> Iterator[torch.device]:
     """Joins the process group if ``torchrun`` started this process, and leaves it at the end.
 
     Yields this process's device: that of ``--gpu``, and under torchrun the CUDA device of its local
@@ -42,27 +42,31 @@ def processes(gpu: str) -> Iterator[torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield resolve_device(gpu)
         return
-    on_cpu = gpu in ("cpu", "-1") or not torch.cuda.is_available()
-    device = resolve_device("cpu" if on_cpu else os.environ["LOCAL_RANK"])
+    device = resolve_device(gpu, local_rank=os.environ["LOCAL_RANK"])
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # objects travel through the current device
-    dist.init_process_group("gloo" if on_cpu else "nccl")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     yield device
     # Only after success: with a dead peer this would wait for it.
     dist.destroy_process_group()
 
 
-def parallel(net: nn.Module, *, sync_bn: bool = False) -> nn.Module:
+def parallel(net: nn.Module, *, sync_bn: bool = False, partly: bool = False) -> nn.Module:
     """The module to train: `net`, on its device, or `net` in DistributedDataParallel.
 
     With `sync_bn` (CUDA only) the statistics of its batch norms become those of all processes.
+    `partly` says that the loss leaves parameters without gradient: each step then looks for them.
     """
     if size() == 1:
         return net
     if sync_bn:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    # A term of weight 0 may leave parameters without gradient.
-    return nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+    return nn.parallel.DistributedDataParallel(
+        net,
+        find_unused_parameters=partly,
+        broadcast_buffers=False,  # `share_buffers` sends them once an epoch
+    )
 
 
 def share(tensors: Iterable[Tensor]) -> None:

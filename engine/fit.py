@@ -19,7 +19,7 @@ from engine import distributed
 from engine.evaluate import format_result
 from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
-from loss import Criterion
+from loss import CLASSIFYING_TERMS, Criterion
 from memory import SingleGranularityMemory
 from utils import save_checkpoint, write_atomic, write_json
 
@@ -88,7 +88,8 @@ def fit(
         # Events of later epochs than the resumed one are hidden.
         writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
     write_reports(files, progress)
-    trained = distributed.parallel(net, sync_bn=settings.sync_bn)
+    partly = any(criterion.weights.get(name) == 0 for name in CLASSIFYING_TERMS)
+    trained = distributed.parallel(net, sync_bn=settings.sync_bn, partly=partly)
     for epoch in range(progress.epoch, schedule.epochs):
         start = time.perf_counter()
         line: dict[str, Any] = {"epoch": epoch + 1}

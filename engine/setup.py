@@ -157,7 +157,7 @@ class Run:
         if fell_back and last.exists():  # damaged: no save may put it over the good one
             last.replace(files.checkpoint(DAMAGED))
         about = {"method": self.name, "run": files.name, "data": data}
-        about |= {"options": options.to_json(self.args), "versions": utils.versions()}
+        about |= {"options": options.to_json(self.args), "versions": utils.versions(self.device)}
         utils.write_json(files.output_dir / "options.json", about)
         files.header.update(about, identities=identities)
 
@@ -184,8 +184,8 @@ class Run:
         """Decodes the training images and builds the loader of augmented batches."""
         args, images = self.args, self._images()
         return TrainLoader(
-            visible=ImageStore(images(train.visible), device=self.device),
-            infrared=ImageStore(images(train.infrared), device=self.device),
+            visible=ImageStore(images(train.visible), self.device, resident=args.resident),
+            infrared=ImageStore(images(train.infrared), self.device, resident=args.resident),
             sampler=sampler,
             augmentation=Augmentation(
                 **{f.name: getattr(args, f.name) for f in fields(Augmentation)}

@@ -546,18 +546,40 @@ def test_from_files_to_batches(tiny_regdb):
         torch.testing.assert_close(first.infrared[i], reference(image), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("resident", "total", "kept"), [("auto", 1000, False), ("auto", 3000, True), ("on", 1, True)]
+)
+def test_images_stay_on_a_device_where_small_or_asked_for(resident, total, kept, monkeypatch):
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total // 10, total))
+    with fake.FakeTensorMode():
+        images = np.zeros((4, 3, 4, 3), dtype=np.uint8)  # 144 bytes
+        store = ImageStore(images, torch.device("cuda", 0), resident=resident)
+        off = ImageStore(images, torch.device("cuda", 0), resident="off")
+    assert (store._resident is not None) == kept
+    assert off._resident is None
+
+
+def test_one_copy_stream_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    first, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    data_loader._copy_stream.cache_clear()
+    assert data_loader._copy_stream(first) is data_loader._copy_stream(torch.device("cuda", 0))
+    assert data_loader._copy_stream(first) is not data_loader._copy_stream(other)
+    data_loader._copy_stream.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("resident", [True, False])
-def test_cuda_batches_equal_those_of_the_cpu(resident, monkeypatch):
-    monkeypatch.setattr(data_loader, "RESIDENT_FRACTION", 0.25 * resident)
+@pytest.mark.parametrize("resident", ["on", "off"])
+def test_cuda_batches_equal_those_of_the_cpu(resident):
     cuda = torch.device("cuda")
     everything = Augmentation(2, 0.5, 0.5, 0.5, 0.5, 0.5)
     images = noise(len(VISIBLE), 32, 16), noise(len(INFRARED), 32, 16, seed=1)
     expected = list(make_loader(everything, 0, images).epoch(0))
     loader = TrainLoader(
-        visible=ImageStore(images[0], device=cuda),
-        infrared=ImageStore(images[1], device=cuda),
+        visible=ImageStore(images[0], cuda, resident=resident),
+        infrared=ImageStore(images[1], cuda, resident=resident),
         sampler=make_sampler(),
         augmentation=everything,
         seed=0,

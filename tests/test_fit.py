@@ -3,10 +3,12 @@
 import json
 import logging
 
+import pytest
 import torch
 from small_training import Loader, small
 
 from benchmarks.plain import term_weights
+from engine import distributed
 from engine import fit as fit_module
 from engine.fit import RunFiles, fit
 from engine.train import Schedule, TrainSettings, feature_spread, make_optimizer
@@ -26,7 +28,7 @@ def test_the_last_epoch_is_always_evaluated():
         assert [e for e in range(1, epochs + 1) if settings.evaluates(e, epochs)] == evaluated
 
 
-def short_fit(folder, **settings):
+def short_fit(folder, weights=None, **settings):
     """Eight epochs of the small network, with these Rank-1 in its evaluations."""
     net = small(**settings)
     results = iter([0.5, 0.7, 0.7, 0.6])
@@ -37,7 +39,7 @@ def short_fit(folder, **settings):
 
     return fit(
         net,
-        Criterion(term_weights(net)),
+        Criterion(term_weights(net) | (weights or {})),
         make_optimizer(net),
         Loader(),
         schedule=Schedule(lr=0.001, epochs=8),
@@ -100,3 +102,12 @@ def test_a_level_that_read_nothing_is_said_once(tmp_path, caplog, monkeypatch):
         "epoch 1: instance level: no read passed lambda 0.15 (uniform weight 0.05); a smaller "
         "--shrink-scale lowers the threshold"
     ]
+
+
+@pytest.mark.parametrize(("weight", "partly"), [(0.1, False), (0.0, True)])
+def test_a_classifier_without_loss_is_looked_for(weight, partly, tmp_path, monkeypatch):
+    asked = []
+    parallel = distributed.parallel
+    monkeypatch.setattr(distributed, "parallel", lambda net, **k: asked.append(k) or parallel(net))
+    short_fit(tmp_path, memory="mg", weights={"memory_id": weight})
+    assert [how["partly"] for how in asked] == [partly]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import data_loader
 from benchmarks.plain import PlainNet, plain_training_step, term_weights
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
@@ -148,9 +147,8 @@ def test_features(amp):
         assert cosine.min() > (0.99 if amp else 0.99999), name
 
 
-@pytest.mark.parametrize("resident", [False, True])
-def test_batches_are_the_cpu_s(resident, monkeypatch):
-    monkeypatch.setattr(data_loader, "RESIDENT_FRACTION", 0.25 * resident)
+@pytest.mark.parametrize("resident", ["on", "off"])
+def test_batches_are_the_cpu_s(resident):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 24, 12, 3), dtype=np.uint8)
     labels = np.arange(40) % 8
@@ -158,8 +156,8 @@ def test_batches_are_the_cpu_s(resident, monkeypatch):
     for device in ("cpu", "cuda"):
         device = torch.device(device)
         loader = TrainLoader(
-            visible=ImageStore(images, device=device),
-            infrared=ImageStore(images[::-1].copy(), device=device),
+            visible=ImageStore(images, device, resident=resident),
+            infrared=ImageStore(images[::-1].copy(), device, resident=resident),
             sampler=IdentitySampler(labels, labels, ids_per_batch=4, images_per_id=2, seed=0),
             augmentation=Augmentation(pad=2, grey=0.5, erase=0.5),
             seed=0,

@@ -11,6 +11,7 @@ from engine.train import (
     make_optimizer,
     set_learning_rate,
     train_epoch,
+    training_step,
 )
 from loss import Criterion
 from memory import LEVELS
@@ -59,6 +60,37 @@ def test_optimiser_groups():
     assert isinstance(make_optimizer(net, name="adam"), torch.optim.Adam)
     with pytest.raises(ValueError, match="sgd or adam, got 'lion'"):
         make_optimizer(net, name="lion")
+
+
+SETTINGS = [
+    {"memory": kind, "memory_levels": levels, "memory_variant": variant}
+    for kind, levels, variant in [
+        (None, None, "paper"),
+        ("sg", None, "paper"),
+        ("sg", "none", "paper"),
+        *(("mg", levels, "paper") for levels in (None, "none", *LEVELS)),
+        ("mg", None, "first"),
+        ("mg", None, "released"),
+        ("mg", "part", "released"),
+    ]
+]
+
+
+@pytest.mark.parametrize("head", ["pcb", "global", "agw"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_trained_parameter_has_a_gradient(head, settings):
+    """What lets DistributedDataParallel do without a search of the graph in each step."""
+    net = small(head=head, shrink_scale=0.5, **settings).train()
+    weights = term_weights(net)
+    if settings["memory_levels"] == "none":
+        weights.pop("alignment", None)
+    order, (batch, *_) = [3, 1, 4, 0, 5, 2], Loader().epoch(0)
+    optimizer = make_optimizer(net)
+    training_step(
+        net, Criterion(weights, head=net.head), optimizer, batch, order=order, weights=weights
+    )
+    without = [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
 
 
 def test_frozen_parameters_are_in_no_group():

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from utils import (
     state_dict_of,
     stop_signals,
     user_errors,
+    versions,
     write_atomic,
     write_json,
 )
@@ -173,15 +175,69 @@ def test_folders_that_cannot_be_written(tmp_path):
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
+def pretend_cuda(monkeypatch, capability=(8, 6), kernels=("sm_75", "sm_80", "compute_120")):
+    """Two CUDA devices of that capability; the list of those made current."""
+    current = []
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_capability": lambda _: capability,
+        "get_device_name": lambda device: f"card {getattr(device, 'index', device)}",
+        "get_arch_list": lambda: list(kernels),
+        "set_device": current.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return current
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (9, 0)])
+def test_a_card_without_kernels(capability, monkeypatch, caplog):
+    pretend_cuda(monkeypatch, capability)
+    number = ".".join(map(str, capability))
+    reason = rf"has no kernels for card 0 \(compute capability {number}\): install .*cu126"
+    with pytest.raises(ValueError, match=f"--gpu 0: PyTorch .*{reason}.*--gpu cpu"):
+        resolve_device("0")
+    assert resolve_device(None).type == "cpu"
+    assert re.search(reason, caplog.text)
+    pretend_cuda(monkeypatch, capability, ["sm_70", "sm_90"])
+    assert resolve_device("0").type == "cuda"
+    pretend_cuda(monkeypatch, capability, ["gfx90a"])  # not NVIDIA's
+    assert resolve_device("0").type == "cuda"
+
+
+def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA A100-PCIE-40GB, 535.104.05\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for local_rank in (None, "1"):
+        message = r"cannot use .*A100-PCIE-40GB, 535.104.05\): update the driver, or install"
+        with pytest.raises(ValueError, match=f"--gpu 0: PyTorch .*{message}"):
+            resolve_device("0", local_rank=local_rank)
+    assert resolve_device(None).type == "cpu"
+    assert "A100-PCIE-40GB" in caplog.text
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES hides every GPU"):
+        resolve_device("0")
+    program.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert resolve_device("0").type == "cpu"
+
+
 def test_devices(monkeypatch, caplog):
     assert resolve_device("cpu").type == resolve_device("-1").type == "cpu"
     with pytest.raises(ValueError, match="CUDA index"):
         resolve_device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert resolve_device("0").type == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("0").type == resolve_device(None).type == "cpu"
+    assert caplog.messages == ["running on the CPU: no CUDA device on this machine"] * 2
+    current = pretend_cuda(monkeypatch)
     assert resolve_device("1") == resolve_device("1,0") == torch.device("cuda", 1)
+    assert current == [torch.device("cuda", 1)] * 2
+    assert resolve_device(None) == torch.device("cuda", 0)
+    assert resolve_device("0", local_rank="1") == torch.device("cuda", 1)
+    assert versions(torch.device("cuda", 1))["device"] == "card 1"
+    assert versions(torch.device("cpu"))["device"] != "card 1"
     assert "--gpu 1,0: one process uses one GPU, here the first" in caplog.text
     with pytest.raises(ValueError, match=r"2 CUDA device\(s\)"):
         resolve_device("2")
