@@ -13,8 +13,8 @@ import json
 import logging
 import os
 import platform
-import secrets
 import re
+import secrets
 import signal
 import subprocess
 import sys

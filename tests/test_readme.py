@@ -52,7 +52,10 @@ def test_commands_parse(command):
 
 def test_version_and_citation_are_those_in_use():
     changes = (ROOT / "CHANGELOG.md").read_text()
-    assert re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1] == utils.versions()["version"]
+    assert (
+        re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1]
+        == utils.versions(torch.device("cpu"))["version"]
+    )
     citation = (ROOT / "CITATION.cff").read_text()
     for name in re.findall(r"(\w+), \w+", re.search(r"author  = {(.*)}", README)[1]):
         assert f"family-names: {name}," in citation
