@@ -20,7 +20,6 @@ FLAGS = (
     *("--num_strips", "2", "--pad", "2"),
     *("--batch-size", "2", "--num_pos", "2", "--test-batch", "4", "--workers", "1"),
     *("--epochs", str(EPOCHS), "--warmup-epochs", "1", "--lr", "0.01", "--grey", "0.3"),
-    *("--channel-aug", "0.3", "--erase", "0.3"),
     *("--eval-start", "1", "--eval-every", "1", "--gpu", "cpu", "--quiet"),
 )
 METHOD_FLAGS = ("--local_feat_dim", "8", "--shrink", "0.001")  # of no use to AGW, to HCT
