@@ -21,9 +21,19 @@ from pathlib import Path
 
 import options
 from data_manager import DATASETS
-from reproduction import tables
+from reproduction import paired, tables
 from reproduction.check_data import check
-from reproduction.plan import TABLES, check_lists, choose, flags_of, given_options, plan, read_json
+from reproduction.plan import (
+    REFERENCES,
+    STUDY_SPLITS,
+    TABLES,
+    check_lists,
+    choose,
+    flags_of,
+    given_options,
+    plan,
+    read_json,
+)
 from utils import make_writable_dir, user_errors, write_json
 
 
@@ -33,7 +43,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     most = max(data.splits, data.gallery_draws)
     # An ablation trains on one split unless told otherwise.
     trials = 1 if args.table != data.name and data.splits > 1 else most
-    trials = min(args.trials or trials, most)
+    trials = min(args.trials or (STUDY_SPLITS if args.table == "study" else trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
@@ -68,17 +78,38 @@ def table_command(args: argparse.Namespace) -> None:
     about = {name: read_json(file, name) for name in ("dataset", "trials", "extra")}
     _, rows = plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
-    kind = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}.get(args.table, "")
-    title = kind + DATASETS[args.dataset].title
+    kinds = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}
+    kinds["study"] = "What the memory is worth, "
+    title = kinds.get(args.table, "") + DATASETS[args.dataset].title
     silent = ("data_path", *options.INCIDENTAL)
     flags = shlex.join(flags_of({k: v for k, v in about["extra"].items() if k not in silent}))
     note = f"Flags beyond the table's own: {flags}." if flags else ""
     found = tables.arrange(title, results, note=note)
+    if args.table == "study":
+        found += _compared(results, args.runs / f"{args.name}_differences.png")
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)
     for suffix, text in texts.items():
         (args.runs / f"{args.name}_table.{suffix}").write_text(text, encoding="utf-8")
     sys.stdout.write(texts["md"])
+
+
+def _compared(results: Sequence[tables.Result], path: Path) -> list[tables.Table]:
+    """Draws the study's differences in mAP to the control; returns tables of all differences."""
+    protocols: dict[str, list[tables.Result]] = {}
+    for result in results:
+        protocols.setdefault(result.row.protocol, []).append(result)
+    control = REFERENCES[1]
+    panels = {
+        own[0].row.title.split(", ", 1)[1]: paired.differences(own, control, "mAP")
+        for own in protocols.values()
+    }
+    if any(panels.values()):
+        from figures import charts, page  # matplotlib takes a second to import
+
+        title = "What each row gains over the control, in points of mAP"
+        page.save(charts.differences(panels, title=title), path)
+    return [paired.paired_table(own, REFERENCES) for own in protocols.values()]
 
 
 def build_parser() -> argparse.ArgumentParser:

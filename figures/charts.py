@@ -91,6 +91,29 @@ def distance_histograms(
 
 
 @page.styled
+def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figure:
+    """Draws differences between methods, one panel a protocol, with their intervals.
+
+    `panels` hold by name what `reproduction.paired.differences` returns, at least one in some.
+    """
+    names = list(dict.fromkeys(each.name for found in panels.values() for each in found))
+    figure = Figure(figsize=(page.PAGE_WIDTH, 0.6 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
+    for chart, (panel, found) in zip(axes, panels.items(), strict=True):
+        chart.axvline(0, color=page.GREY, linewidth=0.8)
+        for each in found:
+            place = names.index(each.name)
+            chart.plot(each.values, [place] * len(each.values), "o", color=page.ORANGE, ms=3)
+            chart.errorbar(each.mean, place, xerr=each.half_width, fmt="D", color=page.BLUE)
+        chart.set(title=panel, xlabel="difference (points)")
+        chart.set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    note = "Circles: single splits. Diamonds: their mean, with its 95 % interval (Student's t)."
+    page.add_heading(figure, title, note)
+    return figure
+
+
+@page.styled
 def embedding(
     points: np.ndarray,
     pids: np.ndarray,

@@ -16,7 +16,8 @@ from data_manager import DATASETS, EvalOptions, eval_set, train_set
 from networks.settings import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
-TABLES = (*DATASETS, "ablation", "memory")  # of a data set: the methods under all its protocols
+# Of a data set: the methods under all its protocols.
+TABLES = (*DATASETS, "ablation", "memory", "study")
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "tvsearch", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
@@ -69,6 +70,10 @@ RECIPES = {
     )
 }
 
+# Reads that are selective at every level; this project's (`docs/what_the_memory_does.md`).
+COSINE = {"addressing": "cosine", "shrink": "auto", "shrink-scale": 3}
+FEATURES = {**COSINE, "bank-init": "features"}
+
 # What is varied, the values' names and options; all on MG-MRA. A value that is MG-MRA's own shares
 # MG-MRA's training.
 MEMORY_ABLATIONS: dict[str, dict[str, Options]] = {
@@ -82,6 +87,11 @@ MEMORY_ABLATIONS: dict[str, dict[str, Options]] = {
     "lambda": {
         **{str(v): {"shrink": v} for v in (0, 0.001, 0.0025, 0.005)},
         **{f"{c} / m": {"shrink": "auto", "shrink-scale": c} for c in (0.5, 1, 2)},
+    },
+    "addressing": {
+        "dot: MG-MRA": {},
+        "cosine, 3 / m": COSINE,
+        "cosine, 3 / m, features": FEATURES,
     },
     "T x R": {
         f"{t} x {r}": {"instances-per-id": t, "parts-per-instance": r}
@@ -102,11 +112,29 @@ ABLATIONS: dict[str, dict[str, Options]] = {
     "pooling p": {str(p): {"gem-p": p} for p in (1, 3, 10)},
 }
 
+# What each part of the memory is worth: split t is trained with seed t in every row, so that rows
+# are compared split by split, to the references above all.
+REFERENCES = ("HCT", "control: memory branch, no memory")
+STUDY = (
+    Setting(REFERENCES[0], "train_HCT.py"),
+    Setting(REFERENCES[1], train={"memory-levels": "none"}),
+    Setting("SG-MRA", "train_SGMRA.py"),
+    *(Setting(f"MG-MRA, {variant}", train={"memory-variant": variant}) for variant in VARIANTS),
+    Setting("MG-MRA, threshold 1 / m", train={"shrink": "auto"}),
+    Setting("MG-MRA, cosine, 3 / m", train=COSINE),
+    Setting("MG-MRA, cosine, 3 / m, features", train=FEATURES),
+    Setting("AGW", "train_HCT.py", {"method": "agw"}),
+    Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
+)
+STUDY_SPLITS = 5
+
 
 def settings_of(table: str) -> list[Setting]:
     """Returns a table's settings, in its order; "memory" is "ablation" without the rest."""
     if table in DATASETS:
         return [*METHODS, *RECIPES.get(table, ())]
+    if table == "study":
+        return [replace(setting, group="study") for setting in STUDY]
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
     for group, values in (ABLATIONS if table == "ablation" else MEMORY_ABLATIONS).items():
         found += [Setting(name, train=train, group=group) for name, train in values.items()]
@@ -255,6 +283,8 @@ def plan(
     splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
     if data.splits > 1:
         splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
+    if table == "study":
+        splits = [{**split, "seed": seed} for seed, split in enumerate(splits, start=1)]
     test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
     protocols = list(data.protocols)
     rows = []
@@ -273,13 +303,15 @@ def plan(
             same = json.dumps([step.script, step.resolved])
             trainings.append(folder_of.setdefault(same, step.folder))
             steps.setdefault(trainings[-1], [step])
-        for protocol in protocols if table in DATASETS and not setting.test else protocols[:1]:
+        everywhere = table in (*DATASETS, "study") and not setting.test
+        for protocol in protocols if everywhere else protocols[:1]:
             asked = {**data.protocols[protocol], **setting.test}
-            for checkpoint in ("last",) if setting.test else ("last", "best"):
+            for checkpoint in ("last",) if setting.test or table == "study" else ("last", "best"):
                 files = []
                 for training, split in zip(trainings, splits, strict=True):
                     folder = training / "_".join([*map(str, asked.values()), checkpoint])
-                    values = {**split, **draws, **test_extra, **asked}
+                    values = {**draws, **test_extra, **asked, "dataset": dataset}
+                    values |= {"trial": split["trial"]} if "trial" in split else {}
                     values["resume"] = str(training / f"{checkpoint}.pt")
                     if all(step.folder != folder for step in steps[training]):
                         steps[training].append(Step("test.py", values, folder))

@@ -48,7 +48,8 @@ class Result:
 
     row: Row
     missing: list[int]  # trial numbers, from 1, that are not there
-    mean: dict[str, float]  # fractions by metric; {} unless every trial is there
+    per_trial: dict[int, dict[str, float]]  # fractions by metric of the trials that are there
+    mean: dict[str, float]  # likewise over trials; {} unless every trial is there
     std: dict[str, float]  # population standard deviations over trials, likewise
     read: list[dict[str, Any]]  # of each file its entry for the row, and the code's ``commit``
 
@@ -68,7 +69,7 @@ def measure(row: Row) -> Result:
     wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
     missing = [trial for trial in wanted if trial not in found]
     mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
-    return Result(row, missing, mean, std, read)
+    return Result(row, missing, found, mean, std, read)
 
 
 def _read_result(file: Path, row: Row) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in rows:
-        if row.setting.group in MEMORY_ABLATIONS and row.checkpoint == "last":
+        if row.setting.group in (*MEMORY_ABLATIONS, "study") and row.checkpoint == "last":
             try:
                 logs = [(folder / "log.jsonl").read_text().splitlines() for folder in row.training]
                 epochs = [json.loads(log[-1]) for log in logs]

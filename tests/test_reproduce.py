@@ -134,9 +134,9 @@ def test_options_become_flags_and_flags_options():
     [
         ("regdb", "regdb", 50, 10 * (5 * 2 * 2 + 1), 10),
         ("sysu", "sysu", 8, 8 * 8 * 2 + 1, 1),
-        ("ablation", "regdb", 10 * 29, None, 10),
-        ("ablation", "sysu", 29, None, 1),
-        ("memory", "llcm", 17, None, 1),
+        ("ablation", "regdb", 10 * 31, None, 10),
+        ("ablation", "sysu", 31, None, 1),
+        ("memory", "llcm", 19, None, 1),
         ("llcm", "llcm", 5, 5 * 3 * 2 + 1, 1),
     ],
 )
@@ -198,6 +198,8 @@ def test_ablations_vary_one_thing_and_share_what_is_equal(flags):
     assert script == "train_MGMRA.py"
     related = {frozenset(("shrink", "shrink_scale")), frozenset(("shrink",))}
     related |= {frozenset(("instances_per_id", "parts_per_instance"))}
+    cosine = {"addressing", "shrink", "shrink_scale"}
+    related |= {frozenset(cosine), frozenset({*cosine, "bank_init"})}
     related |= {frozenset(("memory_levels", "w_alignment"))}  # without a memory nothing to align
     for name, (script, resolved) in trained.items():
         differing = {k for k in base if resolved[k] != base[k]} - {"output_dir"}

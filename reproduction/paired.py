@@ -1,0 +1,70 @@
+"""Rows of a table compared split by split: differences to a reference row and how sure they are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from reproduction.tables import Result, Table
+
+LEVEL = 0.95  # of the intervals
+METRICS = ("rank1", "mAP")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A row minus the reference row, in points (percent), on the splits that both have."""
+
+    name: str
+    values: np.ndarray  # (n,)
+
+    @property
+    def mean(self) -> float:
+        """Mean over the splits."""
+        return float(self.values.mean())
+
+    @property
+    def half_width(self) -> float:
+        """Half the width of Student's interval of the mean; NaN with fewer than two splits."""
+        n = len(self.values)
+        if n < 2:
+            return float("nan")
+        return float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * self.values.std(ddof=1) / np.sqrt(n))
+
+    def __str__(self) -> str:
+        half = "" if np.isnan(self.half_width) else f" +- {self.half_width:.1f}"
+        return f"{self.mean:+.1f}{half}"
+
+
+def differences(results: Sequence[Result], reference: str, metric: str) -> list[Difference]:
+    """Returns each row's difference to the row called `reference`, where they share splits."""
+    base = next(result.per_trial for result in results if result.row.setting.name == reference)
+    found = []
+    for result in results:
+        shared = sorted(result.per_trial.keys() & base.keys())
+        values = [100 * (result.per_trial[t][metric] - base[t][metric]) for t in shared]
+        if shared and result.row.setting.name != reference:
+            found.append(Difference(result.row.setting.name, np.array(values)))
+    return found
+
+
+def paired_table(results: Sequence[Result], references: Sequence[str]) -> Table:
+    """Lays out the differences of one protocol's rows to each reference."""
+    columns, header = [], ["method", "splits"]
+    for reference in references:
+        for metric in METRICS:
+            found = differences(results, reference, metric)
+            columns.append({difference.name: difference for difference in found})
+            header.append(f"{'Rank-1' if metric == 'rank1' else metric} minus {reference}")
+    names = [r.row.setting.name for r in results if any(r.row.setting.name in c for c in columns)]
+    rows = []
+    for name in names:
+        own = [column.get(name) for column in columns]
+        count = max(len(difference.values) for difference in own if difference)
+        rows.append([name, str(count), *(str(difference or "-") for difference in own)])
+    caption = (
+        "Differences in points on the same splits and seeds: mean +- half the width of its "
+        f"{LEVEL:.0%} interval (Student's t)."
+    )
+    return Table(f"{results[0].row.title}, split by split", caption, header, rows)

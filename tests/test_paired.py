@@ -1,0 +1,62 @@
+"""Differences split by split, and the study's table and figure."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from eval_metrics import METRICS
+from reproduce import main
+from reproduction.paired import Difference, differences
+from reproduction.plan import REFERENCES, STUDY, plan
+from reproduction.tables import measure
+
+
+def test_intervals_are_students():
+    """Sample standard deviation 2, three splits: 4.3027 * 2 / sqrt(3)."""
+    difference = Difference("x", np.array([1.0, 3.0, 5.0]))
+    assert difference.mean == 3
+    assert difference.half_width == pytest.approx(4.9683, abs=1e-4)
+    assert str(difference) == "+3.0 +- 5.0"
+    assert math.isnan(Difference("x", np.array([1.0])).half_width)
+    assert str(Difference("x", np.array([-1.0]))) == "-1.0"
+
+
+def fill(rows, value):
+    """Writes results of every row; `value` of a row's place and trial."""
+    for place, row in enumerate(rows):
+        for trial, file in enumerate(row.files, start=1):
+            number = value(place, trial)
+            if number is None:
+                continue
+            file.parent.mkdir(parents=True)
+            own = dict.fromkeys(METRICS, number)
+            entry = {**own, "per_trial": [own], "re_rank": "no", "test_feat": "pcb"}
+            entry |= {"dataset": "d", "stand_in": True, "selection": "last epoch"}
+            content = {"rows": [entry], "versions": {"commit": "c"}, "options": {}}
+            file.write_text(json.dumps(content))
+
+
+def test_the_study_pairs_seeds_with_splits_and_compares_what_is_there(tmp_path, capsys):
+    steps, rows = plan("study", dataset="regdb", runs=tmp_path, trials=3, extra={"epochs": 2})
+    trained = [step for step in steps if step.trains]
+    assert len(trained) == 3 * len(STUDY)
+    assert all(step.resolved["seed"] == step.resolved["trial"] for step in trained)
+    live = [step.resolved for step in trained if step.resolved["bank_init"] == "features"]
+    assert {(o["addressing"], o["shrink"], o["shrink_scale"]) for o in live} == {
+        ("cosine", "auto", 3.0)
+    }
+    # Row p of each protocol: 0.5 + p / 100 + split / 10; the third split of the fourth is missing.
+    fill(rows, lambda p, t: None if (p // 2, t) == (3, 3) else 0.5 + p // 2 / 100 + t / 10)
+    results = [measure(row) for row in rows if row.protocol == "v2i"]
+    found = differences(results, REFERENCES[1], "mAP")
+    assert [d.name for d in found] == [s.name for s in STUDY if s.name != REFERENCES[1]]
+    np.testing.assert_allclose([d.mean for d in found], [-1, *range(1, len(STUDY) - 1)], atol=1e-9)
+    assert [len(d.values) for d in found] == [3, 3, 2, *[3] * (len(STUDY) - 4)]
+    about = {"dataset": "regdb", "trials": 3, "extra": {"epochs": 2}}
+    (tmp_path / "study_regdb.json").write_text(json.dumps(about))
+    assert main(["table", "--table", "study", "--runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| MG-MRA, cosine, 3 / m, features | 3 | +8.0 ± 0.0 | +8.0 ± 0.0 | +7.0 ± 0.0 |" in text
+    assert (tmp_path / "study_regdb_differences.png").stat().st_size > 10_000
