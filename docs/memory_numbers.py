@@ -35,7 +35,7 @@ from loss import Criterion  # noqa: E402
 from memory import MultiGranularityMemory  # noqa: E402
 from model import TwoStreamNet  # noqa: E402
 from networks.memory_health import MemoryHealth  # noqa: E402
-from networks.settings import LEVELS, SHRINK  # noqa: E402
+from networks.settings import LEVELS, SHRINK, TEMPERATURE  # noqa: E402
 
 PAGE = ROOT / "docs/what_the_memory_does.md"
 FIGURE = ROOT / "docs/zero_reads.png"
@@ -50,6 +50,7 @@ RULES = {  # settings of the memory, as flags and as arguments
     "`released`, lambda 0.0025": {"variant": "released"},
     "`paper`, `--shrink auto`": {"shrink_scale": 1.0},
     "`paper`, `--shrink auto --shrink-scale 3`": {"shrink_scale": 3.0},
+    "the same with `--addressing cosine`": {"shrink_scale": 3.0, "temperature": TEMPERATURE},
 }
 TRAININGS = {  # the same as arguments of the network
     "`paper`": {},
@@ -58,6 +59,10 @@ TRAININGS = {  # the same as arguments of the network
     "`paper`, `--shrink 0`": {"shrink": 0.0},
     "`paper`, `--shrink auto`": {"shrink_scale": 1.0},
     "`paper`, `--memory-levels part`": {"memory_levels": "part"},
+    "`paper`, `--addressing cosine --shrink auto --shrink-scale 3`": {
+        "shrink_scale": 3.0,
+        "temperature": TEMPERATURE,
+    },
 }
 STEPS, IDS_PER_BATCH, IMAGES_PER_ID = 4, 4, 2  # of the comparison with no memory
 FIRST_RATE = 0.01  # of the published warm-up's first epoch
