@@ -8,13 +8,14 @@ Each flag can be spelled with ``-`` or with ``_``.
 """
 
 import argparse
+import difflib
 import itertools
 import json
 import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,6 +176,7 @@ SELECT = (
 )
 RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
 GPU = "CUDA device index, or cpu; torchrun assigns one per process (default: 0, if there is one)"
+OPTIONS = "options.json of a run, whose options are used; flags given beside it win (default: none)"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
 
 # By the headings of --help. The defaults are the releases' settings.
@@ -254,6 +256,7 @@ TRAIN = {
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
     ),
     "run": (
+        Flag("options", None, OPTIONS, Path),
         Flag("output-dir", None, OUTPUT_DIR, Path),
         Flag("model_path", None, MODEL_PATH, Path),
         Flag("log_path", None, "folder of RUN.log (default: train.log in the output folder)", Path),
@@ -296,7 +299,7 @@ PROTOCOL += ("trials", "tta")
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
-    *("overwrite", "test_only", "save_epoch", "resident", "test_batch", "figures"),
+    *("overwrite", "test_only", "save_epoch", "resident", "test_batch", "figures", "options"),
 )
 # Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")
@@ -320,9 +323,12 @@ FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors, as those found later are (see `utils.user_errors`)."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, **settings: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=form, allow_abbrev=False)
+        super().__init__(
+            **{"description": description, "formatter_class": form, "allow_abbrev": False},
+            **settings,
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Returns the flags; a value behind a switch and a space in a flag have their own error."""
@@ -336,8 +342,18 @@ class Parser(argparse.ArgumentParser):
             if word in rest and action is not None and action.nargs == 0:
                 self.error(f"{flag} takes no value, got {word}: leave the value out")
         if rest:
-            self.error(f"unrecognized arguments: {' '.join(rest)}")
+            self.unknown(rest)
         return found
+
+    def unknown(self, words: Sequence[str]) -> NoReturn:
+        """Raises ValueError for words that are no flags; names the flag that the first is like."""
+        flags = list(self._option_string_actions)
+        for action in self._actions:  # those of all commands
+            for command in action.choices.values() if action.nargs == argparse.PARSER else ():
+                flags += command._option_string_actions
+        near = difflib.get_close_matches(words[0].partition("=")[0], flags, n=1, cutoff=0.75)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError: "argument --lr: expected a number above 0, got -1; ..."."""
@@ -446,7 +462,9 @@ def resolve(
     Raises:
         ValueError: When flags contradict each other, or have no effect.
     """
-    given = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    flags = _given(args)
+    saved = read_options(args.options) if args.options else {}
+    given = {**saved, **flags}
     method = given.get("method", DEFAULTS["method"])
     of_method = METHOD_VALUES.get(method, {})
     data = given.get("dataset") or DEFAULTS["dataset"]
@@ -461,14 +479,15 @@ def resolve(
         (method.upper(), of_method),
         ("no stripes", NO_STRIPES if {**of_method, **given}.get("pcb") == "off" else {}),
         ("no memory", NO_MEMORY if given.get("memory_levels") == "none" else {}),
-        ("flag", given),
+        ("--options", saved),
+        ("flag", flags),
     ):
         values |= layer
         sources |= dict.fromkeys(layer, source)
     if method == "agw" and values["pcb"] == "on":
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
-        if given.get(name):  # a weight of 0 is what an absent term has
+        if flags.get(name):  # a weight of 0 is what an absent term has
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
     start, end = values["triplet_ramp"]
     if not 0 <= start <= end:
@@ -533,7 +552,8 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str], script: st
     words = [] if args.preset == args.dataset else [f"_{args.preset}"]
     for name, value in sorted(vars(args).items(), key=lambda item: item[0] != "seed"):
         shown = _words(value)
-        if sources.get(name) == "flag" and name not in UNNAMED and shown != _words(plain[name]):
+        typed = sources.get(name) in ("flag", "--options") and name not in UNNAMED
+        if typed and shown != _words(plain[name]):
             words.append(f"_{name.replace('_', '-')}{'' if value is True else shown}")
     text = re.sub(r"[^\w.+-]", "-", "".join(words))
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
@@ -575,13 +595,54 @@ def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
 
 
 def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """Returns the resolved options, one a line, with where each came from."""
-    width = max(map(len, vars(args)))
+    """Returns the preset and the options that differ from it, one a line, with their source."""
+    preset = {**DEFAULTS, **PRESETS[args.preset], "preset": args.preset}
     lines = [
-        f"  {name:<{width}}  {value}{f'  ({sources[name]})' if name in sources else ''}"
+        f"  {name} {_words(value)}  ({sources[name]}; preset: {_words(preset.get(name, 'unset'))})"
         for name, value in sorted(vars(args).items())
+        if name in sources and name not in INCIDENTAL and value != preset.get(name)
     ]
-    return "\n".join([*lines, f"  preset {args.preset}: {PRESET_SOURCES[args.preset]}"])
+    differing = "these options differ" if lines else "no option differs"
+    source = PRESET_SOURCES[args.preset]
+    return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
+
+
+def evaluation_of(args: argparse.Namespace) -> list[str]:
+    """Returns the flags with which ``test.py`` evaluates what a training evaluated."""
+    default = {**DEFAULTS, "data_path": DATASETS[args.dataset].default_folder, "dataset": None}
+    values = {name: getattr(args, name) for name in (*PROTOCOL, "re_rank", "test_feat")}
+    return flags_of({k: v for k, v in values.items() if v != default.get(k)})
+
+
+def flags_of(values: Mapping[str, Any]) -> list[str]:
+    """Returns options as command-line flags; True is a switch, a sequence several values."""
+    flags = []
+    for name, value in values.items():
+        several = value if isinstance(value, list | tuple) else [value]
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, several))]
+    return flags
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Returns those options in a run's ``options.json`` that influence its numbers, checked.
+
+    Raises:
+        ValueError: When it is no such file, or holds an illegal value.
+    """
+    try:
+        saved = json.loads(path.read_text())["options"].items()
+        known = {k: v for k, v in saved if k not in (*INCIDENTAL, "tvsearch")}
+        words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
+        return _given(train_parser("").parse_args(words))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--options {path}: expected the options.json of a run ({error or error!r})"
+        ) from error
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
+    return {k: v for k, v in values.items() if v is not None and v is not False}
 
 
 def to_json(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from reproduction.plan import (
     TABLES,
     check_lists,
     choose,
-    flags_of,
     given_options,
     plan,
     read_json,
@@ -82,8 +81,8 @@ def table_command(args: argparse.Namespace) -> None:
     kinds["study"] = "What the memory is worth, "
     title = kinds.get(args.table, "") + DATASETS[args.dataset].title
     silent = ("data_path", *options.INCIDENTAL)
-    flags = shlex.join(flags_of({k: v for k, v in about["extra"].items() if k not in silent}))
-    note = f"Flags beyond the table's own: {flags}." if flags else ""
+    flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
+    note = f"Flags beyond the table's own: {shlex.join(flags)}." if flags else ""
     found = tables.arrange(title, results, note=note)
     if args.table == "study":
         found += _compared(results, args.runs / f"{args.name}_differences.png")

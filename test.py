@@ -231,16 +231,13 @@ def write_results(
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The results in percent, mean +- standard deviation where there are several trials."""
     header = ("R1", "R5", "R10", "R20", "mAP", "mINP")
-    lines = [f"{'feature':8} {'re-ranked':12} " + " ".join(f"{name:>14}" for name in header)]
+    lines = [f"{'feature':8} {'re-ranked':12}" + "".join(f"{name:>8}" for name in header)]
     for row in rows:
-        cells = [f"{100 * row[metric]:.2f}" for metric in METRICS]
+        numbers = "".join(f"{100 * row[metric]:8.2f}" for metric in METRICS)
+        lines.append(f"{row['test_feat']:8} {row['re_rank']:12}{numbers}")
         if len(row["per_trial"]) > 1:
-            cells = [
-                f"{cell} +- {100 * row['std'][metric]:.2f}"
-                for cell, metric in zip(cells, METRICS, strict=True)
-            ]
-        numbers = " ".join(f"{cell:>14}" for cell in cells)
-        lines.append(f"{row['test_feat']:8} {row['re_rank']:12} {numbers}")
+            spread = "".join(f"{100 * row['std'][metric]:8.2f}" for metric in METRICS)
+            lines.append(f"{'':8} {'+-':12}{spread}")
     first = rows[0]
     lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
     lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")

@@ -11,6 +11,7 @@ import ctypes
 import io
 import json
 import logging
+import logging.handlers
 import os
 import platform
 import re
@@ -185,16 +186,29 @@ def keep_freed_memory() -> None:
         libc.mallopt(1, 0)  # M_MXFAST: a freed block takes in the slivers cut off for alignment
 
 
-def setup_logging(file: Path | None = None, level: int = logging.INFO) -> None:
-    """Logs to standard error, and to `file` (appending) when one is given."""
+def setup_logging() -> None:
+    """Logs to standard error, and keeps the records for `log_to`."""
+    screen = logging.StreamHandler()
+    kept = logging.handlers.MemoryHandler(1000, flushLevel=100)  # above every level
+    form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(
-        level=level,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[logging.StreamHandler(), *([logging.FileHandler(file)] if file else [])],
-        force=True,
+        level=logging.INFO, format=form, datefmt="%H:%M", handlers=[screen, kept], force=True
     )
     logging.captureWarnings(True)
+    for chatty in ("fontTools", "matplotlib"):  # each glyph of a PDF, each font found
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def log_to(file: Path) -> None:
+    """Appends to a file, with dates, what is logged from now on and what was since the start."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for kept in logging.getLogger().handlers[:]:
+        if isinstance(kept, logging.handlers.MemoryHandler):
+            kept.setTarget(handler)
+            kept.close()  # writes the records
+            logging.getLogger().removeHandler(kept)
+    logging.getLogger().addHandler(handler)
 
 
 def versions(device: torch.device) -> dict[str, str]:

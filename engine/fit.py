@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from engine import distributed
-from engine.evaluate import format_result
 from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
 from loss import CLASSIFYING_TERMS, Criterion
@@ -26,6 +26,7 @@ from utils import save_checkpoint, write_atomic, write_json
 log = logging.getLogger(__name__)
 
 COLLAPSED_SPREAD = 0.02  # below it, features of different images are as good as identical
+RECENT = 4  # epochs whose mean time says how long the rest will take
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 DAMAGED = "last.damaged.pt"
 CHECKPOINTS = (LAST, PREVIOUS, BEST, DAMAGED, "epoch_*.pt")  # patterns of a run's files
@@ -108,7 +109,7 @@ def fit(
         line["seconds"] = time.perf_counter() - start
         progress.log.append(line)
         if writer is not None:
-            _report(line, schedule.epochs, writer)
+            _report(progress, schedule.epochs, writer)
             _warn_of_unread_levels(progress.log, net.memory)
             _save(net, optimizer, progress, files, settings.save_every)
     if writer is not None:
@@ -187,24 +188,29 @@ def threshold_in_words(memory: nn.Module | None, level: str) -> str:
     return f"lambda {memory.threshold(level, size):.2g} (uniform weight {1 / size:.2g}); {remedy}"
 
 
-def _report(line: dict[str, Any], epochs: int, writer: SummaryWriter) -> None:
-    """Writes an epoch's numbers to the log and to TensorBoard."""
-    numbers = {k: v for k, v in line.items() if isinstance(v, float)}
-    for name, value in numbers.items():
-        writer.add_scalar(name if "/" in name else f"train/{name}", value, line["epoch"])
-    terms = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items() if "/" not in k)
-    log.info("epoch %d/%d  %s", line["epoch"], epochs, terms)
-    memory = [f"{k.split('/', 1)[1]} {v:.3g}" for k, v in numbers.items() if "/" in k]
-    if memory:
-        log.info("  memory: %s", "  ".join(memory))
-    if line["feature_spread"] < COLLAPSED_SPREAD:
+def _report(progress: Progress, epochs: int, writer: SummaryWriter) -> None:
+    """Writes an epoch's numbers to TensorBoard, and the most telling of them to the log."""
+    *earlier, line = progress.log
+    for name, value in line.items():
+        if isinstance(value, float):
+            writer.add_scalar(name if "/" in name else f"train/{name}", value, line["epoch"])
+    words = [f"epoch {line['epoch']}/{epochs}", f"loss {line['total']:.3g}"]
+    best = f"{100 * progress.best['rank1']:.1f}" if progress.best else ""
+    if "eval" in line:
+        for name in METRICS:
+            writer.add_scalar(f"eval/{name}", line["eval"][name], line["epoch"])
+        rank1, mean_ap = (f"{100 * line['eval'][name]:.1f}" for name in ("rank1", "mAP"))
+        words += [f"R1 {rank1} (best {best})", f"mAP {mean_ap}"]
+    elif best:
+        words.append(f"best R1 {best}")
+    seconds = [each["seconds"] for each in progress.log[-RECENT:]]
+    left = (epochs - line["epoch"]) * sum(seconds) / len(seconds)
+    log.info("  ".join([*words, f"{tqdm.format_interval(left)} left"]))
+    collapsed = line["feature_spread"] < COLLAPSED_SPREAD
+    if collapsed and not (earlier and earlier[-1]["feature_spread"] < COLLAPSED_SPREAD):
         log.warning(
             "epoch %d: the features have collapsed, all images look alike to the network (spread "
             "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
             "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
             *(line["epoch"], line["feature_spread"]),
         )
-    if "eval" in line:
-        for name in METRICS:
-            writer.add_scalar(f"eval/{name}", line["eval"][name], line["epoch"])
-        log.info("  eval: %s", format_result(line["eval"]))

@@ -8,9 +8,10 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
     device: torch.device
     files: RunFiles
     checkpoint: dict[str, Any] | None  # that --resume goes on from; None starts afresh
+    command: str  # that started it
 
     @property
     def head(self) -> str:
@@ -129,20 +131,24 @@ class Run:
             logs = args.log_path or files.output_dir
             for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
                 utils.make_writable_dir(folder)
-            start_logging(logs / (f"{files.name}.log" if args.log_path else "train.log"))
-        data = data_name(args.dataset, args.data_path)
-        log.info("%s\n%s", files.name, options.describe(args, self.sources))
+            utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
+        data, versions = data_name(args.dataset, args.data_path), utils.versions(self.device)
+        log.info("%s: writing into %s", files.name, files.output_dir)
+        log.info("command: %s", self.command)
+        about = (versions[name] for name in ("device", "torch", "version", "commit"))
+        log.info("device: %s; torch %s; version %s, commit %s", *about)
+        log.info("%s", options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
         if checkpoint is not None:
-            log.warning("resumed %s after %d epochs", checkpoint["path"], progress.epoch)
+            log.warning("resumed %s after epoch %d", checkpoint["path"], progress.epoch)
         if changed:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
             _warn_of_an_unread_memory(net)
-            self._start_files(data, identities)
+            self._start_files(data, identities, versions)
         return progress
 
-    def _start_files(self, data: str, identities: list[int]) -> None:
+    def _start_files(self, data: str, identities: list[int], versions: dict[str, str]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
         last, folder = files.checkpoint(LAST), files.checkpoint_dir
@@ -157,7 +163,7 @@ class Run:
         if fell_back and last.exists():  # damaged: no save may put it over the good one
             last.replace(files.checkpoint(DAMAGED))
         about = {"method": self.name, "run": files.name, "data": data}
-        about |= {"options": options.to_json(self.args), "versions": utils.versions(self.device)}
+        about |= {"options": options.to_json(self.args), "versions": versions}
         utils.write_json(files.output_dir / "options.json", about)
         files.header.update(about, identities=identities)
 
@@ -246,6 +252,10 @@ class Run:
             if result is not None:
                 chosen = f"epoch {result['epoch']}, {result['selection']}; {result['dataset']}"
                 log.info("%s (%s): %s", label, chosen, format_result(result))
+        last = self.files.checkpoint(LAST)
+        script = os.path.relpath(Path(utils.__file__).with_name("test.py"))
+        words = [script, *options.evaluation_of(self.args), "--resume", str(last)]
+        log.info("%s is complete. Evaluate it with: python %s", last, shlex.join(words))
 
 
 @contextlib.contextmanager
@@ -260,9 +270,11 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         if args.deterministic:
             utils.make_deterministic()
         files = _run_files(args, name, options.distinction(args, sources, f"train_{method}.py"))
+        utils.setup_logging()
         try:
             with distributed.processes(args.gpu) as device, contextlib.ExitStack() as held:
-                start_logging()
+                if not distributed.is_main():
+                    logging.getLogger().setLevel(logging.WARNING)
                 if distributed.is_main() and not args.test_only:
                     for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
                         held.enter_context(utils.lock(file))
@@ -271,11 +283,13 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                     utils.keep_freed_memory()
                 utils.seed_everything(args.seed)
                 checkpoint = _read_checkpoint(args, files)
-                yield Run(args, sources, name, device, files, checkpoint)
+                yield Run(args, sources, name, device, files, checkpoint, _command(argv))
         except utils.Interrupted as stop:
             saved = files.checkpoint(LAST)
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
-            sys.stderr.write(f"{stop}{kept}. Go on with: {_command_to_resume(args, argv)}\n")
+            former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
+            command = _command(argv, without=former)
+            sys.stderr.write(f"{stop}{kept}. Go on with: {command} --resume\n")
             raise SystemExit(stop.exit_code) from None
 
 
@@ -292,18 +306,11 @@ def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
             )
 
 
-def start_logging(file: Path | None = None) -> None:
-    """Sets up logging; ranks other than 0 only warn."""
-    utils.setup_logging(file, level=logging.INFO if distributed.is_main() else logging.WARNING)
-
-
-def _command_to_resume(args: argparse.Namespace, argv: Sequence[str] | None) -> str:
-    """What to run after an interruption."""
+def _command(argv: Sequence[str] | None, without: Container[str | None] = ()) -> str:
+    """The command line that started this process, without some of its words."""
     words = sys.argv[1:] if argv is None else argv
-    former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
-    kept = [str(word) for word in words if word not in former]
-    command = shlex.join([Path(sys.argv[0]).name, *kept, "--resume"])
-    return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {command}"
+    words = [sys.argv[0], *(str(word) for word in words if word not in without)]
+    return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {shlex.join(words)}"
 
 
 def _run_files(args: argparse.Namespace, method: str, distinction: str) -> RunFiles:

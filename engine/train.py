@@ -202,7 +202,8 @@ def train_epoch(
     waiting: list[dict[str, Tensor]] = []  # numbers of the steps since the last look
     steps: list[dict[str, float]] = []
     hidden = None if settings.progress else True
-    bar = tqdm(loader.epoch(epoch), f"epoch {epoch}", len(loader), disable=hidden, leave=False)
+    name = f"epoch {epoch + 1}/{schedule.epochs}"
+    bar = tqdm(loader.epoch(epoch), name, len(loader), disable=hidden, leave=False)
     for step, batch in enumerate(bar):
         random = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
         terms, feat, addressing = training_step(
@@ -220,7 +221,7 @@ def train_epoch(
         waiting.append(distributed.mean_of(terms))
         images += len(batch.labels) * distributed.size()
         if len(waiting) == CHECK_EVERY or step + 1 == len(loader):
-            steps += read_finite(waiting, epoch=epoch, first_step=len(steps))
+            steps += read_finite(waiting, epoch=epoch + 1, first_step=len(steps))
             waiting.clear()
             bar.set_postfix_str(f"loss={steps[-1]['total']:.3f}, lr={lr:.2g}")
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])

@@ -7,7 +7,6 @@ to what is drawn, so that neither is ever cut off. Nothing here touches pyplot's
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ MAX_TILE = 0.7  # inches, the largest width of an image in a grid
 CHARACTERS, BOLD_CHARACTERS = 16, 12.5  # that fit into an inch
 GREY, BLUE, ORANGE = "#555555", "#0072B2", "#E69F00"  # blue is dark in greyscale, orange light
 HEADING = "heading"  # the id of its texts
-
-logging.getLogger("fontTools").setLevel(logging.WARNING)  # reports every glyph of a PDF
 
 styled = matplotlib.rc_context(fname=STYLE)  # decorates what makes a figure
 

@@ -1,6 +1,6 @@
 """What the paper's tables run: settings, protocols, and the commands behind each row.
 
-A run is a dictionary of options; `flags_of` makes a command line of it.
+A run is a dictionary of options; `options.flags_of` makes a command line of it.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 import options
 from data_manager import DATASETS, EvalOptions, eval_set, train_set
 from networks.settings import VARIANTS
+from options import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 # Of a data set: the methods under all its protocols.
@@ -21,7 +22,7 @@ TABLES = (*DATASETS, "ablation", "memory", "study")
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "tvsearch", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
-FIXED += ("output_dir", "model_path", "log_path", "vis_log_path")
+FIXED += ("output_dir", "model_path", "log_path", "vis_log_path", "options")
 
 Options = Mapping[str, Any]
 
@@ -147,15 +148,6 @@ def settings_of(table: str) -> list[Setting]:
 
 
 # --- Options and command lines --------------------------------------------------------------------
-
-
-def flags_of(values: Options) -> list[str]:
-    """Returns options as command-line flags; True is a switch, a sequence several values."""
-    flags = []
-    for name, value in values.items():
-        several = value if isinstance(value, list | tuple) else [value]
-        flags += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, several))]
-    return flags
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,8 @@ def test_an_explicit_flag_wins_over_any_preset():
 def test_presets_name_known_flags_and_their_source():
     assert set(options.PRESETS) == set(options.PRESET_SOURCES)
     args, sources = resolved("--preset llcm")
-    assert options.describe(args, sources).endswith(f"llcm: {options.PRESET_SOURCES['llcm']}")
+    about = f"preset llcm ({options.PRESET_SOURCES['llcm']}); no option differs (options.json: all)"
+    assert options.describe(args, sources) == about
     for values in options.PRESETS.values():
         assert set(values) <= set(options.DEFAULTS)
 
@@ -217,7 +219,9 @@ def test_illegal_values_are_refused_by_the_flag_s_name(line):
         ("--triplet-ramp 5 3", "START <= END; got 5 3"),
         ("--tvsearch yes", "expected no value, True or False, got yes"),
         ("--lr 0.1 --overwrite True", "--overwrite takes no value, got True"),
-        ("--tvsearch True True", "unrecognized arguments: True"),
+        ("--tvsearch True True", "unrecognized arguments: True; "),
+        ("--bacth-size 8", "unrecognized arguments: --bacth-size 8 .did you mean --batch-size"),
+        ("--learning=8", "unrecognized arguments: --learning=8; "),
     ],
 )
 def test_errors_say_what_is_legal(line, expected):
@@ -233,16 +237,79 @@ def test_defaults_of_evaluation_are_the_same_for_training_and_testing():
     assert train["re_rank"] == "no"
 
 
-def test_description_and_json_hold_every_flag():
-    args, sources = resolved("--data-path d")
-    text = options.describe(args, sources)
-    assert all(name in text for name in vars(args))
-    assert "(preset regdb)" in text
+def test_the_description_holds_what_differs_from_the_preset_and_json_every_flag():
+    args, sources = resolved("--data-path d --method agw --lr 0.1 --batch-size 8 --num_pos 2")
+    head, *lines = options.describe(args, sources).splitlines()
+    assert head.startswith("preset regdb (") and "these options differ" in head
+    assert [line.split()[0] for line in lines] == [
+        *("data_path", "epochs", "gem_p", "label_smooth", "method", "num_pos", "pcb", "share_net"),
+        "w_center",
+    ]
+    assert "  epochs 81  (AGW; preset: 61)" in lines and "  num_pos 2  (flag; preset: 4)" in lines
     content = options.to_json(args)
     assert content["data_path"] == "d"
     assert content["milestones"] == [20, 50]
     assert isinstance(args, argparse.Namespace)
     assert resolved("--dataset sysu")[0].data_path == Path("data/SYSU-MM01")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--dataset sysu --lr 0.2 --milestones 3 5 --tvsearch --amp --shrink auto --shrink-scale 2",
+        "--method agw --gem-p 10 --output-dir x --data-path d",  # a flag that is the preset's value
+        "--memory-levels none --preset scratch",
+    ],
+)
+def test_a_run_s_options_run_again_and_flags_beside_them_win(line, tmp_path):
+    first, _ = resolved(line)
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps({"options": options.to_json(first)}))
+    again, sources = resolved(f"--options {file}")
+    silent = {*options.INCIDENTAL, "tvsearch"}
+    for name, value in vars(first).items():
+        assert name in silent or getattr(again, name) == value, name
+    assert sources["lr"] == "--options"
+    assert again.output_dir is None
+    again, sources = resolved(f"--options {file} --lr 0.75 --direction v2i")
+    assert (again.lr, sources["lr"], again.direction) == (0.75, "flag", "v2i")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "No such file"),
+        ("no json", "Expecting value"),
+        ("[]", "list indices"),
+        ('{"options": 3}', "no attribute 'items'"),
+        ('{"options": {"lr": -1}}', "argument --lr: expected a number above 0"),
+        ('{"options": {"rate": 1}}', "unrecognized arguments: --rate 1"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_named(content, expected, tmp_path):
+    file = tmp_path / "options.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(
+        ValueError, match=f"--options {file}: expected the options.json.*{expected}"
+    ):
+        resolved(f"--options {file}")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--lr 0.2", "--dataset regdb"),
+        ("--dataset sysu --shots 10 --data-path d", "--dataset sysu --data-path d --shots 10"),
+        ("--dataset llcm --tvsearch --trials 2", "--dataset llcm --direction i2v --trials 2"),
+    ],
+)
+def test_the_flags_of_an_evaluation_ask_for_what_the_training_evaluated(line, expected):
+    args, _ = resolved(line)
+    words = options.evaluation_of(args)
+    assert words == expected.split()
+    found = options.resolve_evaluation(options.test_parser("").parse_args(words))
+    assert options.protocol(found) == options.protocol(args)
 
 
 def test_resolving_changes_nothing_that_was_given():

@@ -13,9 +13,10 @@ import pytest
 
 import options
 import stand_in
+from options import flags_of
 from reproduce import main
 from reproduction import plan as plans
-from reproduction.plan import flags_of, given_options, plan
+from reproduction.plan import given_options, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_STUB = """

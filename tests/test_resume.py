@@ -118,11 +118,11 @@ def test_the_command_that_goes_on_is_the_one_that_was_ended(data, tmp_path, monk
     folder = tmp_path / "a run"
     for flags in (("--overwrite",), ("--resume",), ("-r", folder / "last.pt")):
         with monkeypatch.context() as patched:
-            patched.setattr("sys.argv", ["somewhere/train_MGMRA.py"])
+            patched.setattr("sys.argv", [script := "somewhere/train_MGMRA.py"])
             stop_at(patched, engine_train, "training_step", STEPS if len(flags) == 1 else 0)
             interrupted(data, folder, *flags, code=143)
         command = capsys.readouterr().err.splitlines()[-1].split("Go on with: python ")[1]
-        assert shlex.split(command) == ["train_MGMRA.py", *arguments(data, folder), "--resume"]
+        assert shlex.split(command) == [script, *arguments(data, folder), "--resume"]
 
 
 def test_a_run_ended_in_every_epoch_reaches_the_same_bits(data, unbroken, tmp_path, monkeypatch):
@@ -310,7 +310,7 @@ def test_an_end_between_any_two_renames_loses_nothing(data, unbroken, tmp_path, 
 
 @pytest.mark.parametrize(
     ("poisoned_step", "message"),
-    [(1, f"'id' is nan in epoch {EPOCHS}, step 1"), (STEPS, "'part_norm.bias' holds NaN")],
+    [(1, f"'id' is nan in epoch {EPOCHS + 1}, step 1"), (STEPS, "'part_norm.bias' holds NaN")],
 )
 def test_a_loss_or_weight_that_is_not_finite_keeps_the_last_good_checkpoint(
     poisoned_step, message, data, unbroken, tmp_path, capsys, monkeypatch

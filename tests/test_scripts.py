@@ -10,6 +10,8 @@ import importlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -346,7 +348,7 @@ def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
     (saved / f"{names[1]}_last.pt").rename(saved / f"{names[1]}_last.previous.pt")
     first = (saved / f"{names[0]}_last.pt").read_bytes()
     _, error = call("train_HCT.py", *flags, "--epochs", 2, "--resume", cwd=tmp_path)
-    assert f"resumed saved/{names[1]}_last.previous.pt after 1 epochs" in error
+    assert f"resumed saved/{names[1]}_last.previous.pt after epoch 1" in error
     call("train_HCT.py", *flags, "--overwrite", cwd=tmp_path)
     other.unlink()
     assert (saved / f"{names[0]}_last.pt").read_bytes() == first
@@ -528,7 +530,15 @@ def test_bad_input_ends_the_process_with_its_code(tiny, tmp_path):
 
 
 def test_gpu_0_without_cuda_falls_back_and_says_so(tiny, tmp_path):
-    _, error = train(
-        "train_HCT.py", tiny, tmp_path / "run", "--epochs", 1, "--gpu", 0, start=run_as_is
-    )
-    assert "no CUDA device on this machine, running on the CPU" in error
+    _, error = train("train_HCT.py", tiny, tmp_path / "run", "--epochs", 1, "--gpu", 0, start=run)
+    warning = "no CUDA device on this machine, running on the CPU"
+    text = (tmp_path / "run/train.log").read_text()
+    assert error.count(warning) == text.count(warning) == 1  # though it is older than the file
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", text)
+    folder = tmp_path / "run"
+    for words in ("command: python ", "--epochs 1 --gpu 0", "device: CPU; torch ", "; commit "):
+        assert words in text, words
+    assert f": writing into {folder}\n" in text
+    command = shlex.split(re.search(r"Evaluate it with: python \S+/test.py (.*)", text)[1])
+    output, _ = call("test.py", *command, "--gpu", "cpu", cwd=tmp_path)
+    assert max(map(len, output.splitlines()[:2])) <= 80

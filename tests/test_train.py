@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_with_term_epoch_and_step(step, steps, m
     done = []
     run_step = train.training_step
     monkeypatch.setattr(train, "training_step", lambda *a, **k: done.append(1) or run_step(*a, **k))
-    with pytest.raises(NonFiniteLossError, match=f"'id' is nan in epoch 3, step {step};"):
+    with pytest.raises(NonFiniteLossError, match=f"'id' is nan in epoch 4, step {step};"):
         one_epoch(small(), Loader(poison_step=step, steps=steps), epoch=3)
     assert len(done) == min(3, steps)  # no later than the next look
 

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pickle
 import platform
@@ -20,9 +21,11 @@ from utils import (
     Interrupted,
     load_checkpoint,
     lock,
+    log_to,
     make_writable_dir,
     resolve_device,
     save_checkpoint,
+    setup_logging,
     state_dict_of,
     stop_signals,
     user_errors,
@@ -241,6 +244,21 @@ def test_devices(monkeypatch, caplog):
     assert "--gpu 1,0: one process uses one GPU, here the first" in caplog.text
     with pytest.raises(ValueError, match=r"2 CUDA device\(s\)"):
         resolve_device("2")
+
+
+def test_figure_libraries_do_not_chatter_and_the_log_holds_what_came_before_it(tmp_path, capsys):
+    setup_logging()
+    logging.getLogger("fontTools.subset").info("glyph")
+    logging.getLogger("early").warning("before the file was known")
+    log_to(tmp_path / "log")
+    logging.getLogger("late").info("after")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "WARNING before the file was known",
+        "INFO after",
+    ]
+    assert capsys.readouterr().err.count("\n") == 2
+    setup_logging()  # the file is closed
 
 
 def test_user_errors_are_one_paragraph_and_others_keep_their_traceback(capsys):
