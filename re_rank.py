@@ -4,17 +4,15 @@ Both are transductive: a distance depends on the whole gallery, and for k-recipr
 queries too. Neither knows a camera rule. Results that used one must name it.
 """
 
-from collections.abc import Iterator
-from copy import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import linalg, sparse
 
-TILE = 1024  # rows and columns of a tile of the distance matrix
-EXACT_ROWS = 256  # rows or pairs of features treated at a time where distances are computed again
+ROWS = 256  # points or pairs of points treated at a time
 PAIRS = 1 << 17  # pairs of weights treated at a time, about what fits a core's cache
-# float32 may order squared distances wrongly that differ by less than this times |a|^2 + |b|^2
-UNDECIDED = 32 * 2.0**-23
+UNDECIDED = 32 * 2.0**-23  # float32 errors of a row's squared distances, in its largest ones
 TIE_DECIMALS = 12  # float64 distances equal to so many decimals tie, whatever the order of sums
 
 
@@ -65,18 +63,18 @@ def random_walk(q_feats: np.ndarray, g_feats: np.ndarray, alpha: float = 0.95) -
     return (alpha - 1) * linalg.solve(affinity, similarity, overwrite_a=True, overwrite_b=True).T
 
 
+class Neighbours(NamedTuple):
+    """The nearest of each of n points, itself first and the others in any order until sorted."""
+
+    ids: np.ndarray  # (n, size)
+    squared: np.ndarray  # (n, size) their squared distances; -1 to itself
+    farthest: np.ndarray  # (n,) squared distance of the farthest point
+
+
 class KReciprocal:
     """k-reciprocal re-ranking of one set of queries against several galleries, as trials have.
 
     What concerns queries alone is computed once. Arguments and errors are those of `k_reciprocal`.
-
-    Attributes:
-        points: (n, D) float32, the queries, and a gallery's images after them, centred and scaled.
-        norms: (n,) float32, their squared lengths.
-        ids: (n, size) int64, each point's nearest so far, itself first; in order once sorted.
-        squared: (n, size) float32, scores of `ids`; squared distances once sorted. For point a,
-            point b scores |b|^2 / 2 - ab: half the squared distance less |a|^2 / 2.
-        farthest: (n,) float32, likewise of the farthest point.
     """
 
     def __init__(
@@ -87,129 +85,137 @@ class KReciprocal:
         if not 0 <= lambda_value <= 1:
             raise ValueError(f"lambda_value is {lambda_value}, expected 0..1")
         (q_feats,) = _checked(q_feats=q_feats)
-        self._k1, self._k2, self._lambda = k1, k2, lambda_value
+        self._feats, self._k1, self._k2, self._lambda = q_feats, k1, k2, lambda_value
         # Moving and scaling the features leaves the result as it is. Centred and of order one,
         # their float32 errors are small beside a row's maximum, and nothing overflows.
         low, high = q_feats.min(axis=0), q_feats.max(axis=0)  # (D,) each
         self._centre = np.clip(q_feats.mean(axis=0, dtype=np.float64), low, high)
         spread = max((high - self._centre).max(), (self._centre - low).max())
         self._scale = 2.0 ** -np.frexp(spread)[1]
-        size = max(k1 + 1, k2) + 1
-        self._feats = q_feats[:0]
-        self.ids, self.squared = np.empty((0, size), np.int64), np.empty((0, size), np.float32)
-        self.farthest = np.empty(0, np.float32)
-        self._append(q_feats)
+        self._points = self._scaled(q_feats).astype(np.float32)
+        self._size = max(k1 + 1, k2) + 1
+        blocks = _squared_distances(self._points, self._points)
+        self._known = _stacked([_nearest(squared, self._size) for _, squared in blocks])
+
+    def _scaled(self, feats: np.ndarray) -> np.ndarray:
+        return (feats - self._centre) * self._scale  # float64
 
     def distances(self, g_feats: np.ndarray) -> np.ndarray:
         """Returns the distances between the queries and a gallery (G, D): (Q, G) float32."""
         _, g_feats = _checked(q_feats=self._feats, g_feats=g_feats)
-        count, images = len(self._feats), copy(self)
-        result = images._append(g_feats)  # (Q, G) squared Euclidean, re-ranked in place below
-        images.sort((self._k1 + 1, round(self._k1 / 2) + 1, self._k2))
-        codes = _encode(images, self._k1, self._k2)  # (n, n)
+        gallery, (count, kept) = self._scaled(g_feats).astype(np.float32), self._known.ids.shape
+        result = np.empty((count, len(gallery)), np.float32)  # squared distances, then re-ranked
+        blocks = []
+        for rows, squared in _squared_distances(self._points, gallery):
+            result[rows] = squared
+            known = Neighbours(*(each[rows] for each in self._known))  # and the gallery: (rows, G)
+            found = _nearest(np.hstack([known.squared, squared]), self._size)
+            ids = np.take_along_axis(known.ids, np.minimum(found.ids, kept - 1), axis=1)
+            ids = np.where(found.ids < kept, ids, found.ids - kept + count)
+            farthest = np.maximum(known.farthest, found.farthest)
+            blocks.append(Neighbours(ids, found.squared, farthest))
+        for rows, squared in _squared_distances(gallery, gallery):
+            blocks.append(_nearest(np.hstack([result[:, rows].T, squared]), self._size))
+        near, feats = _stacked(blocks), np.concatenate([self._feats, g_feats])
+        near.farthest[near.farthest <= 0] = 1  # all points are one
+        codes = self._codes(near, lambda rows: self._scaled(feats[rows]))  # (n, n)
         for rows, shared in _shared_weight(codes[:count], codes[count:].tocsc()):
-            result[rows] *= self._lambda / images.farthest[:count][rows, None]
+            result[rows] *= self._lambda / near.farthest[:count][rows, None]
             result[rows] += (1 - self._lambda) * (1 - shared / (2 - shared))
         return result
 
-    def exact(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Returns some of the points in float64, (rows, D)."""
-        return (self._feats[rows] - self._centre) * self._scale
+    def _codes(self, near: Neighbours, points: Callable[..., np.ndarray]) -> sparse.csr_array:
+        """Returns V of Zhong et al., the encodings: (n, n), rows sum to 1.
 
-    def _append(self, feats: np.ndarray) -> np.ndarray:
-        """Adds points and compares them with all, in products of a tile at a time.
-
-        Returns:
-            (first, n - first) float32, squared distances of the earlier points to them.
+        `points` gives rows of the n points in float64, (rows, D).
         """
-        first, added, size = len(self._feats), len(feats), self.ids.shape[1]
-        self._feats = np.concatenate([self._feats, feats])
-        old, new = _tiles(0, first), _tiles(first, first + added)
-        self.points = np.empty(self._feats.shape, np.float32)
-        for rows in old + new:
-            self.points[rows] = self.exact(rows)
-        norms = np.einsum("nd,nd->n", self.points, self.points, dtype=np.float64)
-        self.norms = norms.astype(np.float32)
-        if not np.isfinite(self.norms).all():
-            raise ValueError("g_feats lie too far from q_feats for float32, expected one scale")
-        self.ids = np.concatenate([self.ids, np.zeros((added, size), np.int64)])
-        infinite = np.full((added, size), np.inf, np.float32)
-        self.squared = np.concatenate([self.squared, infinite])
-        self.farthest = np.concatenate([self.farthest, -infinite[:, 0]])
-        squared = np.empty((first, added), np.float32)
-        for i, columns in enumerate(new):
-            for rows in old + new[: i + 1]:  # each pair of tiles once
-                products = self.points[rows] @ self.points[columns].T  # (rows, columns)
-                self._update(rows, columns, products)
-                if rows != columns:
-                    self._update(columns, rows, products.T)
-                if rows.stop <= first:
-                    tile = squared[rows, columns.start - first : columns.stop - first]
-                    np.add.outer(self.norms[rows], self.norms[columns], out=tile)
-                    tile -= np.multiply(products, 2, out=products)
-                    np.maximum(tile, 0, out=tile)
-        return squared
-
-    def _update(self, rows: slice, columns: slice, products: np.ndarray) -> None:
-        """Merges a tile of products (rows, columns) into the nearest and farthest of `rows`."""
-        size = self.ids.shape[1]
-        scores = np.empty((len(products), size + products.shape[1]), np.float32)
-        scores[:, :size] = self.squared[rows]  # the nearest so far, then the tile
-        np.subtract(self.norms[columns] / 2, products, out=scores[:, size:])
-        self.farthest[rows] = np.maximum(self.farthest[rows], scores[:, size:].max(axis=1))
-        if rows == columns:
-            np.fill_diagonal(scores[:, size:], -np.inf)  # itself first
-        best = _smallest(scores, size)  # (rows, size)
-        self.squared[rows] = np.take_along_axis(scores, best, axis=1)
-        earlier = np.take_along_axis(self.ids[rows], np.minimum(best, size - 1), axis=1)
-        self.ids[rows] = np.where(best < size, earlier, best - size + columns.start)
-
-    def sort(self, sizes: tuple[int, ...]) -> None:
-        """Sorts the neighbours and turns scores into squared distances.
-
-        Where float32 does not decide which are the first k, for a k in `sizes`, all of the point's
-        distances are computed in float64.
-        """
-        count = len(self.points)
-        order = np.argsort(self.squared, axis=1)[:, :count]  # (n, kept), kept <= size
-        kept = order.shape[1]
-        self.ids = np.take_along_axis(self.ids, order, axis=1)
-        self.squared = np.take_along_axis(self.squared, order, axis=1)
-        self.squared = np.maximum(2 * self.squared + self.norms[:, None], 0)
-        self.farthest = np.maximum(2 * self.farthest + self.norms, 0)
-        self.farthest[self.farthest == 0] = 1  # all points are one
-        undecided = np.zeros(count, bool)
-        for size in sizes:
-            if 1 < size < kept:
-                inside, outside = self.squared[:, size - 1], self.squared[:, size]  # (n,) each
-                undecided |= outside - inside <= UNDECIDED * (self.norms + outside)
-        undecided = np.flatnonzero(undecided)
-        for start in range(0, len(undecided), EXACT_ROWS):
-            rows = undecided[start : start + EXACT_ROWS]
-            points = self.exact(rows)  # (rows, D)
-            squared = np.empty((len(rows), count))
-            for columns in _tiles(0, count):
-                others = self.exact(columns)
-                squared[:, columns] = _lengths(others) - 2 * (points @ others.T)
-            squared = np.round(squared + _lengths(points)[:, None], TIE_DECIMALS)
-            squared[np.arange(len(rows)), rows] = -1  # itself first
-            self.ids[rows] = np.argsort(squared, axis=1, kind="stable")[:, :kept]
-            self.squared[rows] = np.take_along_axis(squared, self.ids[rows], axis=1)
-        self.squared[:, 0] = 0
+        bounds = self._k1 + 1, round(self._k1 / 2) + 1, self._k2
+        near = _sorted(near, points, bounds)
+        nearest, half = (_reciprocal(near.ids[:, :k]) for k in bounds[:2])  # R(i, k1), R(j, k1 / 2)
+        # For j in R(i, k1): |R(i, k1) and R(j, k1 / 2)|, then whether R(j, k1 / 2) joins.
+        joins = (nearest @ half.T).multiply(nearest).tocsr()
+        joins.data = (3 * joins.data > 2 * np.diff(half.indptr)[joins.indices]).astype(np.float32)
+        joins.eliminate_zeros()
+        expanded = nearest + joins @ half  # R*(i): where it is not zero
+        rows = np.repeat(np.arange(len(near.ids)), np.diff(expanded.indptr))  # (entries,)
+        columns = expanded.indices  # (entries,)
+        # Squared distances are looked up among the nearest, the others computed: (entries,).
+        known = sparse.csr_matrix(_members(near.ids, near.squared))
+        squared = np.asarray(known[rows, columns]).ravel()
+        unknown = np.flatnonzero((squared == 0) & (rows != columns))
+        for some in _blocks(unknown):
+            squared[some] = _lengths(points(rows[some]) - points(columns[some]))
+        weights = np.exp(-squared / near.farthest[rows])
+        expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
+        averaged = near.ids[:, : self._k2]  # (n, k2)
+        return _members(averaged) @ expanded / np.float32(averaged.shape[1])
 
 
-def _smallest(scores: np.ndarray, size: int) -> np.ndarray:
-    """Returns the columns of each row's `size` smallest numbers, in no order: (rows, size)."""
+def _squared_distances(
+    points: np.ndarray, others: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields squared distances of points (n, D) to others (m, D), as blocks (rows, (rows, m))."""
+    lengths = _lengths(others)
+    if not np.isfinite(lengths).all():
+        raise ValueError("g_feats lie too far from q_feats for float32, expected one scale")
+    for start in range(0, len(points), ROWS):
+        rows = slice(start, start + ROWS)
+        squared = points[rows] @ others.T
+        squared *= -2
+        squared += _lengths(points[rows])[:, None]
+        squared += lengths
+        np.maximum(squared, 0, out=squared)
+        if points is others:
+            np.fill_diagonal(squared[:, rows], -1)  # itself first
+        yield rows, squared
+
+
+def _nearest(squared: np.ndarray, size: int) -> Neighbours:
+    """Finds the nearest by squared distances (rows, m), at most m of them."""
+    size = min(size, squared.shape[1])
     # np.partition and a comparison: twice as fast as np.argpartition.
-    bound = np.partition(scores, size - 1, axis=1)[:, size - 1 : size]  # (rows, 1)
-    places = np.flatnonzero(scores <= bound)
-    if len(places) > len(scores) * size:  # some row has ties at its bound
-        return np.argpartition(scores, size - 1, axis=1)[:, :size]
-    return places.reshape(-1, size) - scores.shape[1] * np.arange(len(scores))[:, None]
+    bound = np.partition(squared, size - 1, axis=1)[:, size - 1 : size]  # (rows, 1)
+    ids = np.flatnonzero(squared <= bound) % squared.shape[1]
+    if len(ids) > len(squared) * size:  # some row has ties at its bound
+        ids = np.argpartition(squared, size - 1, axis=1)[:, :size]
+    ids = ids.reshape(-1, size)
+    return Neighbours(ids, np.take_along_axis(squared, ids, axis=1), squared.max(axis=1))
 
 
-def _tiles(start: int, stop: int) -> list[slice]:
-    return [slice(i, min(i + TILE, stop)) for i in range(start, stop, TILE)]
+def _stacked(blocks: Sequence[Neighbours]) -> Neighbours:
+    return Neighbours(*map(np.concatenate, zip(*blocks, strict=True)))
+
+
+def _sorted(
+    near: Neighbours, points: Callable[..., np.ndarray], bounds: Sequence[int]
+) -> Neighbours:
+    """Sorts the neighbours.
+
+    Where float32 does not decide which are the first k, for a k in `bounds`, all distances of a
+    point are computed in float64.
+    """
+    order = np.argsort(near.squared, axis=1)
+    ids, squared = (np.take_along_axis(each, order, axis=1) for each in near[:2])
+    undecided = np.zeros(len(ids), bool)
+    for k in bounds:
+        if 1 < k < ids.shape[1]:
+            inside, outside = squared[:, k - 1], squared[:, k]  # (n,) each
+            undecided |= outside - inside <= UNDECIDED * (near.farthest + outside)
+    for rows in _blocks(np.flatnonzero(undecided)):
+        own, exact = points(rows), np.empty((len(rows), len(ids)))
+        for columns in _blocks(np.arange(len(ids))):
+            others = points(columns)
+            exact[:, columns] = _lengths(others) - 2 * (own @ others.T)
+        exact = np.round(exact + _lengths(own)[:, None], TIE_DECIMALS)
+        exact[np.arange(len(rows)), rows] = -1  # itself first
+        ids[rows] = np.argsort(exact, axis=1, kind="stable")[:, : ids.shape[1]]
+        squared[rows] = np.take_along_axis(exact, ids[rows], axis=1)
+    squared[:, 0] = 0
+    return Neighbours(ids, squared, near.farthest)
+
+
+def _blocks(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
 
 
 def _lengths(points: np.ndarray) -> np.ndarray:
@@ -228,30 +234,6 @@ def _reciprocal(ids: np.ndarray) -> sparse.csr_array:
     """Returns R(i, k), (n, n): 1 where two points are among each other's neighbours (n, k + 1)."""
     within = _members(ids)
     return within.multiply(within.T).tocsr()
-
-
-def _encode(images: KReciprocal, k1: int, k2: int) -> sparse.csr_array:
-    """Returns V of Zhong et al., the encodings: (n, n), rows sum to 1."""
-    near = _reciprocal(images.ids[:, : k1 + 1])  # R(i, k1)
-    half = _reciprocal(images.ids[:, : round(k1 / 2) + 1])  # R(j, k1 / 2)
-    # For j in R(i, k1): |R(i, k1) and R(j, k1 / 2)|, then whether R(j, k1 / 2) joins.
-    joins = (near @ half.T).multiply(near).tocsr()
-    joins.data = (3 * joins.data > 2 * np.diff(half.indptr)[joins.indices]).astype(np.float32)
-    joins.eliminate_zeros()
-    expanded = near + joins @ half  # R*(i): where it is not zero
-    rows = np.repeat(np.arange(len(images.ids)), np.diff(expanded.indptr))  # (entries,)
-    columns = expanded.indices  # (entries,)
-    # Squared distances are looked up among the nearest, the others computed: (entries,).
-    known = sparse.csr_matrix(_members(images.ids, images.squared))  # (n, n)
-    squared = np.asarray(known[rows, columns]).ravel()  # 0 where not known
-    unknown = np.flatnonzero((squared == 0) & (rows != columns))
-    for start in range(0, len(unknown), EXACT_ROWS):
-        some = unknown[start : start + EXACT_ROWS]
-        squared[some] = _lengths(images.points[rows[some]] - images.points[columns[some]])
-    weights = np.exp(-squared / images.farthest[rows])
-    expanded.data = weights / np.bincount(rows, weights)[rows].astype(np.float32)
-    nearest = images.ids[:, :k2]  # (n, k2)
-    return _members(nearest) @ expanded / np.float32(nearest.shape[1])
 
 
 def _shared_weight(

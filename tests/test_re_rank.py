@@ -146,22 +146,19 @@ def test_float32_decides_only_what_it_can():
     rng = np.random.default_rng(7)
     for width, noise in [(3, 1.0), (256, 0.3), (1536, 0.3), (2048, 3.0)]:
         feats = np.concatenate(clustered(rng, 100, 100, 20, width, noise / width**0.5))
-        images = KReciprocal(feats.astype(np.float32))
-        images.sort(())
-        points = images.exact(np.arange(200))
-        rows = np.arange(200)[:, None]
-        true = ((points[rows] - points[images.ids]) ** 2).sum(axis=2)
-        error = np.abs(images.squared - true) / (images.norms[:, None] + true)
+        ranker = KReciprocal(feats.astype(np.float32))
+        near, points = ranker._known, ranker._scaled(feats.astype(np.float32))
+        true = ((points[:, None] - points[near.ids]) ** 2).sum(axis=2)
+        error = np.abs(np.maximum(near.squared, 0) - true) / (near.farthest[:, None] + true)
         assert error.max() < re_rank.UNDECIDED / 2
 
 
-@pytest.mark.parametrize(("tile", "rows", "pairs"), [(7, 3, 5), (16, 100, 1000), (1, 1, 1)])
-def test_tile_sizes_do_not_matter(tile, rows, pairs, monkeypatch):
+@pytest.mark.parametrize(("rows", "pairs"), [(7, 5), (100, 1000), (1, 1)])
+def test_block_sizes_do_not_matter(rows, pairs, monkeypatch):
     q_feats, g_feats = clustered(np.random.default_rng(8), 23, 31)
     g_feats[::3] = g_feats[0]
     expected = naive_k_reciprocal(q_feats, g_feats)
-    monkeypatch.setattr(re_rank, "TILE", tile)
-    monkeypatch.setattr(re_rank, "EXACT_ROWS", rows)
+    monkeypatch.setattr(re_rank, "ROWS", rows)
     monkeypatch.setattr(re_rank, "PAIRS", pairs)
     assert_close(k_reciprocal(q_feats, g_feats), expected)
 
@@ -315,7 +312,7 @@ def test_smallest_of_rows_with_and_without_ties(size, distinct):
     rng = np.random.default_rng(8)
     scores = rng.integers(0, distinct, (20, 9)).astype(np.float32)
     scores[3, :5], scores[4, 2] = np.inf, -np.inf
-    columns = re_rank._smallest(scores, size)
+    columns = re_rank._nearest(scores, size).ids
     assert columns.shape == (20, size)
     assert all(len(set(row)) == size for row in columns.tolist())
     found = np.sort(np.take_along_axis(scores, columns, axis=1), axis=1)
