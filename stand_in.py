@@ -5,7 +5,7 @@ identity is a structure (body, hair, patterned garments, things carried) that sh
 modalities; its colours do not. A finished folder holds `stand_in.json`, which the real data lack.
 
     python stand_in.py --layout regdb --out data/regdb --train-ids 150 --test-ids 40 --seed 0
-    python stand_in.py --layout sysu --out data/sysu --full
+    python stand_in.py --layout sysu --out data/sysu --train-ids 395 --test-ids 96
     python stand_in.py --layout llcm --out data/llcm --train-ids 60 --test-ids 20 --images-per-id 8
 """
 
@@ -90,11 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     for item in fields(Settings):
         name, text = flag(item.name), item.metadata["help"]
-        if item.default is False:
-            add(name, action="store_true", help=text)
-        else:
-            kind = str if item.name == "layout" else int
-            add(name, type=kind, default=item.default, required=item.default is MISSING, help=text)
+        kind = str if item.name == "layout" else int
+        add(name, type=kind, default=item.default, required=item.default is MISSING, help=text)
     add("--out", type=Path, required=True, help="folder to make")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     args = parser.parse_args(argv)

@@ -16,25 +16,15 @@ import numpy as np
 from scipy.io import savemat
 
 from datasets.llcm import CAMERAS as LLCM_CAMERAS
-from datasets.llcm import Llcm
 from datasets.pedestrians import LLCM_INFRARED, make_person
-from datasets.regdb import Regdb
-from datasets.sysu_mm01 import Sysu
 
 # Default (height, width), pixels.
 SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}
-FULL_COUNTS = {data.name: data.expected for data in (Regdb, Sysu, Llcm)}
-FULL_IMAGES_PER_ID = {"regdb": 10, "sysu": 20, "llcm": 22}
-# By role: identities; identities at cameras 1..6; images at cameras 1..6.
-SYSU_COUNTS = {
-    "train": (296, (194, 195, 293, 283, 294, 200), (4721, 5753, 5929, 4821, 4989, 4000)),
-    "val": (99, (0, 0, 99, 99, 96, 0), (0, 0, 1980, 990, 984, 0)),
-    "test": (96, (56, 56, 93, 94, 95, 96), (1374, 1565, 1883, 1918, 1918, 1920)),
-}
 ROLES = ("train", "test")
+SEEN_EVERYWHERE = 0.6  # share of SYSU's identities
 LLCM_SEEN_BY = 4  # cameras that see an identity
 # The last word of (seed, 0, 0, stream): one stream of random numbers for each purpose.
-REGDB_SPLITS, SYSU_ROLES, SYSU_ABSENCES, LLCM_ROLES, LLCM_SPREAD = range(1, 6)
+REGDB_SPLITS, SYSU_ROLES, SYSU_CAMERAS, LLCM_ROLES = range(1, 5)
 
 
 def _setting(meaning: str, default: Any = MISSING) -> Any:
@@ -58,7 +48,6 @@ class Settings:
     trials: int = _setting("RegDB's splits, SYSU's official gallery draws", 10)
     img_h: int | None = _setting("largest height, pixels; default RegDB 128, others 160", None)
     img_w: int | None = _setting("largest width, pixels; default RegDB 64, others 72", None)
-    full: bool = _setting("the counts of the real data set in place of those above", False)
 
     @property
     def val_ids(self) -> int:
@@ -74,11 +63,7 @@ class Settings:
         if self.layout not in SIZES:
             raise ValueError(f"--layout {self.layout}: expected one of {', '.join(SIZES)}")
         size = zip(("img_h", "img_w"), SIZES[self.layout], strict=True)
-        filled: dict[str, Any] = {name: n for name, n in size if getattr(self, name) is None}
-        if self.full:
-            filled |= {f"{role}_ids": FULL_COUNTS[self.layout][role][0] for role in ROLES}
-            filled["images_per_id"] = FULL_IMAGES_PER_ID[self.layout]
-        s = replace(self, **filled)
+        s = replace(self, **{name: n for name, n in size if getattr(self, name) is None})
         least = {"train_ids": 2 if s.layout == "sysu" else 1, "test_ids": 1, "images_per_id": 1}
         least |= {"seed": 0, "trials": 1, "img_h": 32, "img_w": 16}
         for name, minimum in least.items():
@@ -151,38 +136,17 @@ def _regdb_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, 
                 yield name, _numbered(pids, drawings, f"{folder}/")
 
 
-def _sysu_counts(settings: Settings, role: str, n: int) -> np.ndarray:
-    """Returns the images of `n` identities at each camera, (n, 6); absences as in the real data.
-
-    Cameras 1, 2 and 6 see the head of one random order; 3, 4 and 5 each miss a few others of that
-    head: so nobody lacks a modality. Less than the full data keeps its proportions.
-    """
-    real_ids, present, images = SYSU_COUNTS[role]
-    rng = np.random.default_rng((settings.seed, 0, 0, SYSU_ABSENCES, real_ids))
-    order, missed = rng.permutation(n), 0
-    counts = np.zeros((n, 6), np.int64)
-    for camera in range(6):
-        seen = round(n * present[camera] / real_ids)
-        rows = order[:seen]
-        if camera in (2, 3, 4):
-            rows = np.delete(order, slice(missed, missed + n - seen))
-            missed += n - seen
-        counts[rows, camera] = settings.images_per_id
-        if settings.full and seen:  # the real total, spread at random above a least
-            least = images[camera] // seen // (2 if camera < 2 else 1)  # 1 and 2 vary most
-            spare = images[camera] - least * seen
-            counts[rows, camera] = least + rng.multinomial(spare, np.full(seen, 1 / seen))
-    return counts
-
-
 def _sysu_drawings(settings: Settings) -> Drawings:
+    """Cameras 3, 4 and 5 see everybody; 1, 2 and 6 only some, about as in the real data."""
     drawings: Drawings = {}
-    for role, pids in _roles(settings, SYSU_ROLES).items():
-        for pid, row in zip(pids, _sysu_counts(settings, role, len(pids)).tolist(), strict=True):
+    rng = np.random.default_rng((settings.seed, 0, 0, SYSU_CAMERAS))
+    for pids in _roles(settings, SYSU_ROLES).values():
+        everywhere = rng.permutation(pids)[: math.ceil(SEEN_EVERYWHERE * len(pids))]
+        for pid in pids:
             drawings[pid] = [
                 Drawing(f"cam{camera}/{pid:04d}/{number:04d}.jpg", camera, number)
-                for camera, count in enumerate(row, start=1)
-                for number in range(1, count + 1)
+                for camera in (range(1, 7) if pid in everywhere else (3, 4, 5))
+                for number in range(1, settings.images_per_id + 1)
             ]
     return drawings
 
@@ -213,21 +177,14 @@ def _sysu_lists(settings: Settings, drawings: Drawings) -> Iterator[tuple[str, b
 def _llcm_drawings(settings: Settings) -> Drawings:
     """A few cameras see each identity, in turn; visible and infrared begin with another one."""
     drawings: Drawings = defaultdict(list)
-    _, *real_images = FULL_COUNTS["llcm"]["train"]  # visible, infrared
     for role, pids in _roles(settings, LLCM_ROLES).items():
         for modality, word in enumerate(LLCM_CAMERAS):
-            counts = np.full(len(pids), settings.images_per_id)
-            if settings.full and role == "train":  # the real total, half of it spread at random
-                least = real_images[modality] // (2 * len(pids))
-                spare = real_images[modality] - least * len(pids)
-                rng = np.random.default_rng((settings.seed, 0, 0, LLCM_SPREAD, modality))
-                counts = least + rng.multinomial(spare, [1 / len(pids)] * len(pids))
-            for pid, count in zip(pids, counts.tolist(), strict=True):
+            for pid in pids:
                 rng = np.random.default_rng((settings.seed, pid, 0, 4))
                 seen = np.roll(rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY], modality)
                 if word == "vis" and rng.random() < 0.5:
                     seen[-1] = 3  # the camera without infrared images
-                for number in range(1, count + 1):
+                for number in range(1, settings.images_per_id + 1):
                     camera = int(seen[(number - 1) % len(seen)])
                     folder = f"test_{word}/cam{camera}" if role == "test" else word
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"

@@ -166,17 +166,3 @@ def test_sizes_that_vary_are_no_finding(tmp_path):
     assert len(sizes) > 3
     assert json.loads((folder / "stand_in.json").read_text())["layout"] == "sysu"
     assert check("sysu", folder).good
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", COUNTS)
-def test_the_full_layouts_have_the_counts_that_are_expected(layout, tmp_path):
-    settings = stand_in_layouts.Settings(layout, full=True).resolved()
-    drawings = stand_in_layouts.DRAWINGS[layout](settings)
-    files = {drawing.path: b"" for of_person in drawings.values() for drawing in of_person}
-    for name, content in [*files.items(), *stand_in_layouts.LISTS[layout](settings, drawings)]:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    findings = check(layout, tmp_path, open_images=False)  # without the marker: as the real data
-    assert findings.good, findings.report()
