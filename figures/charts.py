@@ -69,13 +69,11 @@ def distance_histograms(
     figure = Figure(figsize=(page.COLUMN_WIDTH, 1.6 * len(panels) + 0.2), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for chart, (name, (within, between)) in zip(axes, panels.items(), strict=True):
-        look = {"fill": True, "linewidth": 1.2}
-        shares = 100 * np.histogram(between, edges)[0] / len(between)
-        look |= {"facecolor": "#F7DDA6", "edgecolor": page.ORANGE, "linestyle": "--"}
-        chart.stairs(shares, edges, label="different identities", **look)
-        shares = 100 * np.histogram(within, edges)[0] / len(within)
-        look |= {"facecolor": "none", "edgecolor": page.BLUE, "linestyle": "-", "hatch": "////"}
-        chart.stairs(shares, edges, label="same identity", **look)
+        other = {"fc": "#F7DDA6", "ec": page.ORANGE, "ls": "--", "label": "different identities"}
+        same = {"fc": "none", "ec": page.BLUE, "hatch": "////", "label": "same identity"}
+        for values, look in ((between, other), (within, same)):
+            shares = 100 * np.histogram(values, edges)[0] / len(values)
+            chart.stairs(shares, edges, fill=True, linewidth=1.2, **look)
         order = f"in wrong order: {100 * misordered(within, between):.1f} %"
         chart.set_title(f"{name}\n{order}", loc="left", fontsize="medium")
     axes[-1].set_xlabel("cosine distance")
@@ -127,13 +125,8 @@ def embedding(
 
     A line joins the centres of an identity's two modalities.
 
-    Args:
-        points: (n, 2).
-        pids: (n,) identities, at most `MAX_CURVES` different ones, each in both modalities.
-        infrared: (n,) bool.
-        axis_names: Of the two axes.
-        title: What was embedded.
-        note: How.
+    `points` are (n, 2), `pids` and `infrared` (n,); at most `MAX_CURVES` identities, each in both
+    modalities.
     """
     figure = Figure(figsize=(page.COLUMN_WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()

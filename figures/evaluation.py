@@ -6,7 +6,6 @@ Test identities only, and one gallery: that of the protocol's first trial (`firs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,19 @@ MAX_IMAGES = 20  # of an identity and modality in the plane
 def first_trial(protocol: EvalSet) -> EvalSet:
     """Returns a protocol with its first trial's images alone, which its words then say."""
     drawn = "gallery" if protocol.query_trials is None else "queries"
-    several = len(protocol.gallery_trials) > 1
-    words = protocol.protocol + (f"; first trial's {drawn}" if several else "")
-    asking, rows = rows_of_first(protocol)
-    query, gallery = protocol.query.take(asking), protocol.gallery.take(rows)
-    trials = {"gallery_trials": (np.arange(len(gallery)),), "query_trials": None}
-    return replace(protocol, query=query, gallery=gallery, protocol=words, **trials)
+    words = protocol.protocol
+    words += f"; first trial's {drawn}" if len(protocol.gallery_trials) > 1 else ""
+    query, gallery = (
+        getattr(protocol, role).take(rows) for role, rows in first_rows(protocol).items()
+    )
+    everyone = (np.arange(len(gallery)),)
+    return EvalSet(protocol.dataset, query, gallery, everyone, protocol.camera_rule, words)
 
 
-def rows_of_first(protocol: EvalSet) -> tuple[np.ndarray, np.ndarray]:
+def first_rows(protocol: EvalSet) -> dict[str, np.ndarray]:
     """Returns the first trial's rows of the queries and of the gallery."""
-    everyone = (np.arange(len(protocol.query)),)
-    return (protocol.query_trials or everyone)[0], protocol.gallery_trials[0]
+    asking = protocol.query_trials or (np.arange(len(protocol.query)),)
+    return {"query": asking[0], "gallery": protocol.gallery_trials[0]}
 
 
 def ignored(trial: EvalSet) -> np.ndarray:
@@ -45,14 +45,6 @@ def ignored(trial: EvalSet) -> np.ndarray:
     query, gallery = trial.query, trial.gallery
     mask = excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
     return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
-
-
-def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Returns cosine distances across modalities within identities, and between them."""
-    distmat = 1 + distances(features["query"], features["gallery"])
-    same = trial.query.pids[:, None] == trial.gallery.pids
-    counts = ~ignored(trial)
-    return distmat[same & counts], distmat[~same & counts]
 
 
 def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
@@ -83,8 +75,7 @@ def draw_ranked(
 ) -> Figure:
     """Draws ranked lists of a trial by a `ranking` of `engine.evaluate.distances`.
 
-    Images are "query" (Q, H, W, 3) and "gallery" (G, H, W, 3), uint8; what can be chosen are
-    `num_queries`, `top` and `seed` of `image_grids.ranked_lists`.
+    Images are "query" and "gallery" as in `image_grids.ranked_lists`, whose `choice` follows.
     """
     kind = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
     distmat = distances(features["query"], features["gallery"], ranking)
@@ -101,7 +92,11 @@ def draw_ranked(
 
 def draw_distances(trial: EvalSet, features: Mapping[str, Features], *, title: str) -> Figure:
     """Draws distances across modalities, a panel for each of several features by name."""
-    panels = {name: pair_distances(trial, each) for name, each in features.items()}
+    same, counts = trial.query.pids[:, None] == trial.gallery.pids, ~ignored(trial)
+    panels = {}
+    for name, own in features.items():
+        distmat = 1 + distances(own["query"], own["gallery"])
+        panels[name] = distmat[same & counts], distmat[~same & counts]
     sides = f"{trial.query.modality} queries and {trial.gallery.modality} gallery images"
     note = f"Pairs of {sides} of test identities."
     return charts.distance_histograms(panels, title=title, note=note)
@@ -144,19 +139,13 @@ def evaluation_figures(
 ) -> list[str]:
     """Draws ranked lists, CMC, distances and an embedding of an evaluation, each as PNG and PDF.
 
-    Args:
-        folder: Where to.
-        protocol: What was evaluated.
-        load: From an image list to its images (n, H, W, 3) uint8.
-        features: Of all query and gallery images, of the last result's kind.
-        results: As in ``results.json``; the last one's ranking is what the ranked lists show.
-
-    Returns the names of the files.
+    `load` returns the images (n, H, W, 3) uint8 of a list; `features` are all images', of the last
+    result's kind; `results` are as in ``results.json``. The ranked lists show the last one's
+    ranking. Returns the names of the files.
     """
-    asking, rows = rows_of_first(protocol)
-    trial = first_trial(protocol)
-    images = {"query": load(protocol.query)[asking], "gallery": load(protocol.gallery)[rows]}
-    features = {"query": features["query"][asking], "gallery": features["gallery"][rows]}
+    trial, rows = first_trial(protocol), first_rows(protocol)
+    images = {role: load(getattr(protocol, role))[rows[role]] for role in rows}
+    features = {role: features[role][rows[role]] for role in rows}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
     curves = [(each["test_feat"], each) for each in results]

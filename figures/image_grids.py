@@ -28,14 +28,13 @@ PALE = {"cmap": "gray", "vmin": -600, "vmax": 255}  # black becomes a light grey
 class Frame(NamedTuple):
     """How an answer of one kind is framed; colour, line and mark each suffice to tell it."""
 
-    meaning: str
+    meaning: str  # begins with its mark
     color: str
     line: str
-    mark: str
 
 
-RIGHT = Frame("right: same identity", page.BLUE, "-", "\N{CHECK MARK}")
-WRONG = Frame("wrong: other identity", page.ORANGE, "--", "\N{BALLOT X}")
+RIGHT = Frame("\N{CHECK MARK} right: same identity", page.BLUE, "-")
+WRONG = Frame("\N{BALLOT X} wrong: other identity", page.ORANGE, "--")
 
 
 @page.styled
@@ -72,17 +71,23 @@ def ranked_lists(
     Raises:
         ValueError: No query has a right answer to find.
     """
-    (q, g), counts, rng = distmat.shape, np.isfinite(distmat), np.random.default_rng(seed)
-    if same is None:
-        chosen = sorted(rng.choice(q, min(num_queries, q), replace=False).tolist())
-        note = f"{len(chosen)} of {q:,}"
-    else:
-        chosen, note = _choose_queries(distmat, same & counts, num_queries, rng)
-    note = f"Queries drawn at random (seed {seed}): {note}."
+    counts = np.isfinite(distmat)
+    rows = np.arange(len(distmat))
+    if same is not None:
+        rows = np.flatnonzero((same & counts).any(axis=1))
+        if not len(rows):
+            raise ValueError(
+                f"none of {len(distmat)} queries has its identity among the gallery images that "
+                "count for it: do query and gallery share identities?"
+            )
+    rng = np.random.default_rng(seed)
+    chosen = sorted(rng.choice(rows, min(num_queries, len(rows)), replace=False))
+    note = f"Queries drawn at random (seed {seed}): {len(chosen)} of {len(rows):,}."
     if not counts.all():
         note += " Gallery images that the protocol ignores for a query are left out."
     height, width = query_images.shape[1:3]
-    figure, axes = page.image_grid(len(chosen), [1.0] * (1 + min(top, g)), height / width)
+    columns = [1.0] * (1 + min(top, distmat.shape[1]))
+    figure, axes = page.image_grid(len(chosen), columns, height / width)
     for place, cell in enumerate(axes[0]):
         cell.set_title(place or "query", fontsize="medium")
     for cells, query in zip(axes, chosen, strict=True):
@@ -100,49 +105,18 @@ def ranked_lists(
             beside += [f"first hit: {found[0]:,}", f"AP: {precision:.1f} %"]
         page.write_left(cells[0], "\n".join(beside))
     if same is not None:
-        marks = [
-            Patch(
-                fill=False, lw=1.8, ec=each.color, ls=each.line, label=f"{each.mark} {each.meaning}"
-            )
-            for each in (RIGHT, WRONG)
-        ]
+        look = {"fill": False, "lw": 1.8}
+        marks = [Patch(ec=m.color, ls=m.line, label=m.meaning, **look) for m in (RIGHT, WRONG)]
         page.add_legend(figure, marks, columns=2)
     page.add_heading(figure, title, note)
     return figure
-
-
-def _choose_queries(
-    distmat: np.ndarray, hits: np.ndarray, count: int, rng: np.random.Generator
-) -> tuple[list[int], str]:
-    """Draws queries with a right answer to find, those whose nearest image is right first.
-
-    They are drawn in the proportion of right and wrong nearest images, but a quarter or more of
-    either kind where there are so many. Distances (Q, G) are infinite where an image does not
-    count; hits (Q, G) are the right answers that do. Returns rows, and what they are in words.
-    """
-    rows = np.flatnonzero(hits.any(axis=1))
-    if not len(rows):
-        raise ValueError(
-            f"none of {len(hits)} queries has its identity among the gallery images that count for "
-            "it: do query and gallery share identities?"
-        )
-    right = hits[rows, distmat[rows].argmin(axis=1)]
-    successes, failures = rng.permutation(rows[right]), rng.permutation(rows[~right])
-    count = min(count, len(rows))
-    wrong = np.clip(round(count * len(failures) / len(rows)), count // 4, count - count // 4)
-    wrong = int(np.clip(wrong, count - len(successes), len(failures)))
-    note = (
-        f"{count - wrong} of the {len(successes):,} whose nearest image is right, "
-        f"{wrong} of the {len(failures):,} whose nearest is wrong"
-    )
-    return sorted(successes[: count - wrong]) + sorted(failures[:wrong]), note
 
 
 def _frame(cell: Axes, frame: Frame) -> None:
     """Frames an answer, with its mark in a badge at the top left."""
     cell.spines[:].set(visible=True, color=frame.color, linestyle=frame.line, linewidth=1.8)
     badge = {"facecolor": "white", "edgecolor": frame.color, "pad": 1}
-    cell.text(0.03, 0.985, frame.mark, transform=cell.transAxes, va="top", bbox=badge)
+    cell.text(0.03, 0.985, frame.meaning[0], transform=cell.transAxes, va="top", bbox=badge)
 
 
 @page.styled
@@ -162,14 +136,18 @@ def addressing(
     count = max(fired.numbers.shape[1] for fired in levels.values())
     pad = max(0.15, (3.2 - count) / 2)  # on both sides of a level, whose head needs the room
     widths = [1.0, *[pad, *[1.0] * count, pad] * len(levels)]
-    aspect = images.shape[1] / images.shape[2]
+    height, width = images.shape[1:3]
+    extent, aspect = (0, width, height, 0), height / width
     figure, axes = page.image_grid(len(images), widths, aspect)
     for row, image, name in zip(axes, images, names, strict=True):
         row[0].imshow(image)
         page.write_left(row[0], name)
     for group, (level, fired) in enumerate(levels.items()):
         first = 2 + group * (count + 2)
-        head = f"{level}, {fired.size:,} in all\n{_weight_range(fired.maps)}"
+        most = float(fired.maps.max(initial=0))
+        scale = f"weights from 0 to {100 * most:.3g} %" if most else "reads zero everywhere"
+        scale = f"the same everywhere: {100 * most:.2g} %" if alike(fired.maps) else scale
+        head = f"{level}, {fired.size:,} in all\n{scale}"
         axes[0, first + (count - 1) // 2].set_title(head, fontsize="medium")
         for row, image, numbers, maps in zip(axes, images, fired.numbers, fired.maps, strict=True):
             for cell, number, weights in zip(row[first:], numbers, maps, strict=False):
@@ -177,7 +155,10 @@ def addressing(
                 if number < 0 or alike(fired.maps):
                     page.write_middle(cell, "none" if number < 0 else "alike")
                 else:
-                    _heat_map(cell, image, weights, fired.maps.max())
+                    heat = {"cmap": HEAT, "vmin": 0, "vmax": most, "interpolation": "nearest"}
+                    cell.imshow(image.mean(axis=2), extent=extent, **PALE)
+                    cell.imshow(weights, extent=extent, **heat)  # clear where it is 0
+                    cell.spines[:].set(visible=True, color=page.GREY, linewidth=0.6)
                     cell.set_xlabel(str(number))
     place = {"ax": axes, "location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.01}
     scale = figure.colorbar(ScalarMappable(cmap=HEAT), ticks=[], **place)
@@ -189,25 +170,6 @@ def addressing(
     )
     page.add_heading(figure, title, note)
     return figure
-
-
-def _weight_range(maps: np.ndarray) -> str:
-    """Returns what the colours of a level stand for, in words."""
-    most = float(maps.max(initial=0))
-    if not most:
-        return "reads zero everywhere"
-    if alike(maps):
-        return f"the same everywhere: {100 * most:.2g} %"
-    return f"weights from 0 to {100 * most:.{0 if most >= 0.1 else 2}f} %"
-
-
-def _heat_map(cell: Axes, image: np.ndarray, weights: np.ndarray, most: float) -> None:
-    """Draws an image (H, W, 3) in pale grey, and weights (h, w) over it where they are not 0."""
-    height, width = image.shape[:2]
-    extent = (0, width, height, 0)
-    cell.imshow(image.mean(axis=2), extent=extent, **PALE)
-    cell.imshow(weights, extent=extent, cmap=HEAT, vmin=0, vmax=most, interpolation="nearest")
-    cell.spines[:].set(visible=True, color=page.GREY, linewidth=0.6)
 
 
 @page.styled

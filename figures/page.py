@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from utils import write_atomic
@@ -55,15 +54,12 @@ def drawn_box(figure: Figure) -> Bbox:
 
 
 def add_heading(figure: Figure, title: str, note: str = "") -> None:
-    """Writes a bold title and below it a grey note above all that a figure shows so far."""
-    box, width = drawn_box(figure), figure.get_figwidth()
-    look = {"va": "bottom", "ha": "left", "gid": HEADING}
-    note = wrapped(note, int(CHARACTERS * width))
-    below = figure.text(box.x0, box.y1 + 0.05 / figure.get_figheight(), note, color=GREY, **look)
-    place = {"xycoords": below, "xytext": (0, 3), "textcoords": "offset points"}
-    title = wrapped(title, int(BOLD_CHARACTERS * width))
-    look |= {"fontsize": matplotlib.rcParams["figure.titlesize"], "fontweight": "bold"}
-    figure.add_artist(Annotation(title, (0, 1), **place, **look))
+    """Writes a grey note, and above it a bold title, above all that a figure shows so far."""
+    texts = [(note, CHARACTERS, {"color": GREY}), (title, BOLD_CHARACTERS, {"weight": "bold"})]
+    for text, characters, look in texts:
+        box, text = drawn_box(figure), wrapped(text, int(characters * figure.get_figwidth()))
+        place = box.x0, box.y1 + 0.05 / figure.get_figheight()
+        figure.text(*place, text, va="bottom", ha="left", gid=HEADING, **look)
 
 
 def add_legend(figure: Figure, handles: Sequence[Artist], columns: int = 1) -> None:

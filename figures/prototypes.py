@@ -41,12 +41,7 @@ class Patches(NamedTuple):
 def addressing_weights(
     net: TwoStreamNet, batches: Iterable[torch.Tensor], modality: str
 ) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
-    """Reads the memory at every position of the images' maps.
-
-    Args:
-        net: In evaluation mode.
-        batches: Normalised images (b, 3, H, W), n in all.
-        modality: "visible" or "infrared".
+    """Reads the memory at every position of the maps of n images, batches of (b, 3, H, W).
 
     Returns:
         By level the addressing weights (n*h*w positions, prototypes); (h, w).
@@ -123,16 +118,10 @@ def prototype_patches(
     count: int,
     top: int,
 ) -> list[Patches]:
-    """Returns prototypes with the patches of both modalities that address them most.
+    """Returns prototypes with the `top` patches of each modality that address them most.
 
-    Args:
-        weights: By modality the level's addressing weights, from `addressing_weights`.
-        images: By modality the images that were looked through, (n, H, W, 3) uint8.
-        shape: (h, w) of the maps.
-        level: Its name.
-        numbers: Prototypes to show; None takes the `count` most addressed ones.
-        count: How many.
-        top: Patches per prototype and modality.
+    `weights` are by modality the `level`'s from `addressing_weights`, of `images` (n, H, W, 3)
+    uint8 with maps of `shape` (h, w). `numbers` None takes the `count` most addressed prototypes.
 
     Raises:
         ValueError: A number that is no prototype, or a level of which nothing is ever read.

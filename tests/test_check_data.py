@@ -8,7 +8,6 @@ from PIL import Image
 
 import reproduce
 import stand_in
-from datasets import stand_in_layouts
 from reproduction.check_data import check
 
 SMALL = {"train_ids": 5, "test_ids": 3, "images_per_id": 2, "img_h": 40, "img_w": 20, "trials": 2}
