@@ -41,15 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class Subject:
-    """A checkpoint's network, and the test images that the flags name.
+    """A checkpoint's network `net`, and the test images `trial` that the flags name.
 
-    Attributes:
-        net: On its device, in evaluation mode.
-        info: What the checkpoint holds beside the network.
-        trial: Queries, and the gallery of the protocol's first trial.
-        images: From an image list to its pixels at the network's size.
-        data: Data and protocol in words; stand-in data are called so.
-        title: The same, and the end of the checkpoint's path.
+    `images` maps an image list to its pixels at the network's size; `data` are data and protocol in
+    words, `title` the same and the end of the checkpoint's path.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -121,18 +116,16 @@ def addressing(args: argparse.Namespace) -> Figure:
     """Draws where on an image each granularity's strongest prototypes fire."""
     subject = Subject(args)
     rng = np.random.default_rng((args.seed, 1))
-    images, found, names = [], [], []
+    images, found, names = [], {}, []
     for pid in evaluation.chosen_identities(subject.trial, args.ids, args.seed):
         for side in (subject.trial.query, subject.trial.gallery):
             one = side.take([rng.choice(np.flatnonzero(side.pids == pid))])
             weights, shape = subject.addressing(one)
+            for level, own in weights.items():
+                found.setdefault(level, []).append(own)
             images.append(subject.images(one))
-            found.append(weights)
             names.append(f"identity {pid}\n{side.modality}")
-    levels = {
-        level: fired(sparse.vstack([weights[level] for weights in found]), shape, args.top)
-        for level in found[0]
-    }
+    levels = {level: fired(sparse.vstack(own), shape, args.top) for level, own in found.items()}
     return image_grids.addressing(np.concatenate(images), names, levels, title=subject.title)
 
 
@@ -188,36 +181,35 @@ def read_result(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no evaluation, it lacks {error}: {hint}") from error
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """Reads a run's ``log.jsonl``; raises ValueError when it is none, or has no epoch yet."""
+def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
+    """Reads a run's ``log.jsonl``, and method and data from the ``options.json`` beside it.
+
+    Raises:
+        ValueError: It is no log, or has no epoch yet.
+    """
     file = run / "log.jsonl" if run.is_dir() else run
     try:
         lines = [json.loads(text) for text in file.read_text().splitlines()]
+        options_file = file.with_name("options.json")
+        about = json.loads(options_file.read_text()) if options_file.is_file() else None
     except (OSError, ValueError) as error:
         hint = "name the folder that a training script wrote into"
         raise ValueError(f"{file} is no log of a training ({error}): {hint}") from error
     if not lines:
         raise ValueError(f"{file} is empty: no epoch is complete yet")
-    return lines
-
-
-def run_name(run: Path) -> str:
-    """Returns method and data of a run, from the ``options.json`` beside its log; else its path."""
-    file = (run if run.is_dir() else run.parent) / "options.json"
-    if not file.is_file():
-        return str(run)
-    content = json.loads(file.read_text())
-    return f"{content['method']}: {content['data']}"
+    return lines, f"{about['method']}: {about['data']}" if about else str(run)
 
 
 def curves(args: argparse.Namespace) -> Figure:
     """Draws loss terms, learning rate and evaluations over the epochs."""
-    return charts.training_curves(read_log(args.run), title=run_name(args.run))
+    lines, title = read_log(args.run)
+    return charts.training_curves(lines, title=title)
 
 
 def health(args: argparse.Namespace) -> Figure:
     """Draws how the memory's levels are addressed over the epochs."""
-    return charts.memory_health(read_log(args.run), title=run_name(args.run))
+    lines, title = read_log(args.run)
+    return charts.memory_health(lines, title=title)
 
 
 def figure_parser(description: str) -> argparse.ArgumentParser:

@@ -406,7 +406,10 @@ class _Figure:
         side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
         x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
         hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
-        if kind == "umbrella":
+        if kind == "backpack" and self.front > 0.3:
+            for end in (-edge, edge):
+                limb("strap", [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
+        elif kind == "umbrella":
             limb("strap", [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
             self.ball("bag", 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
         bags = {  # the strap's ends and half width; the bag's x, top, half width and height

@@ -55,7 +55,8 @@ def drawn_box(figure: Figure) -> Bbox:
 
 def add_heading(figure: Figure, title: str, note: str = "") -> None:
     """Writes a grey note, and above it a bold title, above all that a figure shows so far."""
-    texts = [(note, CHARACTERS, {"color": GREY}), (title, BOLD_CHARACTERS, {"weight": "bold"})]
+    bold = {"weight": "bold", "size": matplotlib.rcParams["figure.titlesize"]}
+    texts = [(note, CHARACTERS, {"color": GREY}), (title, BOLD_CHARACTERS, bold)]
     for text, characters, look in texts:
         box, text = drawn_box(figure), wrapped(text, int(characters * figure.get_figwidth()))
         place = box.x0, box.y1 + 0.05 / figure.get_figheight()

@@ -45,11 +45,7 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None
     """Starts a network from another one's weights: every entry of the same name and shape.
 
     Classifiers and memories of another number of identities stay as they are; the log names them.
-
-    Args:
-        net: The network to fill.
-        state: Entries under this project's names, or an earlier release's.
-        origin: File name, for messages.
+    `state` has this project's names, or an earlier release's; `origin` is its file, for messages.
 
     Raises:
         CheckpointError: When less than half of the network's entries are there.
@@ -76,15 +72,10 @@ def is_released(state: Iterable[str]) -> bool:
 
 
 def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Maps an earlier release's AGW, HCT, SG-MRA or MG-MRA checkpoint to this project's names.
+    """Maps an earlier release's checkpoint to the `TwoStreamNet` that `released_config` describes.
 
-    Args:
-        state_dict: Entries as released, with or without DataParallel's ``module.`` prefix.
-
-    Returns:
-        Entries of a `TwoStreamNet` with the configuration `released_config` gives. Entries the
-        releases never use (AGW's second copies of the residual stages, the memory methods' second
-        batch norm) are dropped.
+    Names may have DataParallel's ``module.`` prefix. Entries the releases never use (AGW's second
+    copies of the residual stages, the memory methods' second batch norm) are dropped.
 
     Raises:
         ValueError: When it is no such checkpoint.
@@ -99,15 +90,12 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
     of_memory = "memory_" if "mem_rep.memory.weight" in state else ""
     converted: dict[str, Tensor] = {}
     for name, value in state.items():
-        for old, new in RENAMED:
-            renamed, count = re.subn(f"^{old}", new, name)
-            if not count:
-                continue
-            stage = re.match(r"(\w+)\.layer(\d)\.", renamed)
-            if stage and (stage[1] == "shared") != (int(stage[2]) >= shared_from):
-                continue  # a copy that is never run
-            prefix = of_memory if renamed.startswith(("neck.", "classifier.")) else ""
-            converted[prefix + renamed] = value
+        renamed = [re.sub(f"^{old}", new, name) for old, new in RENAMED if re.match(old, name)]
+        stage = re.match(r"(\w+)\.layer(\d)\.", *renamed) if renamed else None
+        if not renamed or stage and (stage[1] == "shared") != (int(stage[2]) >= shared_from):
+            continue  # nothing that is ever run
+        prefix = of_memory if renamed[0].startswith(("neck.", "classifier.")) else ""
+        converted[prefix + renamed[0]] = value
     return converted | _stacked_stripes(state)
 
 
@@ -138,13 +126,6 @@ def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _released_head(state: Iterable[str]) -> str:
-    """HCT's stripes, AGW by its non-local blocks, or without these HCT's baseline."""
-    if "fc_list.0.weight" in state:
-        return "pcb"
-    return "agw" if any(name.startswith("NL_") for name in state) else "global"
-
-
 def _count(pattern: str, names: Iterable[str]) -> int:
     """How many different values a pattern's group has among names."""
     return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
@@ -163,17 +144,15 @@ def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     bottleneck = any(k.endswith("layer4.0.conv3.weight") for k in state)
     if (blocks, bottleneck) not in DEPTHS:
         raise ValueError(f"unknown backbone: {blocks} blocks in layer3")
-    config: dict[str, Any] = {
-        "arch": DEPTHS[blocks, bottleneck],
-        "share_net": _first_shared_stage(state),
-        "head": _released_head(state),
-        "memory": None,
-    }
-    if config["head"] == "pcb":
-        config["num_strips"] = _count(r"fc_list\.(\d+)\.bias$", state)
+    config: dict[str, Any] = {"arch": DEPTHS[blocks, bottleneck], "memory": None}
+    config["share_net"] = _first_shared_stage(state)
+    if "fc_list.0.weight" in state:
+        config |= {"head": "pcb", "num_strips": _count(r"fc_list\.(\d+)\.bias$", state)}
         config["local_feat_dim"] = len(state["local_conv_list.0.0.weight"])
-    classifier = "fc_list.0.weight" if config["head"] == "pcb" else "classifier.weight"
-    config["num_ids"] = len(state[classifier])
+        config["num_ids"] = len(state["fc_list.0.weight"])
+    else:  # AGW by its non-local blocks, without these HCT's baseline
+        config["head"] = "agw" if any(name.startswith("NL_") for name in state) else "global"
+        config["num_ids"] = len(state["classifier.weight"])
     if "mem_rep.memory.weight" in state:
         config["memory"], t, r = "sg", INSTANCES_PER_ID, PARTS_PER_INSTANCE
         if "mem_rep.memory.reweight_layer_part.bias" in state:

@@ -17,7 +17,7 @@ COUNTS = {
         "trial 2 test: identities, visible, infrared": (3, 6, 6),
         "images that open, of all": (32, 32),
     },
-    "sysu": {"test, indoor-search, ten-shot, seeded gallery: queries, gallery": (12, 8)},
+    "sysu": {"test, indoor-search, ten-shot, seeded gallery: queries, gallery": (10, 8)},
     "llcm": {
         "train: identities, visible, infrared": (5, 10, 10),
         "test: identities, visible, infrared": (3, 6, 6),

@@ -160,9 +160,9 @@ def test_a_log_is_drawn_and_titled_with_its_data(tmp_path, monkeypatch):
     draw("curves", tmp_path)
     draw("health", tmp_path / "log.jsonl")
     assert (tmp_path / "curves.png").exists() and (tmp_path / "health.png").exists()
-    assert visualize.run_name(tmp_path) == "M: stand-in data"
+    assert visualize.read_log(tmp_path)[1] == "M: stand-in data"
     (tmp_path / "options.json").unlink()
-    assert visualize.run_name(tmp_path) == str(tmp_path)
+    assert visualize.read_log(tmp_path)[1] == str(tmp_path)
 
 
 REFUSALS = {
@@ -284,7 +284,7 @@ def test_a_log_is_read(tmp_path):
     file = tmp_path / "log.jsonl"
     lines = [{"epoch": e, "total": t} for e, t in ((1, 1.0), (2, 2.0))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert visualize.read_log(tmp_path) == lines
+    assert visualize.read_log(tmp_path)[0] == lines
     for text, message in (("", "is empty"), ('{"epoch": 1}\n{"ep', "is no log of a training")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
