@@ -141,8 +141,8 @@ def prototypes(args: argparse.Namespace) -> Figure:
         if args.level not in found:
             raise ValueError(f"the memory has no {args.level} level, expected {' or '.join(found)}")
         weights[images.modality], shown[images.modality] = found[args.level], subject.images(some)
-    choice = {"numbers": args.numbers, "count": args.count, "top": args.top}
-    rows = prototype_patches(weights, shown, shape, level=args.level, **choice)
+    choice = {"level": args.level, "count": args.count, "top": args.top}
+    rows = prototype_patches(weights, shown, shape, **choice)
     searched = " and ".join(f"{len(images)} {modality}" for modality, images in shown.items())
     note = (
         f"The patches, of {searched} test images, whose middle (framed) addresses a prototype "
@@ -249,8 +249,7 @@ def figure_parser(description: str) -> argparse.ArgumentParser:
     add("top", "prototypes per image and level", type=count, default=3)
     add = checkpoint_command(prototypes)
     add("level", "granularity", choices=LEVELS, default="part")
-    add("numbers", "prototypes (default: the most addressed)", type=number, nargs="+")
-    add("count", "prototypes, where no numbers are given", type=count, default=8)
+    add("count", "prototypes, the most addressed ones", type=count, default=8)
     add("top", "patches per prototype and modality", type=count, default=6)
     add("images", "images per modality to look through", type=count, default=200)
     figure = command(cmc)

@@ -6,7 +6,7 @@ What is counted are the addressing weights that the memory itself reads with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -114,17 +114,16 @@ def prototype_patches(
     shape: tuple[int, int],
     *,
     level: str,
-    numbers: Sequence[int] | None,
     count: int,
     top: int,
 ) -> list[Patches]:
-    """Returns prototypes with the `top` patches of each modality that address them most.
+    """Returns `count` most addressed prototypes with the `top` patches of each modality for them.
 
     `weights` are by modality the `level`'s from `addressing_weights`, of `images` (n, H, W, 3)
-    uint8 with maps of `shape` (h, w). `numbers` None takes the `count` most addressed prototypes.
+    uint8 with maps of `shape` (h, w).
 
     Raises:
-        ValueError: A number that is no prototype, or a level of which nothing is ever read.
+        ValueError: Nothing of the level is ever read.
     """
     columns = {modality: own.tocsc() for modality, own in weights.items()}
     totals = {m: np.asarray(own.sum(axis=0, dtype=np.float64))[0] for m, own in columns.items()}
@@ -134,20 +133,17 @@ def prototype_patches(
             f"no position of the images reads any {level} prototype (all weights are at or below "
             "lambda): look at `visualize.py health`, or train longer"
         )
-    if numbers is None:
-        numbers = [n for n in np.argsort(-both, kind="stable")[:count].tolist() if both[n]]
-    elif max(numbers) >= len(both):
-        raise ValueError(f"--numbers {max(numbers)}: the {level} bank has 0 to {len(both) - 1}")
+    numbers = np.argsort(-both, kind="stable")[:count].tolist()
     positions = shape[0] * shape[1]
     rows = []
-    for number in numbers:
+    for number in filter(both.__getitem__, numbers):
         patches, values = {}, {}
         for m in MODALITIES:
             best, values[m] = best_positions(columns[m], number, positions, top)
             cut = [cut_patch(images[m][r // positions], r % positions, shape) for r in best]
             patches[m] = np.array(cut)
         share = 100 * both[number] / both.sum()
-        visible = 100 * totals["visible"][number] / max(both[number], 1e-12)
+        visible = 100 * totals["visible"][number] / both[number]
         name = f"{level} {number}\n{share:.2g} % of reads\n{visible:.0f} % visible"
         rows.append(Patches(name, patches, values))
     return rows

@@ -152,23 +152,25 @@ def _check_split(
 
 
 def _open_all(findings: Findings, files: list[Path]) -> None:
-    """Decodes every image; reports those that cannot be read or are no crops of a person."""
+    """Decodes every image; reports those that cannot be read, and those of an odd size."""
 
-    def problem_of(path: Path) -> str | None:
+    def problem_of(path: Path) -> tuple[str, str] | None:
         try:
             with Image.open(path) as image:
                 image.load()
                 width, height = image.size
         except Exception as error:  # a damaged image makes Pillow raise nearly anything
-            return f"{path} ({type(error).__name__}: {error})"
-        odd = min(width, height) < MIN_SIDE or width > height
-        return f"{path} ({width} x {height})" if odd else None
+            return "broken", f"{path} ({type(error).__name__}: {error})"
+        odd = width < MIN_SIDE or height < MIN_SIDE or width > height
+        return ("odd", f"{path} ({width} x {height})") if odd else None
 
     with ThreadPoolExecutor() as pool:
-        found = tqdm(pool.map(problem_of, files), "images", len(files), disable=None)
-        wrong = [problem for problem in found if problem]
-    good = len(files) - len(wrong)
-    findings.count("images that open, of all", (good, len(files)), [len(files)] * 2)
-    what = f"images cannot be read or are not upright with {MIN_SIDE} pixels or more a side"
-    fix = "fetch them again, and check the free space; whole scenes are no crops of a person"
-    findings.several(wrong, what, fix)
+        results = list(tqdm(pool.map(problem_of, files), "images", len(files), disable=None))
+    texts = {kind: [x[1] for x in results if x and x[0] == kind] for kind in ("broken", "odd")}
+    what = "images that open, of all"
+    findings.count(what, (len(files) - len(texts["broken"]), len(files)), [len(files)] * 2)
+    fix = "fetch them again, and check the free space"
+    findings.several(texts["broken"], "images cannot be read", fix)
+    what = f"images of an odd size (expected upright, {MIN_SIDE} pixels or more a side)"
+    fix = "look at them: thumbnails and whole scenes are no crops of a person"
+    findings.several(texts["odd"], what, fix)

@@ -89,7 +89,7 @@ def test_patches_are_cut_around_their_position():
 
 def test_a_memory_that_reads_nothing_is_refused():
     both = dict.fromkeys(prototypes.MODALITIES, sparse.csr_matrix((24, 9)))
-    choice = {"numbers": None, "count": 3, "top": 2}
+    choice = {"count": 3, "top": 2}
     with pytest.raises(ValueError, match="no position of the images reads any part prototype"):
         prototypes.prototype_patches(both, {}, (6, 2), level="part", **choice)
 

@@ -121,13 +121,13 @@ def test_sysu_and_other_networks(name, checkpoint, place, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5_000
 
 
-def test_numbered_prototypes_of_another_level(place, tmp_path, monkeypatch):
+def test_prototypes_of_another_level(place, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(image_grids, "prototypes", lambda rows, **_: seen.extend(rows))
     monkeypatch.setattr(visualize, "save", lambda *_, **__: None)
-    where = ("--level", "semantic", "--numbers", 2, 0, "--out", tmp_path / "a.png")
+    where = ("--level", "semantic", "--count", 2, "--out", tmp_path / "a.png")
     draw("prototypes", *flags(place), *where)
-    assert [row.name.split("\n")[0] for row in seen] == ["semantic 2", "semantic 0"]
+    assert [row.name.split()[0] for row in seen] == ["semantic"] * 2
     assert seen[0].patches["visible"].shape == (6, 48, 48, 3)
 
 
@@ -187,7 +187,6 @@ NETWORK_REFUSALS = {
     "no memory": (("addressing",), "none", "train_MGMRA.py"),
     "no memory to search": (("prototypes",), "none", "no memory"),
     "no such level": (("prototypes", "--level", "semantic"), "sg", "no semantic level"),
-    "no such prototype": (("prototypes", "--numbers", "90"), "mg", "0 to 89"),
     "too many identities": (("embedding", "--ids", "8"), "none", "invalid choice: 8"),
     "no such start": (("distances", "--before", "no.pth"), "none", "--before none|imagenet|PATH"),
     "wrong height": (("ranked", "--img_h", "100"), "none", "96, 192"),
