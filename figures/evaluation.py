@@ -47,6 +47,13 @@ def ignored(trial: EvalSet) -> np.ndarray:
     return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
 
 
+def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Returns cosine distances across modalities within identities, and between them."""
+    distmat = 1 + distances(features["query"], features["gallery"])
+    same, counts = trial.query.pids[:, None] == trial.gallery.pids, ~ignored(trial)
+    return distmat[same & counts], distmat[~same & counts]
+
+
 def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
     """Returns random test identities, ascending, among those with images in both modalities."""
     pids = np.intersect1d(trial.query.pids, trial.gallery.pids)
@@ -92,11 +99,7 @@ def draw_ranked(
 
 def draw_distances(trial: EvalSet, features: Mapping[str, Features], *, title: str) -> Figure:
     """Draws distances across modalities, a panel for each of several features by name."""
-    same, counts = trial.query.pids[:, None] == trial.gallery.pids, ~ignored(trial)
-    panels = {}
-    for name, own in features.items():
-        distmat = 1 + distances(own["query"], own["gallery"])
-        panels[name] = distmat[same & counts], distmat[~same & counts]
+    panels = {name: pair_distances(trial, own) for name, own in features.items()}
     sides = f"{trial.query.modality} queries and {trial.gallery.modality} gallery images"
     note = f"Pairs of {sides} of test identities."
     return charts.distance_histograms(panels, title=title, note=note)
