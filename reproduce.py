@@ -44,6 +44,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     trials = 1 if args.table != data.name and data.splits > 1 else most
     trials = min(args.trials or (STUDY_SPLITS if args.table == "study" else trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
+    about |= {"unseen": dict(args.unseen)} if args.table == "unseen" else {}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"
@@ -74,11 +75,12 @@ def table_command(args: argparse.Namespace) -> None:
     file = args.runs / f"{args.name}.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
-    about = {name: read_json(file, name) for name in ("dataset", "trials", "extra")}
+    names = ("dataset", "trials", "extra", *(("unseen",) if args.table == "unseen" else ()))
+    about = {name: read_json(file, name) for name in names}
     _, rows = plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
     kinds = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}
-    kinds["study"] = "What the memory is worth, "
+    kinds |= {"study": "What the memory is worth, ", "unseen": "Unseen data sets, trained on "}
     title = kinds.get(args.table, "") + DATASETS[args.dataset].title
     silent = ("data_path", *options.INCIDENTAL)
     flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
@@ -130,9 +132,18 @@ def build_parser() -> argparse.ArgumentParser:
     text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1)"
     add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
     add("--dry-run", action="store_true", help="print the commands only")
+    text = "--table unseen: data sets to evaluate on, and their folders (default: all others)"
+    add("--unseen", nargs="+", type=_unseen, default=[], metavar="DATASET=FOLDER", help=text)
     text = "only rows whose section, group and name hold all of these texts"
     add("--only", nargs="+", default=[], metavar="TEXT", help=text)
     return parser
+
+
+def _unseen(text: str) -> tuple[str, str | None]:
+    name, _, folder = text.partition("=")
+    if name not in DATASETS:
+        raise argparse.ArgumentTypeError(f"expected {' or '.join(DATASETS)}, got {name}")
+    return name, folder or None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from options import flags_of
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 # Of a data set: the methods under all its protocols.
-TABLES = (*DATASETS, "ablation", "memory", "study")
+TABLES = (*DATASETS, "ablation", "memory", "study", "unseen")
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "tvsearch", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
@@ -128,14 +128,17 @@ STUDY = (
     Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
 )
 STUDY_SPLITS = 5
+UNSEEN = (STUDY[0], STUDY[1], Setting("MG-MRA"), STUDY[8])  # on data sets not trained on
 
 
 def settings_of(table: str) -> list[Setting]:
     """Returns a table's settings, in its order; "memory" is "ablation" without the rest."""
     if table in DATASETS:
         return [*METHODS, *RECIPES.get(table, ())]
-    if table == "study":
-        return [replace(setting, group="study") for setting in STUDY]
+    if table in ("study", "unseen"):
+        return [
+            replace(setting, group=table) for setting in (STUDY if table == "study" else UNSEEN)
+        ]
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
     for group, values in (ABLATIONS if table == "ablation" else MEMORY_ABLATIONS).items():
         found += [Setting(name, train=train, group=group) for name, train in values.items()]
@@ -262,14 +265,33 @@ def read_json(path: Path, entry: str) -> Any:
         ) from error
 
 
+def evaluations(
+    table: str, setting: Setting, dataset: str, unseen: Mapping[str, str | None]
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """Returns on what a setting is evaluated: data sets, protocols, and where the data are."""
+    if table == "unseen":
+        others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
+        return [(k, next(iter(DATASETS[k].protocols)), {"data_path": v}) for k, v in others.items()]
+    protocols = list(DATASETS[dataset].protocols)
+    everywhere = table in (*DATASETS, "study") and not setting.test
+    return [(dataset, protocol, {}) for protocol in (protocols if everywhere else protocols[:1])]
+
+
 def plan(
-    table: str, *, dataset: str, runs: Path, trials: int, extra: Options
+    table: str,
+    *,
+    dataset: str,
+    runs: Path,
+    trials: int,
+    extra: Options,
+    unseen: Mapping[str, str | None] | None = None,
 ) -> tuple[list[Step], list[Row]]:
     """Returns the commands behind one of `TABLES`, each training before its evaluations; its rows.
 
     Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
     splits, each with a training, or gallery draws; options in `extra` go to every training and
-    evaluation that has a use for them.
+    evaluation that has a use for them. `unseen`: data sets on which the table of this name
+    evaluates, with their folders; None takes a default: all others, and their usual folders.
     """
     data = DATASETS[dataset]
     splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
@@ -278,7 +300,6 @@ def plan(
     if table == "study":
         splits = [{**split, "seed": seed} for seed, split in enumerate(splits, start=1)]
     test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
-    protocols = list(data.protocols)
     rows = []
     steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
@@ -295,20 +316,26 @@ def plan(
             same = json.dumps([step.script, step.resolved])
             trainings.append(folder_of.setdefault(same, step.folder))
             steps.setdefault(trainings[-1], [step])
-        everywhere = table in (*DATASETS, "study") and not setting.test
-        for protocol in protocols if everywhere else protocols[:1]:
-            asked = {**data.protocols[protocol], **setting.test}
-            for checkpoint in ("last",) if setting.test or table == "study" else ("last", "best"):
+        last_only = setting.test or table in ("study", "unseen")
+        for target, protocol, where in evaluations(table, setting, dataset, unseen or {}):
+            asked = {**DATASETS[target].protocols[protocol], **setting.test}
+            name = [] if target == dataset else [target]
+            for checkpoint in ("last",) if last_only else ("last", "best"):
                 files = []
                 for training, split in zip(trainings, splits, strict=True):
-                    folder = training / "_".join([*map(str, asked.values()), checkpoint])
-                    values = {**draws, **test_extra, **asked, "dataset": dataset}
-                    values |= {"trial": split["trial"]} if "trial" in split else {}
+                    folder = training / "_".join([*name, *map(str, asked.values()), checkpoint])
+                    values = {**test_extra, **asked, "dataset": target, **where}
+                    values = {k: v for k, v in values.items() if v is not None}
+                    values |= draws if DATASETS[target].splits == 1 else {}
+                    if target == dataset and "trial" in split:
+                        values["trial"] = split["trial"]
                     values["resume"] = str(training / f"{checkpoint}.pt")
                     if all(step.folder != folder for step in steps[training]):
                         steps[training].append(Step("test.py", values, folder))
                     files.append(folder / "results.json")
-                rows.append(Row(dataset, protocol, setting, checkpoint, files, trials, trainings))
+                drawn = len(files) == 1 and DATASETS[target].splits == 1
+                count = trials if drawn else len(files)
+                rows.append(Row(target, protocol, setting, checkpoint, files, count, trainings))
     return [step for group in steps.values() for step in group], rows
 
 

@@ -65,9 +65,12 @@ def measure(row: Row) -> Result:
     for number, file in enumerate(row.files, start=1):
         if file.exists():
             read.append(_read_result(file, row))
-            found |= dict(enumerate(read[-1]["per_trial"], start=number))
+            # Of several files each is a trial, whatever gallery draws it is a mean of.
+            own = read[-1]["per_trial"] if len(row.files) == 1 else [read[-1]]
+            found |= dict(enumerate(own, start=number))
     wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
     missing = [trial for trial in wanted if trial not in found]
+    found = {trial: {m: own[m] for m in METRICS} for trial, own in found.items()}
     mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
     return Result(row, missing, found, mean, std, read)
 
@@ -120,7 +123,7 @@ def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Ta
         raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
     entries = [read for result in results for read in result.read]
     data = _distinct(results, "dataset")
-    if any(entry["dataset"] != data for entry in entries):
+    if len({e["dataset"] for e in entries}) > len({r.row.dataset for r in results if r.read}):
         raise ValueError(f"the results are of different data: {data}; use a folder each")
     caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
     if any(entry.get("stand_in") for entry in entries):

@@ -10,7 +10,7 @@ from eval_metrics import METRICS
 from reproduce import main
 from reproduction.paired import Difference, differences
 from reproduction.plan import REFERENCES, STUDY, plan
-from reproduction.tables import measure
+from reproduction.tables import arrange, measure
 
 
 def test_intervals_are_students():
@@ -33,7 +33,7 @@ def fill(rows, value):
             file.parent.mkdir(parents=True)
             own = dict.fromkeys(METRICS, number)
             entry = {**own, "per_trial": [own], "re_rank": "no", "test_feat": "pcb"}
-            entry |= {"dataset": "d", "stand_in": True, "selection": "last epoch"}
+            entry |= {"dataset": row.dataset, "stand_in": True, "selection": "last epoch"}
             content = {"rows": [entry], "versions": {"commit": "c"}, "options": {}}
             file.write_text(json.dumps(content))
 
@@ -60,3 +60,23 @@ def test_the_study_pairs_seeds_with_splits_and_compares_what_is_there(tmp_path, 
     text = capsys.readouterr().out
     assert "| MG-MRA, cosine, 3 / m, features | 3 | +8.0 ± 0.0 | +8.0 ± 0.0 | +7.0 ± 0.0 |" in text
     assert (tmp_path / "study_regdb_differences.png").stat().st_size > 10_000
+
+
+def test_unseen_data_sets_are_evaluated_in_their_own_folders_and_draws(tmp_path):
+    """Trained on two splits of RegDB; each split's model is one trial, whatever it is a mean of."""
+    unseen = {"sysu": "elsewhere", "llcm": None}
+    about = {"runs": tmp_path, "extra": {"data_path": "data/night"}, "unseen": unseen}
+    steps, rows = plan("unseen", dataset="regdb", trials=2, **about)
+    tests = [step for step in steps if not step.trains]
+    assert {step.options["dataset"] for step in tests} == {"sysu", "llcm"}
+    for step in tests:
+        assert step.resolved["trials"] == 10
+        assert step.options.get("data_path") == unseen[step.options["dataset"]]
+        assert "trial" not in step.options
+    fill(rows, lambda p, t: 0.5 + p / 100 + t / 10)
+    result = measure(rows[3])
+    assert result.mean["mAP"] == pytest.approx(0.68)
+    assert result.std["mAP"] == pytest.approx(0.05)
+    arrange("t", [measure(row) for row in rows])
+    _, rows = plan("unseen", dataset="sysu", trials=3, runs=tmp_path, extra={})
+    assert {(row.dataset, row.trials) for row in rows} == {("regdb", 1), ("llcm", 3)}
