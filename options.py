@@ -160,6 +160,10 @@ OUTPUT_DIR = (
     "that differ from the preset)"
 )
 METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
+FEATURES = (
+    ".npz with image paths and their features (--save-features writes one; see the README); with "
+    "{trial} in it, RegDB's of trials 1 to N; --tta flip says that they are flip-averaged"
+)
 CHANNEL_AUG = (
     "probability that a visible image is made one of its channels, or grey (CAJ, ICCV 2021); above "
     "0, --erase fills its rectangle with a random value in each channel, not with the mean"
@@ -419,6 +423,8 @@ def test_parser(description: str) -> Parser:
     add("output-dir", "folder of results.json (default: beside the checkpoint)", type=Path)
     add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
     add("save-features", "write all features, identities and paths to this .npz", type=Path)
+    add = Flags(parser, "features of any method, in place of a checkpoint")
+    add("features", FEATURES)
     add = Flags(parser, "your own images, in place of a data set")
     for role in ("query", "gallery"):
         add(f"{role}-dir", f"folder of {role} images; subfolders are searched too", type=Path)

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_loader import load_images
-from data_manager import DataError, ImageList, train_set
+from data_manager import DATASETS, DataError, ImageList, train_set
 from datasets.sysu_mm01 import cache_files
 from options import COUNT
 from utils import user_errors, write_atomic
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--data-path", "--data_path", type=Path, required=True, help="SYSU-MM01's folder")
+    folder = DATASETS["sysu"].default_folder
+    text = f"SYSU-MM01's folder (default: {folder})"
+    add("--data-path", "--data_path", type=Path, default=folder, help=text)
     text = "where the caches go (default: --data-path)"
     add("--output-dir", "--output_dir", type=Path, help=text)
     add("--img_h", "--img-h", type=COUNT, default=288, help="image height, pixels (default 288)")

@@ -3,6 +3,7 @@
     python test.py --dataset sysu --mode all --resume CHECKPOINT --gpu 0
     python test.py --dataset regdb --trial 1 --tvsearch --resume CHECKPOINT
     python test.py --dataset regdb --trials 10 --resume 'runs/MGMRA_regdb_trial{trial}/last.pt'
+    python test.py --dataset regdb --features FILE.npz                           # anyone's
     python test.py --query-dir people --gallery-dir night --resume CHECKPOINT    # own images
 
 Prints a table and writes ``results.json``. Every row names the data (real or stand-in), the
@@ -38,7 +39,8 @@ from data_manager import (
 )
 from engine import distributed
 from engine.checkpoints import load_network, trained_size
-from engine.evaluate import Features, distances, evaluate
+from engine.evaluate import distances, evaluate, score_kinds
+from engine.feature_files import read_features, save_features
 from eval_metrics import METRICS, mean_and_std
 from model import TwoStreamNet
 
@@ -52,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with utils.user_errors():
         utils.setup_logging()
-        args = options.resolve_evaluation(options.test_parser(__doc__).parse_args(argv))
+        args = options.test_parser(__doc__).parse_args(argv)
+        if args.features:
+            return score_features(args)
+        args = options.resolve_evaluation(args)
         with distributed.processes(args.gpu) as device:
             if device.type == "cpu":
                 utils.keep_freed_memory()
@@ -278,30 +283,29 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
 
 
-def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[str, Any]) -> None:
-    """Writes everything that an evaluation ranks, in the order of the protocol's lists.
+def score_features(args: argparse.Namespace) -> int:
+    """Scores files of features, anyone's, in place of checkpoints; returns the exit code.
 
-    The arrays are, for ``query`` and ``gallery`` each, ``<role>_<feature>`` (n, D) float32 with
-    rows of norm 1, ``<role>_pids`` (n,), ``<role>_camids`` (n,), ``<role>_paths`` (n,) and
-    ``<role>_modality``; ``gallery_trials`` (trials, g) with rows of the gallery, -1 behind a
-    trial's last, and where each trial has its own queries ``query_trials`` likewise;
-    ``protocol``, ``dataset``, ``checkpoint``. None needs pickle to be read.
+    Raises:
+        ValueError: When a flag does not go with --features, or a file cannot be used.
     """
-    arrays: dict[str, Any] = {}
-    trials = {"gallery": protocol.gallery_trials, "query": protocol.query_trials}
-    for role, each in trials.items():
-        if each is not None:
-            padded = arrays[f"{role}_trials"] = np.full((len(each), max(map(len, each))), -1)
-            for number, rows in enumerate(each):
-                padded[number, : len(rows)] = rows
-    arrays |= {name: np.array(str(row[name])) for name in ("protocol", "dataset", "checkpoint")}
-    for role in ("query", "gallery"):
-        images = getattr(protocol, role)
-        arrays |= {f"{role}_{feat}": values for feat, values in features[role].items()}
-        arrays[f"{role}_pids"], arrays[f"{role}_camids"] = images.pids, images.camids
-        arrays[f"{role}_paths"] = np.array(images.paths)
-        arrays[f"{role}_modality"] = np.array(images.modality)
-    utils.write_atomic(path, lambda stream: np.savez(stream, **arrays))
+    for name in ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat"):
+        if getattr(args, name):
+            raise ValueError(f"--features does not go with --{name.replace('_', '-')}: give one")
+    args.resume = args.features
+    args = options.resolve_evaluation(args)
+    about = {"dataset": data_name(args.dataset, args.data_path), "remark": ""}
+    about |= {"stand_in": is_stand_in(args.data_path), "selection": "unknown: features of a file"}
+    results, paths = [], checkpoint_paths(args)
+    for trial, path in paths:
+        protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
+        rankings = tuple(dict.fromkeys(("no", args.re_rank)))
+        rows = score_kinds(protocol, read_features(path, protocol), rankings)
+        results.append([{**row, **about, "checkpoint": path} for row in rows])
+    output = utils.make_writable_dir(args.output_dir or default_output(args))
+    files = [path for _, path in paths]
+    write_results(output, args, over_checkpoints(results), files, torch.device("cpu"))
+    return 0
 
 
 # --- Your own images ------------------------------------------------------------------------------

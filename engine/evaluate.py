@@ -55,12 +55,19 @@ def evaluate(
         batches = EvalLoader(images(own), batch_size=batch_size, device=device)
         how = {"amp": amp, "progress": progress, "flip": eval_set.tta == "flip"}
         features[role] = embed(net, batches, own.modality, test_feats, **how)
+    return features, score_kinds(eval_set, features, rankings)
+
+
+def score_kinds(
+    eval_set: EvalSet, features: Features, rankings: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns a result (see `score`) for each kind of feature and ranking, which it names."""
     results = []
-    for name in test_feats:
+    for name in features["query"]:
         pair = features["query"][name], features["gallery"][name]
         about = {"test_feat": name, "tta": eval_set.tta}
         results += [{**score(eval_set, *pair, r), **about} for r in rankings]
-    return features, results
+    return results
 
 
 @torch.no_grad()

@@ -4,11 +4,14 @@ Those whose script has another name here are typed with ours (`SCRIPTS`); everyt
 published. One that cannot be run as it is ends with the sentence that says what to type.
 """
 
+import re
 import shlex
+from pathlib import Path
 
 import pytest
 
 import options
+import pre_process_sysu
 
 SCRIPTS = {  # of the ancestors -> ours
     "train.py": "train_HCT.py",  # AGW
@@ -40,6 +43,12 @@ COMMANDS = {
         "direction": "v2i",
         "dataset": "sysu",
     },
+    "test.py --mode all --tvsearch True --resume 'model_path' --gpu 1 --dataset regdb": {
+        "direction": "i2v",
+        "resume": "model_path",
+        "trial": 1,
+    },
+    "test.py --mode indoor --resume 'sysu_best.t' --dataset sysu": {"mode": "indoor", "shots": 1},
     # HCT's README, and its baseline.
     "train_mine.py --dataset regdb --gpu 1 --pcb on --share_net 2 --w_center 2": REGDB,
     "train_mine.py --dataset sysu --lr 0.1 --pcb on --share_net 2 --w_center 1 --batch-size 6 "
@@ -50,6 +59,12 @@ COMMANDS = {
         "resume": "m.t",
     },
     "test.py --dataset regdb --trial 1 --tvsearch --resume m.t": {"direction": "i2v", "trial": 1},
+    # What the MG-MRA release's scripts did unless told otherwise.
+    "train_MGMRA.py --dataset regdb --trial 10 --memory-variant released": {**REGDB, "trial": 10},
+    "test_mine_pcb.py --dataset regdb --trial 10 --re_rank k_reciprocal --resume m.t": {
+        "re_rank": "k_reciprocal",
+        "direction": "v2i",
+    },
     # What their scripts take beside.
     "train_HCT.py --workers 0 --gpu 0,1 --resume '' --save_epoch 20 --model_path save_model/": {
         "resume": options.RESUME_LAST,
@@ -85,6 +100,22 @@ def test_published_commands_mean_what_they_meant(command):
     args = vars(resolved(command))
     wanted = COMMANDS[command]
     assert {name: args[name] for name in wanted} == wanted
+
+
+def test_the_page_of_commands_gives_such_as_run():
+    page = (Path(options.__file__).parent / "docs/coming_from.md").read_text()
+    ours = re.findall(r"^\| `python (.*?)` \| (?:`python (.*?)`|the same)", page, re.MULTILINE)
+    assert len(ours) == 5
+    for theirs, here in ours:
+        assert vars(resolved(here or theirs))
+        assert not here or vars(resolved(here)) == vars(resolved(theirs))
+
+
+def test_the_caches_are_built_without_a_flag_or_the_folder_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without data/SYSU-MM01
+    with pytest.raises(SystemExit, match="2"):
+        pre_process_sysu.main([])
+    assert "data/SYSU-MM01" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", SENTENCES)

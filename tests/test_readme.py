@@ -4,12 +4,17 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import options
+import stand_in
 import utils
 import visualize
+from data_manager import eval_set
+from engine.feature_files import read_features
 from model import TwoStreamNet
 from reproduction.plan import TABLES
 from utils import save_checkpoint
@@ -85,7 +90,15 @@ def test_python_lines_run(tmp_path, monkeypatch):
     content = {"net": net.state_dict(), "config": net.config}
     save_checkpoint(tmp_path / "runs/demo/last.pt", content)
     monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(re.search(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)[1], found)
+    counts = {"train_ids": 4, "test_ids": 3, "images_per_id": 2}
+    stand_in.generate(tmp_path / "data/RegDB", layout="regdb", **counts, seed=1, workers=1)
+    found = {"my_network": lambda path: np.asarray(Image.open(path)).mean(axis=0).ravel()}
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(block, found)
+    assert len(blocks) == 2
     assert found["distances"].shape == (4, 4)
     assert torch.all(found["distances"] >= -1e-6)
+    protocol = eval_set("regdb", "data/RegDB")
+    features = read_features("mine.npz", protocol)
+    assert features["query"]["features"].shape == (len(protocol.query), found["features"].shape[1])

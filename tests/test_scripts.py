@@ -214,6 +214,14 @@ def test_half_precision_trains_and_evaluates(tiny, tmp_path):
         assert result[metric] == pytest.approx(line["eval"][metric], abs=1e-6), metric
 
 
+def assert_scored_alike(result, folder):
+    """Results of a checkpoint and of the features that it wrote are the same to the bit."""
+    scored = json.loads((folder / "results.json").read_text())
+    names = ("test_feat", "re_rank", "tta", "dataset", "protocol", "per_trial", "cmc", "std", "mAP")
+    for mine, theirs in zip(result["rows"], scored["rows"], strict=True):
+        assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}
+
+
 def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(data, tmp_path):
     flags = ("--epochs", 1, "--trials", 2)
     train("train_MGMRA.py", data, tmp_path / "jpg", *flags, dataset="sysu")
@@ -232,6 +240,7 @@ def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(da
             *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--mode", "indoor"),
             *("--gallery", gallery, "--shots", shots, "--resume", tmp_path / "jpg" / "last.pt"),
             *("--gpu", "cpu", "--re_rank", "k_reciprocal", "--output-dir", tmp_path / gallery),
+            *("--save-features", tmp_path / f"{gallery}.npz"),
             cwd=tmp_path,
         )[0]
         assert "indoor" in output
@@ -242,6 +251,13 @@ def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(da
         assert len(result["rows"][0]["per_trial"]) == 10
         mean = np.mean([t["mAP"] for t in result["rows"][0]["per_trial"]])
         assert result["rows"][0]["mAP"] == pytest.approx(mean)
+        call(
+            *("test.py", "--dataset", "sysu", "--data-path", data / "sysu", "--mode", "indoor"),
+            *("--gallery", gallery, "--shots", shots, "--re_rank", "k_reciprocal"),
+            *("--features", tmp_path / f"{gallery}.npz", "--output-dir", tmp_path / "scored"),
+            cwd=tmp_path,
+        )
+        assert_scored_alike(result, tmp_path / "scored")
 
 
 def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
@@ -261,13 +277,21 @@ def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
     output, _ = call(
         *("test.py", "--dataset", "llcm", "--data-path", data / "llcm", "--protocol", "repository"),
         *("--resume", tmp_path / "run" / "last.pt", "--gpu", "cpu", "--trials", 2, "--figures"),
-        *("--save-features", tmp_path / "features.npz"),
+        *("--save-features", tmp_path / "features.npz", "--tta", "flip"),
         cwd=tmp_path,
     )
     assert "the authors' repository's protocol" in output
-    folder = tmp_path / "run/test_llcm_v2i_repository_last"
+    folder = tmp_path / "run/test_llcm_v2i_repository_flip_last"
     result = json.loads((folder / "results.json").read_text())
     assert "the authors' repository's protocol" in result["protocol"]
+    words = ("--dataset", "llcm", "--data-path", data / "llcm", "--protocol", "repository")
+    features = ("--features", tmp_path / "features.npz")
+    output, _ = call("test.py", *words, "--trials", 2, *features, "--tta", "flip", cwd=tmp_path)
+    assert "flip averaging" in output and "features.npz" in output
+    assert_scored_alike(result, tmp_path / "test_llcm_v2i_repository_flip_features")
+    for flags in (("--resume", "last.pt"), ("--figures",), ("--test-feat", "pcb")):
+        _, error = call("test.py", *words, *features, *flags, cwd=tmp_path, code=2)
+        assert f"--features does not go with {flags[0]}" in error
     with np.load(tmp_path / "features.npz") as saved:
         asking, visible = saved["query_trials"], saved["gallery_pids"]
         assert len(asking) == len(saved["gallery_trials"]) == 2
@@ -282,7 +306,7 @@ def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
     where = ("--dataset", "regdb", "--data-path", data / "regdb", "--gpu", "cpu")
     output, _ = run(
         *("test.py", *where, "--resume", pattern, "--trials", 2, "--tvsearch", "--figures"),
-        *("--output-dir", tmp_path / "both"),
+        *("--output-dir", tmp_path / "both", "--save-features", tmp_path / "f.npz"),
         cwd=tmp_path,
     )
     assert "infrared to visible" in output
@@ -292,6 +316,9 @@ def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
     assert result["rank1"] == pytest.approx(np.mean([t["rank1"] for t in per_trial]))
     assert result["rows"][0]["std"]["mAP"] == pytest.approx(np.std([t["mAP"] for t in per_trial]))
     assert (tmp_path / "both" / "ranked_lists.png").stat().st_size > 10_000
+    features = ("--features", tmp_path / "f_trial{trial}.npz", "--trials", 2, "--tvsearch")
+    call("test.py", *where, *features, "--output-dir", tmp_path / "scored", cwd=tmp_path)
+    assert_scored_alike(result, tmp_path / "scored")
     _, error = call("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
     assert "1 of 3 checkpoints are missing" in error
     assert "trial3" in error

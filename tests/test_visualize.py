@@ -358,17 +358,6 @@ def test_an_evaluation_draws_and_saves_what_it_ranked(place, tmp_path):
         assert str(saved["protocol"]) == rows[0]["protocol"]
 
 
-def test_features_of_several_trials_are_padded(tmp_path):
-    images = listed([0, 1, 2], [1, 1, 1], "visible")
-    trials = (np.array([0, 2]), np.array([1]))
-    protocol = EvalSet("sysu", images, images, trials, "none", "p")
-    row = {"protocol": "p", "dataset": "d", "checkpoint": "c"}
-    features = {role: {"pcb": np.eye(3)} for role in ("query", "gallery")}
-    test_script.save_features(tmp_path / "f.npz", protocol, features, row)
-    with np.load(tmp_path / "f.npz") as saved:
-        assert saved["gallery_trials"].tolist() == [[0, 2], [1, -1]]
-
-
 def test_features_go_into_an_npz(place, tmp_path, capsys):
     evaluate(*flags(place), "--save-features", tmp_path / "f.npy", code=2)
     assert ".npz" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""Features in a file, ours or anyone's, for a protocol: scored without any network."""
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_manager import EvalSet
+from engine.evaluate import Features
+from utils import write_atomic
+
+FORMAT = (
+    "expected arrays `paths` (n,), image paths as in the data set, and `features` (n, D) float; or "
+    "the same of queries and gallery, `query_paths`, `query_features`, `gallery_paths`, ..."
+)
+NORM_TOLERANCE = 1e-3  # half-precision features pass
+
+
+def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[str, Any]) -> None:
+    """Writes everything that an evaluation ranks, in the order of the protocol's lists.
+
+    The arrays are, for ``query`` and ``gallery`` each, ``<role>_<feature>`` (n, D) float32 with
+    rows of norm 1, ``<role>_pids`` (n,), ``<role>_camids`` (n,), ``<role>_paths`` (n,) and
+    ``<role>_modality``; ``gallery_trials`` (trials, g) with rows of the gallery, -1 behind a
+    trial's last, and where each trial has its own queries ``query_trials`` likewise;
+    ``protocol``, ``dataset``, ``checkpoint``, ``tta``. None needs pickle to be read.
+    """
+    arrays: dict[str, Any] = {}
+    trials = {"gallery": protocol.gallery_trials, "query": protocol.query_trials}
+    for role, each in trials.items():
+        if each is not None:
+            padded = arrays[f"{role}_trials"] = np.full((len(each), max(map(len, each))), -1)
+            for number, rows in enumerate(each):
+                padded[number, : len(rows)] = rows
+    names = ("protocol", "dataset", "checkpoint", "tta")
+    arrays |= {name: np.array(str(row[name])) for name in names}
+    for role in ("query", "gallery"):
+        images = getattr(protocol, role)
+        arrays |= {f"{role}_{feat}": values for feat, values in features[role].items()}
+        arrays[f"{role}_pids"], arrays[f"{role}_camids"] = images.pids, images.camids
+        arrays[f"{role}_paths"] = np.array(images.paths)
+        arrays[f"{role}_modality"] = np.array(images.modality)
+    write_atomic(path, lambda stream: np.savez(stream, **arrays))
+
+
+def read_features(path: str | Path, protocol: EvalSet) -> Features:
+    """Reads the features of a protocol's images from an .npz file that has them, and maybe others.
+
+    Every float array (n, D) of the file is a kind of feature, by its name.
+
+    Raises:
+        ValueError: The file is none such, names an image twice or lacks one; a feature is not
+            finite, or not of norm 1.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        groups = ("",) if "paths" in arrays else ("query_", "gallery_")
+        paths = np.concatenate([arrays[f"{group}paths"] for group in groups]).tolist()
+        names = [name for name in arrays if name.startswith(groups[0]) and arrays[name].ndim == 2]
+        names = [name.removeprefix(groups[0]) for name in names if arrays[name].dtype.kind == "f"]
+        kinds = {n: np.concatenate([arrays[group + n] for group in groups]) for n in names}
+        if not kinds or any(len(values) != len(paths) for values in kinds.values()):
+            shapes = {name: values.shape for name, values in arrays.items()}
+            raise ValueError(f"it holds {shapes}")
+    except Exception as error:  # a damaged file makes numpy raise nearly anything
+        raise ValueError(f"{path} cannot be used: {error!r}; {FORMAT}") from error
+    if str(arrays.get("tta", protocol.tta)) != protocol.tta:  # in files of --save-features
+        raise ValueError(f"{path} was written with --tta {arrays['tta']}: give the same here")
+    doubled = [name for name, count in collections.Counter(paths).items() if count > 1]
+    if doubled:
+        raise ValueError(f"{path} names {len(doubled)} images more than once, {doubled[0]!r} first")
+    rows = {name: row for row, name in enumerate(paths)}
+    wanted = [*protocol.query.paths, *protocol.gallery.paths]
+    missing = [name for name in wanted if name not in rows]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the {len(wanted)} images of {protocol.protocol}, "
+            f"{missing[0]!r} first; it has {paths[0]!r}"
+        )
+    found: Features = {}
+    for role in ("query", "gallery"):
+        own = [rows[name] for name in getattr(protocol, role).paths]
+        found[role] = {name: values[own].astype(np.float32) for name, values in kinds.items()}
+        for name, values in found[role].items():
+            norms = np.linalg.norm(values, axis=1)
+            if not (abs(norms - 1) < NORM_TOLERANCE).all():  # NaN is not
+                raise ValueError(
+                    f"{path}: {role} rows of {name!r} have norms from {norms.min():.4g} to "
+                    f"{norms.max():.4g}, expected 1: images are ranked by the cosine similarity"
+                )
+    return found
