@@ -10,8 +10,8 @@ from recipe import GOLDEN, METHODS, images, numbered, released_state_dict
 from benchmarks.plain import term_weights
 from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import Criterion
-from model import TwoStreamNet, convert_released_state_dict
-from networks.released import released_config
+from model import TwoStreamNet
+from networks.released import convert_released_state_dict, released_config
 
 
 @pytest.mark.parametrize("name", METHODS)
