@@ -6,6 +6,7 @@ Test identities only, and one gallery: that of the protocol's first trial (`firs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ def first_trial(protocol: EvalSet) -> EvalSet:
     query, gallery = (
         getattr(protocol, role).take(rows) for role, rows in first_rows(protocol).items()
     )
-    everyone = (np.arange(len(gallery)),)
-    return EvalSet(protocol.dataset, query, gallery, everyone, protocol.camera_rule, words)
+    everyone = {"gallery_trials": (np.arange(len(gallery)),), "query_trials": None}
+    return replace(protocol, query=query, gallery=gallery, protocol=words, **everyone)
 
 
 def first_rows(protocol: EvalSet) -> dict[str, np.ndarray]:

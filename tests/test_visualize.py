@@ -243,6 +243,7 @@ def test_pairs_against_a_naive_loop_and_the_camera_rule():
 def test_the_first_of_several_trials_is_drawn_and_named():
     images = listed([4, 5, 6], [1, 2, 3], "visible")
     protocol = EvalSet("sysu", images, images, (np.array([2, 0]), np.array([1])), "none", "p")
+    assert evaluation.first_trial(replace(protocol, tta="flip")).tta == "flip"
     trial = evaluation.first_trial(protocol)
     assert (trial.gallery.pids.tolist(), trial.query.pids.tolist()) == ([6, 4], [4, 5, 6])
     assert trial.protocol == "p; first trial's gallery"
