@@ -2,6 +2,8 @@
 
 An identity is a structure (body, hair, patterned garments, things carried) that shows in both
 modalities; its colours do not. `stand_in.py` writes whole data sets of them.
+
+Longer than other modules: one drawing program, whose functions mean nothing apart.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ BODY = {  # ranges, in body heights unless said otherwise; `female` and `male` w
     "trouser": (1.05, 1.7), "shorts": (0.3, 0.46), "bag": (0.7, 1.35),  # factor; in legs; factor
 }
 STYLE = {  # the words may repeat: that is how often they are drawn
-    "hat": "none none none cap cap brim helmet",
+    "hat": "none none none cap beanie brim helmet",
     "coat": "short hip hip thigh knee",
     "sleeves": "none short short long long long",
     "sleeve": "upper first second other",
@@ -39,24 +41,25 @@ STYLE = {  # the words may repeat: that is how often they are drawn
     "belt": "no no yes",
     "scarf": "no no no yes",
     "shoes": "low ankle tall",
-    "bag": "none none backpack backpack satchel handbag case handbag umbrella",
+    "bag": "none none backpack backpack satchel handbag case box umbrella",
     "side": "left right",
     "view": "front front back back back",  # RegDB sees each person from one side
 }
 GENDER_STYLE = {
-    "female": {"hair": "long bob tail tail afro short afro",
+    "female": {"hair": "long bob tail bun afro short big",
                "legs": "trousers skirt midi maxi shorts dress"},
-    "male": {"hair": "short short bald bald afro bob tail",
-             "legs": "trousers trousers shorts shorts skirt"},
+    "male": {"hair": "short short bald crest afro bob tail",
+             "legs": "trousers trousers shorts shorts kilt"},
 }
 PATTERNS = ("plain bands bands columns checks split half dots panel chest diagonal argyle "
             "gradient frame")
 # fmt: on
 COAT_HEM = {"short": -0.05, "hip": 0.02, "thigh": 0.14, "knee": 0.26}  # below the crotch
-SKIRT_LENGTH = {"skirt": 0.4, "dress": 0.45, "midi": 0.65, "maxi": 0.9}  # in legs
+SKIRT_LENGTH = {"skirt": 0.4, "kilt": 0.45, "dress": 0.45, "midi": 0.65, "maxi": 0.9}  # in legs
 HATS = {  # ellipses: x (in half heads, ahead), y (in heads), radii (in half heads; in heads), cut
     "none": (),
     "cap": ((0, 0.36, 1.16, 0.44, 0.45), (0.77, 0.36, 1.0, 0.07, 1.0)),
+    "beanie": ((0, 0.36, 1.16, 0.44, 0.45), (0, -0.08, 0.35, 0.1, 1.0)),
     "brim": ((0, 0.36, 1.16, 0.44, 0.45), (0, 0.33, 2.0, 0.09, 1.0)),
     "helmet": ((0, 0.3, 1.35, 0.42, 0.6),),
 }
@@ -68,6 +71,9 @@ class Material(NamedTuple):
 
     visible: tuple[float, ...]
     infrared: float
+
+
+EYE = Material((0.1, 0.1, 0.1), 0.2)
 
 
 class Fabric(NamedTuple):
@@ -116,16 +122,19 @@ def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
 def make_person(seed: int, pid: int) -> Person:
     """Returns the identity `pid` of the world `seed`."""
     rng = np.random.default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
-    gender = str(rng.choice(["female", "male"]))
+
+    def pick(words: str) -> str:
+        return str(rng.choice(words.split()))
+
+    gender = pick("female male")
     body = {name: rng.uniform(*limits) for name, limits in BODY.items()}
     body["shoulder"] *= 0.92 if gender == "female" else 1.06
     body["hip"] *= body["shoulder"] * (1.08 if gender == "female" else 0.95)
     body["waist"] *= body["shoulder"]
     words = STYLE | GENDER_STYLE[gender]
-    style = {name: str(rng.choice(options.split())) for name, options in words.items()}
-    style["gender"] = gender
+    style = {"gender": gender} | {name: pick(options) for name, options in words.items()}
     if style["legs"] in SKIRT_LENGTH:  # a long coat would hide it
-        style["coat"] = str(rng.choice(["short", "hip"]))
+        style["coat"] = pick("short hip")
 
     red, dark = rng.uniform(0.3, 0.9), rng.uniform(0.05, 0.75)
     skin = Material((red, 0.78 * red, 0.62 * red), rng.uniform(0.75, 0.92))
@@ -133,13 +142,11 @@ def make_person(seed: int, pid: int) -> Person:
     hair = Material((dark, fade * dark, fade**2 * dark), rng.uniform(0.1, 0.6))
     parts = dict.fromkeys(("inner", "other", "shoes", "hat", "strap", "belt", "scarf"), "plain")
     parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
-    fabrics = {part: _cloth(rng, patterns) for part, patterns in parts.items()}
+    fabrics = {part: _cloth(rng, words) for part, words in parts.items()}
     upper = fabrics["upper"]
-    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair)}
-    fabrics |= {
-        "first": upper._replace(pattern="plain"),
-        "second": Fabric(upper.second, upper.second),
-    }
+    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
+    fabrics["first"] = upper._replace(pattern="plain")
+    fabrics["second"] = fabrics["first"]._replace(first=upper.second)
     fabrics["sleeve"] = fabrics[style["sleeve"]]
     if style["legs"] == "dress":
         fabrics["lower"] = upper
@@ -155,21 +162,21 @@ def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     du = ((u + 1) / 2 * scale + phase) % 1 - 0.5
     dv = (0.8 * v * scale + phase) % 1 - 0.5
     patterns = {
-        "plain": np.zeros_like(u),
-        "bands": bands,
-        "columns": columns,
-        "checks": (bands + columns) % 2,
-        "split": v > 0.25 + 0.5 * phase,
-        "half": u > 0.8 * phase - 0.4,
-        "dots": du**2 + dv**2 < 0.1,
-        "panel": np.maximum(np.abs(u) / (0.35 + 0.3 * phase), np.abs(v - 0.4) / 0.28) < 1,
-        "chest": np.abs(v - 0.15 - 0.5 * phase) < 0.05 + 0.02 * scale,
-        "diagonal": np.floor((u / 2 + v) * scale + 2 * phase) % 2,
-        "argyle": np.abs(du) + np.abs(dv) < 0.36,
-        "gradient": np.clip(1.3 * v - 0.4 * phase, 0, 1),
-        "frame": (np.abs(u) > 0.55) | (v < 0.08 + 0.1 * phase),
+        "plain": lambda: np.zeros_like(u),
+        "bands": lambda: bands,
+        "columns": lambda: columns,
+        "checks": lambda: (bands + columns) % 2,
+        "split": lambda: v > 0.25 + 0.5 * phase,
+        "half": lambda: u > 0.8 * phase - 0.4,
+        "dots": lambda: du**2 + dv**2 < 0.1,
+        "panel": lambda: np.maximum(np.abs(u) / (0.35 + 0.3 * phase), np.abs(v - 0.4) / 0.28) < 1,
+        "chest": lambda: np.abs(v - 0.15 - 0.5 * phase) < 0.05 + 0.02 * scale,
+        "diagonal": lambda: np.floor((u / 2 + v) * scale + 2 * phase) % 2,
+        "argyle": lambda: np.abs(du) + np.abs(dv) < 0.36,
+        "gradient": lambda: np.clip(1.3 * v - 0.4 * phase, 0, 1),
+        "frame": lambda: (np.abs(u) > 0.55) | (v < 0.08 + 0.1 * phase),
     }
-    return patterns[fabric.pattern].astype(np.float32)
+    return patterns[fabric.pattern]().astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,8 @@ class Look:
     tint: tuple[float, ...] = (1.0, 1.0, 1.0)
     background: tuple[float, float] = (0.15, 0.85)
     floor: float = 0.0  # darkest tone of a body: thermal images show warmth
+    horizon: tuple[float, float] = (0.5, 0.8)  # in image heights
+    clutter: tuple[int, int] = (2, 6)
     gain: tuple[float, float] = (0.8, 1.15)
     blur: tuple[float, float] = (0.2, 0.8)  # pixels
     noise: tuple[float, float] = (0.005, 0.025)
@@ -196,12 +205,14 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
         thermal = Look(True, background=(0.02, 0.4), floor=0.2, blur=(0.4, 1.0), noise=(0.01, 0.03))
         return thermal if camera == 2 else Look(False)
     rng = np.random.default_rng((seed, 0, camera))
-    middle, tint = rng.uniform(0.3, 0.6), rng.uniform(0.85, 1.15, 3)
+    middle, far, tint = rng.uniform(0.3, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.85, 1.15, 3)
     infrared = camera in INFRARED_CAMERAS if layout == "sysu" else camera > LLCM_INFRARED
     return Look(
         infrared,
         tint=(1.0,) if infrared else tuple(tint.tolist()),
         background=(middle - 0.25, middle + 0.3),
+        horizon=(far, far + 0.2),
+        clutter=(int(rng.integers(1, 3)), int(rng.integers(4, 8))),
         gain=(rng.uniform(0.75, 0.9), rng.uniform(1.0, 1.15)),
         blur=(0.2, rng.uniform(0.5, 1.1)),
         detail=(rng.uniform(0.5, 0.7), rng.uniform(0.85, 1.0)),
@@ -210,49 +221,55 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 
 
 class _Figure:
-    """One person in a pose drawn at random, painted part by part from the far side to the near one.
+    """One person in a pose drawn at random, part by part from the far side to the near one.
 
-    Points are in body heights: x from the body's axis to the right, y from the crown down.
+    Materials come last (`_colour_in`), so that any modality can be coloured in. Points are in body
+    heights: x from the body's axis to the right, y from the crown down.
+
+    Attributes:
+        labels: Number of the part that each pixel shows, 0 for none; an image.
+        shade: Brightness of each pixel, 128 is neutral; an image.
+        parts: Of part 1, 2, ...: its fabric, its axis (n, 2) and half width in pixels, and between
+            which heights in pixels its pattern runs.
     """
 
     def __init__(
         self, person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
     ) -> None:
-        self.body, self.style, self.fabrics = person
-        self.look = look
+        self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
         if look.turns:
             yaw = math.pi * rng.choice((0.0, 0.5, 1.0, 1.5), p=(0.3, 0.2, 0.3, 0.2))
         else:
-            yaw = 0.0 if self.style["view"] == "front" else math.pi
+            yaw = 0.0 if person.style["view"] == "front" else math.pi
         yaw += rng.normal(0, 0.3)  # 0 towards the camera, pi / 2 walking to the right
         self.stride, self.phase = rng.uniform(0.04, 0.13), rng.uniform(0, 2 * math.pi)
         self.swing, self.lean = rng.uniform(0.02, 0.1), rng.normal(0, 0.02)
         height, width = size
-        self.unit = height * rng.uniform(0.84, 0.97) * self.body["stature"]
+        self.unit = height * rng.uniform(0.84, 0.97) * person.body["stature"]
         x = 0.5 * width + self.unit * (rng.normal(0, 0.025) - 0.5 * self.lean)
         self.origin = x, (height - self.unit) * rng.uniform(0.3, 0.9)
+        self.labels = Image.new("L", (width, height), 0)
+        self.shade = Image.new("L", (width, height), 128)
+        self.parts: list[tuple[Fabric, np.ndarray, float, list[float]]] = []
         self.front, self.right = math.cos(yaw), math.sin(yaw)
         self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
         self.neck = 1.02 * self.body["head"]
         self.shoulder = self.neck + 0.035
         self.crotch = 1 - self.body["leg"]
         self.waist = self.shoulder + 0.58 * (self.crotch - self.shoulder)
-
-    def paint(self, picture: np.ndarray) -> None:
-        """Paints the person over a background (h, w, c)."""
-        self.picture = picture
-        far, behind = (-1 if self.right >= 0 else 1), self.front <= -0.3
-        if not behind:
+        far = -1 if self.right >= 0 else 1
+        if self.front > -0.3:
             self.backpack()
         self.leg(far, 112)
         self.arm(far, 108)
         self.leg(-far, 128)
+        self.skirt()
         self.trunk()
         self.head()
         if abs(self.right) < 0.75:  # else the trunk hides it
             self.arm(far, 138)
         self.arm(-far, 142)
-        if behind:
+        if self.front <= -0.3:
             self.backpack()
         self.carried()
 
@@ -264,7 +281,7 @@ class _Figure:
         light: int = 128,
         span: tuple[float, float] | None = None,
     ) -> None:
-        """Paints a chain of `joints` going down, of these half widths; `light` 128 is neutral.
+        """Draws a chain of `joints` going down, of these half widths.
 
         The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
         """
@@ -272,60 +289,55 @@ class _Figure:
         axis = np.stack([x0 + (x + self.lean * (1 - y)) * self.unit, y0 + y * self.unit], axis=1)
         side = self.unit * np.array(halves)[:, None] * (1, 0)
         outline = np.concatenate([axis - side, (axis + side)[::-1]]).ravel().tolist()
-        shade = Image.new("L", self.picture.shape[1::-1])
-        ImageDraw.Draw(shade).polygon(outline, light, light - 45, SUPERSAMPLE)
-        ys, xs = np.nonzero(shade)
-        top, bottom = (y0 + height * self.unit for height in span or (y[0], y[-1]))
-        u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / (float(np.mean(halves)) * self.unit)
-        own, floor = self.fabrics[fabric], self.look.floor
-        weight = pattern_weight(own, u, (ys - top) / (bottom - top))[:, None]
-        tones = [material.visible for material in own[:2]]
-        if self.look.infrared:
-            tones = [(floor + (1 - floor) * material.infrared,) for material in own[:2]]
-        first, second = np.array(tones, np.float32)
-        brightness = np.asarray(shade, np.float32)[ys, xs, None] / 128
-        self.picture[ys, xs] = (first + weight * (second - first)) * brightness
+        ends = [y0 + height * self.unit for height in span or (y[0], y[-1])]
+        self.parts.append((self.fabrics[fabric], axis, float(np.mean(halves)) * self.unit, ends))
+        ImageDraw.Draw(self.labels).polygon(outline, fill=len(self.parts))
+        look = {"fill": light, "outline": light - 45, "width": SUPERSAMPLE}
+        ImageDraw.Draw(self.shade).polygon(outline, **look)
 
     def ball(self, fabric: str, x: float, y: float, rx: float, ry: float, cut: float = 1.0) -> None:
-        """Paints an ellipse around (x, y) of which the upper share `cut` is kept."""
+        """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
         heights = np.linspace(-1, 2 * cut - 1, 11).tolist()
         halves = [rx * math.sqrt(1 - min(h * h, 1)) for h in heights]
         self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
 
     def leg(self, side: int, light: int) -> None:
-        """Paints bare leg, shoe, and what covers that leg alone."""
-        body, legs = self.body, self.style["legs"]
+        """Draws bare leg, shoe, and what covers that leg alone."""
+        body, limb, legs = self.body, self.limb, self.style["legs"]
         step = side * self.stride * math.sin(self.phase) * self.right
+        x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
         lift = 0.2 * self.stride * max(side * math.cos(self.phase), 0)
-        sole = 1 - lift
-        hip = 0.4 * side * body["hip"] * max(abs(self.front), 0.15), self.crotch - 0.06
-        knee = 1.25 * hip[0] + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"]
-        foot = 1.25 * hip[0] + step, sole - 0.025
+        hip, sole = (0.8 * x, self.crotch - 0.06), 1 - lift
+        knee = (x + 0.45 * step + 0.025 * self.right, self.crotch + 0.48 * body["leg"])
+        foot = (x + step, sole - 0.025)
         thigh, ankle, fit = body["thigh"], body["ankle"], body["trouser"]
-        self.limb("skin", [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
+        limb("skin", [hip, knee, foot], [thigh, 0.75 * thigh, ankle], light)
         height = SHOE_HEIGHT[self.style["shoes"]]
         top = foot[0] + (knee[0] - foot[0]) * height / (foot[1] - knee[1])
         joints = [(top, foot[1] - height), foot, (foot[0] + 0.02 * self.right, sole)]
         halves = [1.25 * ankle, 1.2 * ankle, 1.4 * ankle + 0.02 * abs(self.right)]
-        self.limb("shoes", joints, halves, light)
+        limb("shoes", joints, halves, light)
         if legs == "trousers":
             halves = [1.1 * thigh, 0.75 * fit * thigh, 1.35 * fit * ankle]
-            self.limb("lower", [hip, knee, (foot[0], sole - 0.03)], halves, light)
+            limb("lower", [hip, knee, (foot[0], sole - 0.03)], halves, light)
         elif legs == "shorts":
             share = body["shorts"] / 0.48
-            end = hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"]
-            self.limb("lower", [hip, end], [1.15 * thigh, 0.95 * fit * thigh], light)
+            end = (hip[0] + share * (knee[0] - hip[0]), self.crotch + body["shorts"] * body["leg"])
+            limb("lower", [hip, end], [1.15 * thigh, 0.95 * fit * thigh], light)
+
+    def skirt(self) -> None:
+        """Draws skirt or dress; else the seat of the trousers."""
+        hip, length = self.body["hip"] * self.width, SKIRT_LENGTH.get(self.style["legs"])
+        if length is None:
+            self.limb("seat", [(0, self.waist), (0, self.crotch + 0.01)], [hip, hip])
+        else:
+            wide = 1.05 * hip + self.body["flare"] + 0.3 * self.stride * abs(self.right)
+            hem = self.crotch + length * self.body["leg"]
+            self.limb("lower", [(0, self.waist), (0, hem)], [0.95 * hip, wide])
 
     def trunk(self) -> None:
-        """Paints skirt, dress or the seat of trousers, neck, upper garment, inner one, belt."""
+        """Draws neck, upper garment, what an open one shows, belt."""
         body, limb, top = self.body, self.limb, self.neck + 0.005
-        hip = body["hip"] * self.width
-        if self.style["legs"] in SKIRT_LENGTH:
-            wide = 1.05 * hip + body["flare"] + 0.3 * self.stride * abs(self.right)
-            hem = self.crotch + SKIRT_LENGTH[self.style["legs"]] * body["leg"]
-            limb("lower", [(0, self.waist), (0, hem)], [0.95 * hip, wide])
-        else:
-            limb("seat", [(0, self.waist), (0, self.crotch + 0.01)], [hip, hip])
         scale = self.width * body["fit"]
         shoulder, waist, hip = (scale * body[name] for name in ("shoulder", "waist", "hip"))
         neck = 0.42 * body["head"] * body["face"] + 0.012
@@ -342,7 +354,7 @@ class _Figure:
             limb("belt", [(0, self.waist + 0.02), (0, self.waist + 0.05)], [1.03 * waist] * 2)
 
     def arm(self, side: int, light: int) -> None:
-        """Paints bare arm and sleeve."""
+        """Draws bare arm and sleeve."""
         body, thick, reach = self.body, self.body["arm"], self.body["reach"]
         x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
         swing = -side * self.swing * math.sin(self.phase) * self.right
@@ -360,39 +372,52 @@ class _Figure:
             self.limb("sleeve", [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
 
     def head(self) -> None:
-        """Paints face, hair, hat, scarf."""
-        ball, limb, kind, right = self.ball, self.limb, self.style["hair"], self.right
-        head, half, behind = (
-            self.body["head"],
-            self.body["head"] * self.body["face"],
-            self.front < -0.35,
-        )
-        if kind == "afro":
+        """Draws face, hair, hat, scarf."""
+        ball, kind, right, head = self.ball, self.style["hair"], self.right, self.body["head"]
+        half, behind = head * self.body["face"], self.front < -0.35
+        if kind in ("afro", "big"):
             ball("hair", -0.3 * half * right, 0.46 * head, 1.55 * half, 0.62 * head)
         ball("skin", 0.1 * half * right, 0.53 * head, half, 0.47 * head)
         if kind != "bald":
-            cut = min(max(0.55 - 0.45 * self.front, 0.42), 0.95)
-            ball("hair", -0.4 * half * right, 0.42 * head, 1.08 * half, 0.43 * head, cut)
-        if kind in ("long", "bob"):
-            end = self.neck + (0.14 if kind == "long" else 0.015)
-            for x in (0,) if behind else (-half, half):
-                x -= 0.48 * half * right * (not behind)
-                wide = half if behind else 0.25 * half
-                limb("hair", [(x, 0.35 * head), (1.1 * x, end)], [0.9 * wide, 1.2 * wide], 124)
-        elif kind == "tail":
-            x = -0.8 * half * right if abs(right) > 0.3 else (0 if behind else 1.1 * half)
-            joints = [(0.6 * x, 0.4 * head), (1.2 * x, 0.8 * head), (x, self.neck + 0.12)]
-            limb("hair", joints, [0.2 * half, 0.35 * half, 0.12 * half], 116)
+            cut = 0.95 if behind else 0.42
+            ball("hair", -0.2 * half * right, 0.42 * head, 1.08 * half, 0.43 * head, cut)
+            if abs(right) > 0.3:
+                x = math.copysign(1.25 - 0.45 * abs(right), -right) * half
+                ball("hair", x, 0.48 * head, 0.5 * half, 0.45 * head)
+        if not behind and abs(right) < 0.6:
+            for side in (-0.4, 0.4):
+                ball("eye", (0.35 * right + side) * half, 0.54 * head, 0.009, 0.007)
+        self.hair_down(kind, half, behind)
         for ahead, y, rx, ry, cut in HATS[self.style["hat"]]:
             if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
                 ball("hat", ahead * half * right, y * head, rx * half, ry * head, cut)
         if self.style["scarf"] == "yes":
-            ball("scarf", 0, self.neck + 0.01, 1.15 * half, 0.026)
-            joints = [(0.58 * half, self.neck), (0.7 * half, self.neck + 0.15)]
-            limb("scarf", joints, [0.02, 0.024])
+            wide = 1.15 * half
+            ball("scarf", 0, self.neck + 0.01, wide, 0.026)
+            joints = [(0.5 * wide, self.neck), (0.6 * wide, self.neck + 0.15)]
+            self.limb("scarf", joints, [0.02, 0.024])
+
+    def hair_down(self, kind: str, half: float, behind: bool) -> None:
+        """Draws what hair there is beside the head, below and above it."""
+        limb, head, back = self.limb, self.body["head"], -0.8 * half * self.right
+        end = self.neck + (0.14 if kind == "long" else 0.015)
+        if kind in ("long", "bob") and behind:
+            limb("hair", [(0, 0.5 * head), (0, end)], [1.1 * half, 1.2 * half], 124)
+        elif kind in ("long", "bob"):
+            for side in (-half, half):
+                x = side + 0.6 * back
+                limb("hair", [(x, 0.35 * head), (1.1 * x, end)], [0.2 * half, 0.3 * half], 124)
+        elif kind == "tail":
+            x = back if abs(self.right) > 0.3 else (0 if behind else 1.1 * half)
+            joints = [(0.6 * x, 0.4 * head), (1.2 * x, 0.8 * head), (x, self.neck + 0.12)]
+            limb("hair", joints, [0.2 * half, 0.35 * half, 0.12 * half], 116)
+        elif kind == "bun":
+            self.ball("hair", 0.5 * back, -0.04 * head, 0.5 * half, 0.17 * head)
+        elif kind == "crest":
+            limb("hair", [(0, -0.14 * head), (0, 0.3 * head)], [0.3 * half, 0.35 * half], 118)
 
     def backpack(self) -> None:
-        """Paints a backpack's sack: all of it from behind, its edges from the front."""
+        """Draws a backpack's sack: all of it from behind, its edges from the front."""
         if self.style["bag"] == "backpack":
             size, shoulder, y = self.body["bag"], self.body["shoulder"], self.shoulder
             half = max(shoulder * size * self.width * (1.02 if self.front > -0.3 else 0.9), 0.05)
@@ -401,28 +426,34 @@ class _Figure:
             self.limb("bag", joints, [0.75 * half, half, half])
 
     def carried(self) -> None:
-        """Paints straps, and what hands and shoulders carry."""
+        """Draws straps, and what hands and shoulders carry."""
         limb, body, kind, size = self.limb, self.body, self.style["bag"], self.body["bag"]
         side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
         x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
         hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
+        box = None  # its x, top, half width and height
         if kind == "backpack" and self.front > 0.3:
             for end in (-edge, edge):
                 limb("strap", [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
+        elif kind == "satchel":
+            x = side * edge
+            limb("strap", [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
+            box = (1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
+        elif kind == "handbag":
+            limb("strap", [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
+            box = (x, hand + 0.03, 0.065 * size, 0.12 * size)
+        elif kind == "case":
+            top = 0.98 - 0.26 * size
+            limb("strap", [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
+            box = (x + 0.07 * side, top, 0.075 * size, 0.26 * size)
+        elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
+            box = (0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
         elif kind == "umbrella":
             limb("strap", [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
             self.ball("bag", 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
-        bags = {  # the strap's ends and half width; the bag's x, top, half width and height
-            "satchel": ((-side * edge, self.shoulder), (1.2 * side * edge, self.crotch), 0.016,
-                        1.3 * side * edge, self.crotch - 0.05, 0.06, 0.13),
-            "handbag": ((x, hand - 0.02), (x, hand + 0.05), 0.02, x, hand + 0.03, 0.065, 0.12),
-            "case": ((x, hand), (x + 0.06 * side, 0.98 - 0.26 * size), 0.01,
-                     x + 0.07 * side, 0.98 - 0.26 * size, 0.075, 0.26),
-        }  # fmt: skip
-        if kind in bags:
-            start, end, strap, x, top, half, height = bags[kind]
-            limb("strap", [start, end], [strap] * 2, 115)
-            limb("bag", [(x, top), (x, top + height * size)], [half * size] * 2, 134)
+        if box:
+            x, top, half, height = box
+            limb("bag", [(x, top), (x, top + height)], [half, half], 134)
 
 
 def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
@@ -435,9 +466,9 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
         return tuple(int(255 * c) for c in ([tone] if look.infrared else colour))
 
     image = Image.new("L" if look.infrared else "RGB", (width, height), paint())
-    draw, horizon = ImageDraw.Draw(image), height * rng.uniform(0.5, 0.8)
+    draw, horizon = ImageDraw.Draw(image), height * rng.uniform(*look.horizon)
     draw.rectangle((0, horizon, width, height), fill=paint())
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(*look.clutter, endpoint=True)):
         x, w = width * rng.uniform(-0.1, 1.0), width * rng.uniform(0.03, 0.4)
         y, h = height * rng.uniform(-0.2, 0.7), height * rng.uniform(0.05, 0.5)
         kind = rng.integers(4)
@@ -450,7 +481,24 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
         else:  # cable, kerb
             draw.line((x, 0, x + width * rng.uniform(-1, 1), height), fill=paint(), width=3)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.0)))
-    return np.array(image, np.float32).reshape(height, width, -1) / 255
+    return np.asarray(image, np.float32).reshape(height, width, -1) / 255
+
+
+def _colour_in(figure: _Figure, look: Look, backdrop: np.ndarray) -> np.ndarray:
+    """Gives every part its materials as the camera sees them, over `backdrop` (h, w, c)."""
+    labels, shade = np.asarray(figure.labels), np.asarray(figure.shade, np.float32) / 128
+    picture = backdrop.copy()
+    for number, (fabric, axis, half, (top, bottom)) in enumerate(figure.parts, start=1):
+        ys, xs = np.nonzero(labels == number)
+        pair = (fabric.first, fabric.second)
+        tones = np.array([material.visible for material in pair])
+        if look.infrared:
+            tones = np.array([[look.floor + (1 - look.floor) * each.infrared] for each in pair])
+        first, second = tones.astype(np.float32)
+        u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
+        weight = pattern_weight(fabric, u, (ys - top) / (bottom - top))[:, None]
+        picture[ys, xs] = (first + weight * (second - first)) * shade[ys, xs, None]
+    return picture
 
 
 def render(
@@ -461,12 +509,12 @@ def render(
     height, width = (max(16, round(share * side)) for side in size)
     big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
     figure = _Figure(person, look, rng, big)
-    pixels = _background(rng, look, big)
-    figure.paint(pixels)
-    image = Image.fromarray((255 * np.clip(pixels, 0, 1)).astype(np.uint8).squeeze())
-    image = image.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
+    pixels = np.clip(_colour_in(figure, look, _background(rng, look, big)), 0, 1)
+    image = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).reduce(SUPERSAMPLE)
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = pixels ** rng.uniform(0.8, 1.25) * rng.uniform(*look.gain)  # gamma, gain
     pixels = pixels * np.array(look.tint[: pixels.shape[2]], np.float32)
     pixels += rng.uniform(*look.noise) * rng.standard_normal(pixels.shape, np.float32)
-    return Image.fromarray((255 * np.clip(pixels, 0, 1)).astype(np.uint8).squeeze()).convert("RGB")
+    pixels = (255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).copy())

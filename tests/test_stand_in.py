@@ -311,7 +311,7 @@ def test_every_pattern_shows_both_materials(pattern):
 
 
 @pytest.mark.parametrize("style", [
-    {"bag": "umbrella"}, {"bag": "case"}, {"bag": "handbag"}, {"bag": "satchel"},
+    {"bag": "umbrella"}, {"bag": "case"}, {"bag": "handbag"}, {"bag": "satchel"}, {"bag": "box"},
     {"bag": "backpack"}, {"hat": "brim"}, {"hair": "long"}, {"hair": "afro"}, {"legs": "maxi"},
     {"legs": "shorts"}, {"coat": "knee"}, {"scarf": "yes"}, {"sleeves": "long"},
 ], ids=lambda style: "-".join(style.values()))  # fmt: skip
