@@ -65,7 +65,7 @@ def ranked_lists(
             leaves frames and scores out.
         num_queries: How many to draw.
         top: Gallery images per query.
-        title: What was measured: data set, protocol, whether re-ranked.
+        title: What was measured.
         seed: Of the random choice.
 
     Raises:
@@ -126,12 +126,7 @@ def addressing(
     """Draws where on each image the strongest prototypes of every granularity fire.
 
     Colours go from 0 to the greatest weight of that level in the figure, which is written above it.
-
-    Args:
-        images: (n, H, W, 3) uint8.
-        names: What stands before each image.
-        levels: By name, the finest first.
-        title: Which network, which images.
+    `images` are (n, H, W, 3) uint8, with `names` before them; the finest of `levels` comes first.
     """
     count = max(fired.numbers.shape[1] for fired in levels.values())
     pad = max(0.15, (3.2 - count) / 2)  # on both sides of a level, whose head needs the room

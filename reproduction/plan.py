@@ -56,18 +56,15 @@ METHODS = (
 # Which recipe made the published SYSU-MM01 numbers is not known: HCT's README, the preset's source,
 # has w_center 1 without smoothing, the release's script 2 with it; the authors' first README has
 # the rate 0.1, as the preset, the later one 0.01.
+SMOOTHED = {"w_center": 2.0, "label_smooth": "on"}
 RECIPES = {
     "sysu": tuple(
         Setting(f"MG-MRA, {name}", train=train, published="MG-MRA")
-        for name, train in {
-            "rate 0.01": {"lr": 0.01},
-            "w_center 2, smoothing": {"w_center": 2.0, "label_smooth": "on"},
-            "w_center 2, smoothing, rate 0.01": {
-                "w_center": 2.0,
-                "label_smooth": "on",
-                "lr": 0.01,
-            },
-        }.items()
+        for name, train in (
+            ("rate 0.01", {"lr": 0.01}),
+            ("w_center 2, smoothing", SMOOTHED),
+            ("w_center 2, smoothing, rate 0.01", {**SMOOTHED, "lr": 0.01}),
+        )
     )
 }
 
