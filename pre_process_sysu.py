@@ -90,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     folder = DATASETS["sysu"].default_folder
-    text = f"SYSU-MM01's folder (default: {folder})"
-    add("--data-path", "--data_path", type=Path, default=folder, help=text)
+    add("--data-path", "--data_path", type=Path, default=folder, help=f"default: {folder}")
     text = "where the caches go (default: --data-path)"
     add("--output-dir", "--output_dir", type=Path, help=text)
     add("--img_h", "--img-h", type=COUNT, default=288, help="image height, pixels (default 288)")

@@ -44,8 +44,8 @@ class Augmentation:
     grey: float = 0.0  # probability that a visible image is made grey
     erase: float = 0.0  # probability that a rectangle is set to the ImageNet mean, or see below
     tone: float = 0.0  # s > 0 draws a gamma and a gain in exp(-s)..exp(s) for each image
-    # Probability that a visible image is made its red, green or blue channel three times, or grey,
-    # each as likely. Above 0, erased rectangles get a random value in each channel instead.
+    # Probability that a visible image is made its red, green or blue channel, or grey, each as
+    # likely. Above 0, erased rectangles get a random value in each channel instead.
     channel_aug: float = 0.0
 
 

@@ -10,10 +10,6 @@ from data_manager import EvalSet
 from engine.evaluate import Features
 from utils import write_atomic
 
-FORMAT = (
-    "expected arrays `paths` (n,), image paths as in the data set, and `features` (n, D) float; or "
-    "the same of queries and gallery, `query_paths`, `query_features`, `gallery_paths`, ..."
-)
 NORM_TOLERANCE = 1e-3  # half-precision features pass
 
 
@@ -62,10 +58,12 @@ def read_features(path: str | Path, protocol: EvalSet) -> Features:
         names = [name.removeprefix(groups[0]) for name in names if arrays[name].dtype.kind == "f"]
         kinds = {n: np.concatenate([arrays[group + n] for group in groups]) for n in names}
         if not kinds or any(len(values) != len(paths) for values in kinds.values()):
-            shapes = {name: values.shape for name, values in arrays.items()}
-            raise ValueError(f"it holds {shapes}")
+            raise ValueError({name: values.shape for name, values in arrays.items()})
     except Exception as error:  # a damaged file makes numpy raise nearly anything
-        raise ValueError(f"{path} cannot be used: {error!r}; {FORMAT}") from error
+        raise ValueError(
+            f"{path} cannot be used: {error!r}; expected arrays `paths` (n,), `features` (n, D), "
+            f"or the same of queries and gallery, `query_paths`, `query_features`, ..."
+        ) from error
     if str(arrays.get("tta", protocol.tta)) != protocol.tta:  # in files of --save-features
         raise ValueError(f"{path} was written with --tta {arrays['tta']}: give the same here")
     doubled = [name for name, count in collections.Counter(paths).items() if count > 1]
