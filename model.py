@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
 from networks.backbone import OUTPUT_STRIDE, find_backbone, read_weights
 from networks.layers import StripeLinear, at_least_float32, gem, linear_classifier, neck_norm
-from networks.released import load_matching
+from networks.released import convert_released_state_dict, load_matching  # noqa: F401
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES, VARIANTS
 
 HEADS = ("pcb", "global", "agw")

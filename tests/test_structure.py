@@ -1,7 +1,10 @@
-"""Tests of the whole: which module may import which."""
+"""Tests of the whole: which module may import which, and the names that others rely on."""
 
 import ast
+import importlib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room or module imports what stands below it, and modules of its own room.
@@ -67,3 +70,19 @@ def test_modules_are_where_they_belong():
             assert "torch" not in found, name
         commands = (*" ".join(FLOORS[-2:]).split(), "options", "engine")
         assert "argparse" not in found or name.split(".")[0] in commands, name
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("memory", "SingleGranularityMemory MultiGranularityMemory MemoryRead"),
+        ("loss", "HeteroCenterTripletLoss BatchHardTripletLoss WeightedRegularizedTripletLoss"),
+        ("model", "TwoStreamNet convert_released_state_dict"),
+        ("eval_metrics", "eval_sysu eval_regdb"),
+        ("re_rank", "k_reciprocal random_walk"),
+    ],
+)
+def test_names_that_code_elsewhere_calls_stay_where_they_are(module, names):
+    assert not [
+        name for name in names.split() if not hasattr(importlib.import_module(module), name)
+    ]
