@@ -183,6 +183,11 @@ GPU = "CUDA device index, or cpu; torchrun assigns one per process (default: 0, 
 OPTIONS = "options.json of a run, whose options are used; flags given beside it win (default: none)"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
 
+TOP = (
+    "nearest gallery images per query in ranks.csv and ranks.json; their score is the cosine "
+    "similarity of the features, -1 to 1, or minus the re-ranked distance"
+)
+
 # By the headings of --help. The defaults are the releases' settings.
 TRAIN = {
     "data and protocol": (
@@ -430,6 +435,7 @@ def test_parser(description: str) -> Parser:
         add(f"{role}-dir", f"folder of {role} images; subfolders are searched too", type=Path)
         text = f"modality of the {role} images (default: as --direction says)"
         add(f"{role}-modality", text, choices=("visible", "infrared"))
+    add("top", TOP, type=COUNT, default=20)
     return parser
 
 

@@ -12,9 +12,7 @@ images need no identities: ``ranks.csv``, ``ranks.json`` and a picture show the 
 """
 
 import argparse
-import csv
 import importlib
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -31,7 +29,6 @@ from data_manager import (
     DATASETS,
     TTA,
     EvalSet,
-    ImageList,
     data_name,
     eval_set,
     folder_images,
@@ -41,13 +38,13 @@ from engine import distributed
 from engine.checkpoints import load_network, trained_size
 from engine.evaluate import distances, evaluate, score_kinds
 from engine.feature_files import read_features, save_features
+from engine.own_folders import write_ranks
 from eval_metrics import METRICS, mean_and_std
 from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
 
-TOP = 20  # gallery images a query in the files of an own folder's ranking
-DRAWN = 10  # and in its picture
+DRAWN = 10  # gallery images per query in the picture of an own folder's ranking
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -328,8 +325,9 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
             "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
             "--resume CHECKPOINT"
         )
-    if args.save_features or "{trial}" in args.resume:
-        raise ValueError("--query-dir goes with neither --save-features nor several checkpoints")
+    if "{trial}" in args.resume:
+        raise ValueError("--query-dir does not go with several checkpoints: name one")
+    target = feature_file(args, args.trial)
     visible_first = args.direction == "v2i"
     sides = ("visible", "infrared") if visible_first else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])
@@ -340,11 +338,11 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
+    whole = (np.arange(len(gallery)),)
+    protocol = EvalSet("own folders", query, gallery, whole, "none", title, None, args.tta)
     features, _ = evaluate(
         net,
-        EvalSet(
-            "own folders", query, gallery, (np.arange(len(gallery)),), "none", title, None, args.tta
-        ),
+        protocol,
         images,
         test_feats=(feat,),
         rankings=(),
@@ -363,7 +361,10 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         "re_rank": args.re_rank,
         "tta": args.tta,
     }
-    write_ranks(output, query, gallery, distmat, about)
+    write_ranks(output, query, gallery, distmat, about, top=args.top)
+    if target:
+        save_features(target, protocol, features, {**about, **vars(protocol)})
+        log.info("wrote %s", target)
     figure = ranked_lists(
         query_images=images(query),
         gallery_images=images(gallery),
@@ -373,37 +374,8 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
     )
     save(figure, output / "ranked_lists.png")
-    log.info("wrote ranks.csv, ranks.json and ranked_lists.png into %s", output)
-
-
-def write_ranks(
-    folder: Path, query: ImageList, gallery: ImageList, distmat: np.ndarray, about: dict[str, Any]
-) -> None:
-    """Writes each query's nearest `TOP` gallery images, nearest first, as CSV and as JSON.
-
-    Args:
-        folder: Where to.
-        query: Q images.
-        gallery: G images.
-        distmat: (Q, G), smaller is closer; ties keep gallery order. A rank's ``score`` is minus it:
-            without re-ranking the cosine similarity.
-        about: What the JSON says beside the ranks.
-    """
-    ranks = []
-    lines = [("query", "rank", "gallery", "score")]
-    for name, row in zip(query.paths, distmat, strict=True):
-        nearest = np.argsort(row, kind="stable")[:TOP].tolist()
-        answers = [
-            {"rank": place, "image": gallery.paths[g], "score": round(float(-row[g]), 6)}
-            for place, g in enumerate(nearest, start=1)
-        ]
-        ranks.append({"query": name, "gallery": answers})
-        lines += [(name, *answer.values()) for answer in answers]
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows(lines)
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    utils.write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
-    utils.write_json(folder / "ranks.json", {**about, "ranks": ranks})
+    text = "wrote ranks.csv and ranks.json (the nearest %d of %d) and ranked_lists.png into %s"
+    log.info(text, min(args.top, len(gallery)), len(gallery), output)
 
 
 if __name__ == "__main__":

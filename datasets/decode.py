@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +11,11 @@ from tqdm import tqdm
 
 from datasets.base import DataError, ImageList
 
-FORMATS = ("BMP", "JPEG", "PNG")  # the only Pillow decoders that are tried
+log = logging.getLogger(__name__)
+
+# The only Pillow decoders that are tried, by a file's signature; of several frames the first.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+PERCENTILES = (1, 99)  # of a deep grey image, such as a thermal camera's counts: black and white
 MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million
 
 
@@ -18,6 +23,8 @@ def load_images(
     images: ImageList, *, height: int, width: int, workers: int = 4, progress: bool = True
 ) -> np.ndarray:
     """Decodes images of any size, grey or colour, in threads, and resizes them (Lanczos).
+
+    Grey of more than 8 bits is stretched between two percentiles of each image.
 
     Returns:
         (n, height, width, 3) uint8 RGB; a memory map where a whole cache is asked for.
@@ -31,30 +38,41 @@ def load_images(
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda index: _decode(images, index, out[index]), range(n))
         hidden = None if progress else True
-        for _ in tqdm(decoded, f"decode {images.modality}", n, unit="img", disable=hidden):
-            pass  # raises what a thread raised, and cancels the others
+        # Raises what a thread raised, and cancels the others.
+        deep = sum(tqdm(decoded, f"decode {images.modality}", n, unit="img", disable=hidden))
+    if deep:
+        log.warning(
+            "%d of %d images of %s have more than 8 bits of grey: each is stretched from its "
+            "percentile %d (black) to its percentile %d (white)",
+            *(deep, n, images.root, *PERCENTILES),
+        )
     return out
 
 
-def _decode(images: ImageList, index: int, out: np.ndarray) -> None:
-    """Decodes one image into `out` (H, W, 3)."""
+def _decode(images: ImageList, index: int, out: np.ndarray) -> bool:
+    """Decodes one image into `out` (H, W, 3); returns whether its grey was stretched."""
     height, width, _ = out.shape
     file = images.root / images.paths[index]
     try:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            deep = image.mode.startswith(("I", "F"))  # which Pillow would clip at 255
+            if deep:
+                counts = np.nan_to_num(np.asarray(image, dtype=np.float64))
+                black, white = np.percentile(counts, PERCENTILES)
+                grey = (counts - black) / max(white - black, np.finfo(float).tiny)
+                image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
             elif image.mode != "L":
                 image = image.convert("RGB")
             pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
         raise DataError(
             f"cannot decode {file}: {error}; expected an intact {', '.join(FORMATS)} image: copy it"
-            " again from the data set"
+            " again from its source"
         ) from error
     out[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
+    return deep
 
 
 def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:

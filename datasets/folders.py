@@ -5,6 +5,7 @@ Every path read lies inside the data folder, links resolved; every error names f
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -12,8 +13,12 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from datasets.base import DataError, DataSet, ImageList, Item, TrainSet, image_list
+from datasets.decode import FORMATS
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 STAND_IN_HINT = (
@@ -25,27 +30,45 @@ STAND_IN_HINT = (
 def folder_images(folder: str | Path, modality: str) -> ImageList:
     """Lists the images in any folder and below it, by name; identities are unknown (-1).
 
-    Hidden files and folders are passed over.
+    What is an image is told by a file's first bytes, or by its suffix; hidden files and folders are
+    passed over. Logs how many files were taken, and which were not.
 
     Raises:
         DataError: There is no such folder, or no image in it.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise DataError(f"image folder {root} does not exist; expected a folder of images")
+        raise DataError(f"image folder {root} {_not_a_folder(root)}; expected a folder of images")
     root = root.resolve()
-    names = []
-    for path in root.rglob("*"):
+    names, skipped = [], []
+    for path in sorted(root.rglob("*")):
         below = path.relative_to(root)
-        hidden = any(part.startswith(".") for part in below.parts)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file():
-            names.append(below.as_posix())
+        if path.is_file() and not any(part.startswith(".") for part in below.parts):
+            image = path.suffix.lower() in IMAGE_SUFFIXES or _is_image(path)
+            (names if image else skipped).append(below.as_posix())
     if not names:
         raise DataError(
-            f"{folder} holds no image, nor do the folders in it; expected files named"
-            f" {', '.join(IMAGE_SUFFIXES)}"
+            f"{folder} holds no image, nor do the folders in it; expected {', '.join(FORMATS)}"
         )
-    return image_list(root, [(name, -1, -1) for name in sorted(names)], modality)
+    ending = f": {', '.join(skipped[:5])}{', ...' if skipped[5:] else ''}" if skipped else ""
+    text = "%s: %d %s images taken, %d files skipped that are no image%s"
+    log.info(text, folder, len(names), modality, len(skipped), ending)
+    return image_list(root, [(name, -1, -1) for name in names], modality)
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        Image.open(path, formats=FORMATS).close()  # reads the header alone
+    except Exception:  # a damaged header makes Pillow raise nearly anything
+        return False
+    return True
+
+
+def _not_a_folder(path: Path) -> str:
+    """Says why a path is no folder."""
+    if path.is_file():
+        return "is a file, not a folder"
+    return "does not exist" + ("" if path.is_absolute() else f" in {Path.cwd()}")
 
 
 def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
@@ -62,7 +85,7 @@ def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
     expected = f"{data.title} is a folder with {', '.join(f'{f}/' for f in data.folders)} in it"
     hint = data.how_to_get + (STAND_IN_HINT.format(data.name) if data.has_stand_in else "")
     if not path.is_dir():
-        raise DataError(f"data folder {path} does not exist. {expected}. {hint}")
+        raise DataError(f"data folder {path} {_not_a_folder(path)}. {expected}. {hint}")
     missing = lacking(path, data)
     if not missing:
         return path.resolve()
@@ -71,7 +94,8 @@ def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
             hint = f"It is in {folder}: pass --data-path {folder}"
     for other in others:
         if not lacking(path, other):
-            hint = f"It looks like {other.title}: pass --dataset {other.name}"
+            hint = f"It looks like {other.title}: pass {data.title}'s folder"
+            hint += f", or --dataset {other.name} to a command that has this flag"
     if missing == [f"{data.folders[0]}/"] and data.lists_hint:
         hint = f"The images are there, the lists are not: {data.lists_hint}"
     raise DataError(f"{path} has no {', '.join(missing)}. {expected}. {hint}")

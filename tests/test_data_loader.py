@@ -71,11 +71,35 @@ def test_grey_and_other_modes_become_rgb(tmp_path, mode):
     assert np.array_equal(found, np.asarray(image))
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path):
-    ramp = np.linspace(0, 65535, 200).astype(np.uint16).reshape(20, 10)
-    Image.fromarray(ramp).save(tmp_path / "a.png")
-    (found,) = load_images(image_list(tmp_path, "a.png"), height=20, width=10, progress=False)
-    assert np.array_equal(found, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, axis=2))
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.png", np.uint16), ("a.tif", np.uint16), ("b.tif", np.float32)]
+)
+def test_deep_grey_is_stretched_between_percentiles_and_that_is_said(tmp_path, name, kind, caplog):
+    """A thermal camera's 14-bit counts, with a dead pixel."""
+    ramp = np.linspace(3000, 6060, 200).astype(kind).reshape(20, 10)
+    ramp[0, 0] = 16383
+    Image.fromarray(ramp).save(tmp_path / name)
+    images = image_list(tmp_path, name, name)
+    found, _ = load_images(images, height=20, width=10, progress=False)
+    black, white = np.percentile(ramp.astype(float), (1, 99))
+    expected = 255 * ((ramp.astype(float) - black) / (white - black)).clip(0, 1)
+    np.testing.assert_allclose(found, np.repeat(expected[..., None], 3, axis=2), atol=1)
+    assert (found.min(), found.max(), found[0, 0, 0]) == (0, 255, 255)
+    assert caplog.text.count("2 of 2 images") == 1 and "percentile 99 (white)" in caplog.text
+    Image.fromarray(np.full((20, 10), 7, np.uint16)).save(tmp_path / "flat.png")
+    (flat,) = load_images(image_list(tmp_path, "flat.png"), height=20, width=10, progress=False)
+    assert not flat.any()
+
+
+def test_of_several_frames_the_first_is_read_and_the_suffix_says_nothing(tmp_path):
+    frames = [Image.fromarray(np.full((20, 10), value, np.uint8)) for value in (40, 90)]
+    for form in ("GIF", "TIFF", "WEBP"):
+        name = f"{form}.jpg"
+        lossless = {"lossless": True} if form == "WEBP" else {}
+        with open(tmp_path / name, "w+b") as file:
+            frames[0].save(file, form, save_all=True, append_images=frames[1:], **lossless)
+        (found,) = load_images(image_list(tmp_path, name), height=20, width=10, progress=False)
+        assert (found == 40).all(), form
 
 
 @pytest.mark.parametrize("workers", [0, 1, 5])
@@ -120,7 +144,7 @@ BAD_IMAGES = {
     "truncated bmp": encoded("BMP", cut=1200),
     "truncated png": encoded("PNG", cut=1200),
     "header only": encoded("JPEG", cut=20),
-    "other format": encoded("GIF"),
+    "other format": encoded("PPM"),
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     "bomb": png_header(30_000, 30_000),
     "small bomb": png_header(8_000, 8_000),

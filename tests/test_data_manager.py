@@ -198,7 +198,7 @@ def test_a_missing_folder_says_how_to_get_the_data(tmp_path, dataset):
         text = str(caught.value)
         assert "signed form" in text and f"stand_in.py --layout {dataset}" in text
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="file is a file, not a folder"):
         eval_set(dataset, tmp_path / "file")
 
 
@@ -420,9 +420,9 @@ def test_bad_llcm_test_data(tiny_llcm, case):
 
 
 def test_llcm_folder_is_told_apart(tiny_llcm, tiny_regdb):
-    with pytest.raises(DataError, match="looks like LLCM: pass --dataset llcm"):
+    with pytest.raises(DataError, match="looks like LLCM: pass RegDB.s folder, or --dataset llcm"):
         train_set("regdb", tiny_llcm)
-    with pytest.raises(DataError, match="looks like RegDB: pass --dataset regdb"):
+    with pytest.raises(DataError, match="looks like RegDB: pass LLCM.s folder, or --dataset regdb"):
         train_set("llcm", tiny_regdb)
     assert data_manager.data_name("llcm", tiny_llcm) == "LLCM"
     write("stand_in.json", "{}")(tiny_llcm)

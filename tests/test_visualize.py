@@ -387,9 +387,12 @@ def own(place, folders, *words):
     return [*names, "--resume", place / "none.pt", "--gpu", "cpu", "--quiet", *words]
 
 
-def test_a_folder_is_listed_by_name_without_hidden_files(folders):
-    images = folder_images(folders / "people", "visible")
+def test_a_folder_is_listed_by_name_without_hidden_files(folders, caplog):
+    with caplog.at_level("INFO"):
+        images = folder_images(folders / "people", "visible")
     assert images.paths == ("a.png", "b/c.JPG")
+    expected = "2 visible images taken, 1 files skipped that are no image: notes.txt"
+    assert [text.partition(": ")[2] for text in caplog.messages] == [expected]
     assert (images.root / images.paths[1]).is_file()
     assert (
         images.modality == "visible" and images.pids.tolist() == images.camids.tolist() == [-1] * 2
@@ -399,7 +402,7 @@ def test_a_folder_is_listed_by_name_without_hidden_files(folders):
             with pytest.raises(DataError, match=message):
                 folder_images(folders / name, "visible")
     (folders / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty holds no image.*\.jpg"):
+    with pytest.raises(DataError, match="empty holds no image.*JPEG"):
         folder_images(folders / "empty", "visible")
 
 
@@ -432,12 +435,33 @@ def test_own_images_are_ranked_as_their_features_say(place, folders, tmp_path):
     assert (out / "ranks.csv").read_text().split() == lines
 
 
+def test_own_images_of_every_format_are_searched_and_their_features_saved(place, folders, tmp_path):
+    for name in ("a.tif", "b.webp", "c.gif", "d.unknown"):
+        form = {"d.unknown": "PNG"}.get(name)
+        noise = np.random.default_rng(len(name)).integers(0, 256, (60, 30, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folders / "people" / name, form)
+    out = tmp_path / "out"
+    words = ("--top", 2, "--output-dir", out, "--save-features", tmp_path / "f.npz")
+    evaluate(*own(place, folders, *words))
+    found = json.loads((out / "ranks.json").read_text())
+    assert "cosine similarity" in found["score"]
+    names = [entry["query"] for entry in found["ranks"]]
+    assert names == ["a.png", "a.tif", "b/c.JPG", "b.webp", "c.gif", "d.unknown"]
+    assert all(len(entry["gallery"]) == 2 for entry in found["ranks"])
+    with np.load(tmp_path / "f.npz") as saved:
+        assert saved["query_paths"].tolist() == names
+        similarity = saved["query_pcb"] @ saved["gallery_pcb"].T
+    best = [entry["gallery"][0]["score"] for entry in found["ranks"]]
+    np.testing.assert_allclose(similarity.max(axis=1), best, atol=1e-5)
+
+
 def test_modalities_of_own_images_can_be_named(place, folders, tmp_path):
     words = ("--gallery-modality", "visible", "--re_rank", "random_walk", "--output-dir", tmp_path)
     evaluate(*own(place, folders, *words))
     found = json.loads((tmp_path / "ranks.json").read_text())
     assert (found["query_modality"], found["gallery_modality"]) == ("visible", "visible")
     assert found["re_rank"] == "random_walk"
+    assert found["score"].startswith("minus the re-ranked distance")
 
 
 def test_own_folders_that_cannot_be_searched(place, folders, capsys):
@@ -448,8 +472,9 @@ def test_own_folders_that_cannot_be_searched(place, folders, capsys):
         words[1] = folders / name
         evaluate(*words, code=2)
         assert message in capsys.readouterr().err
-    evaluate(*own(place, folders, "--save-features", "f.npz"), code=2)
-    assert "--save-features" in capsys.readouterr().err
+    words[1] = folders / "people/a.png"
+    evaluate(*words, code=2)
+    assert "a.png is a file, not a folder; expected" in capsys.readouterr().err
     (folders / "night/broken.png").write_bytes(b"\x89PNG not quite")
     evaluate(*own(place, folders), code=2)
     error = capsys.readouterr().err

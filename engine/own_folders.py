@@ -1,0 +1,51 @@
+"""The files of a ranking of one's own images, whose identities nobody knows."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_manager import ImageList
+from utils import write_atomic, write_json
+
+SCORES = {"no": "cosine similarity of the features, from -1 to 1: higher is more alike"}
+RE_RANKED = "minus the re-ranked distance: higher is more alike, comparable within one query alone"
+
+
+def write_ranks(
+    folder: Path,
+    query: ImageList,
+    gallery: ImageList,
+    distmat: np.ndarray,
+    about: dict[str, Any],
+    *,
+    top: int,
+) -> None:
+    """Writes each query's nearest gallery images, nearest first: ``ranks.csv``, ``ranks.json``.
+
+    Args:
+        folder: Where to.
+        query: Q images.
+        gallery: G images.
+        distmat: (Q, G), smaller is closer; ties keep gallery order. A rank's ``score`` is minus it.
+        about: What the JSON says beside the ranks, ``re_rank`` among it.
+        top: Gallery images per query.
+    """
+    ranks = []
+    lines = [("query", "rank", "gallery", "score")]
+    for name, row in zip(query.paths, distmat, strict=True):
+        nearest = np.argsort(row, kind="stable")[:top].tolist()
+        answers = [
+            {"rank": place, "image": gallery.paths[g], "score": round(float(-row[g]), 6)}
+            for place, g in enumerate(nearest, start=1)
+        ]
+        ranks.append({"query": name, "gallery": answers})
+        lines += [(name, *answer.values()) for answer in answers]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
+    score = SCORES.get(about["re_rank"], RE_RANKED)
+    write_json(folder / "ranks.json", {**about, "score": score, "ranks": ranks})
