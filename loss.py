@@ -62,9 +62,10 @@ class HeteroCenterTripletLoss(nn.Module):
     Deviation: centres come from labels and modality, not from a row's position in the batch.
     """
 
-    def __init__(self, margin: float = MARGIN) -> None:
+    def __init__(self, margin: float = MARGIN, images_per_id: int = 1) -> None:
+        """With `images_per_id` K, the K rows of each centre stand together in a batch."""
         super().__init__()
-        self.margin = margin
+        self.margin, self.images_per_id = margin, images_per_id
 
     def forward(self, features: Tensor, labels: Tensor, modality: Tensor | None = None) -> Tensor:
         """Computes the loss: a scalar, summed over stripes where there are any.
@@ -88,13 +89,15 @@ class HeteroCenterTripletLoss(nn.Module):
             features = features.unsqueeze(1)  # (N, 1, D)
         same_identity = labels[:, None] == labels  # (N, N)
         same_center = same_identity & (modality[:, None] == modality)  # (N, N)
-        # Each row gets its centre: the K rows of a centre have K copies of it, each of weight 1/K.
+        # A centre that several of the n rows chosen stand for has a share of its weight in each.
         share = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,)
-        centers = torch.einsum("nm,msd->snd", same_center * share, features)  # (S, N, D)
-        positive, negative = _hardest(pairwise_distance(centers), same_identity)  # (S, N) each
+        one = slice(None, None, self.images_per_id)
+        centers = torch.einsum("nm,msd->snd", same_center[one] * share, features)  # (S, n, D)
+        same_identity = same_identity[one, one]
+        positive, negative = _hardest(pairwise_distance(centers), same_identity)  # (S, n) each
         # With a single identity there is no negative: inf, hence a hinge of zero.
         hinge = F.relu(self.margin + positive - negative)
-        return (hinge * share).sum() / share.sum()
+        return (hinge * share[one]).sum() / share[one].sum()
 
 
 class BatchHardTripletLoss(nn.Module):
@@ -218,8 +221,11 @@ class Criterion(nn.Module):
         margin: float = MARGIN,
         label_smoothing: float = 0.0,
         head: str = "pcb",
+        images_per_id: int = 1,
     ) -> None:
         """Sets the weight of each term; with the head "agw" ``triplet`` is AGW's own.
+
+        `images_per_id`: see `HeteroCenterTripletLoss`; the sampler's batches are so ordered.
 
         The heads "agw" and "global" have no stripes, and so no ``center_triplet``.
 
@@ -232,7 +238,7 @@ class Criterion(nn.Module):
                 raise ValueError(f"there is no loss term {name!r}: expected a method of this name")
         self.weights = dict(weights)
         self.label_smoothing = label_smoothing
-        self.hetero_center = HeteroCenterTripletLoss(margin)
+        self.hetero_center = HeteroCenterTripletLoss(margin, images_per_id)
         agw = WeightedRegularizedTripletLoss()
         self.feature_triplet = agw if head == "agw" else self.hetero_center
 

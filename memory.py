@@ -15,16 +15,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from networks import sparse_read
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
 EPSILON = 1e-12  # of the releases' divisions
+RECOMPUTED_ENTRIES = 1 << 24  # of the weights (n, m): more are computed again for the gradient
 
 
 def read(
     x: Tensor, bank: Tensor, shrink: float, temperature: float | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | sparse_read.Survivors]:
     """Reads a bank at every position of a map.
 
     ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
@@ -40,8 +42,8 @@ def read(
 
     Returns:
         The values, a map of x's shape, zero where no weight is above `shrink`; and the addressing
-        weights (n, m), float32 or wider, whose rows sum to 1 or are zero (sparse CSR for large
-        banks on the CPU).
+        weights (n, m), float32 or wider, whose rows sum to 1 or are zero (of large banks the
+        survivors alone).
 
     Source: MemAE (Gong et al., ICCV 2019).
     """
@@ -53,15 +55,24 @@ def read(
     keys = keys - keys.mean(dim=0)  # the same softmax, from smaller scores
     if sparse_read.pays_off(queries, bank, shrink):
         values, weights = sparse_read.sparse_read(queries, keys, bank, shrink)
+    elif len(queries) * len(bank) > RECOMPUTED_ENTRIES and torch.is_grad_enabled():
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        values, weights = checkpoint(plain_read, queries, keys, bank, shrink, **how)
     else:
-        scores = queries @ keys.t()  # (n, m)
-        weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        weights = hard_shrink(weights, shrink)
-        total = weights.sum(dim=1, keepdim=True)  # (n, 1)
-        weights = weights / total.clamp_min(EPSILON)
-        common = bank.mean(dim=0)  # (C,)
-        values = weights @ (bank - common) + (total > 0) * common
+        values, weights = plain_read(queries, keys, bank, shrink)
     return values.view(b, h, w, c).permute(0, 3, 1, 2), weights
+
+
+def plain_read(queries: Tensor, keys: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+    """The formula of `read` for queries (n, C), and keys and bank (m, C)."""
+    scores = queries @ keys.t()  # (n, m)
+    weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = hard_shrink(weights, shrink)
+    total = weights.sum(dim=1, keepdim=True)  # (n, 1)
+    weights = weights / total.clamp_min(EPSILON)
+    common = bank.mean(dim=0)  # (C,)
+    values = weights @ (bank - common) + (total > 0) * common
+    return values, weights.detach()
 
 
 def hard_shrink(weights: Tensor, shrink: float) -> Tensor:
@@ -84,13 +95,13 @@ class MemoryRead(NamedTuple):
         part: Read from the part bank, (B, C, H, W).
         instance: Read from the instance bank (MG-MRA's cascades), (B, C, H, W).
         semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
-        weights: Addressing weights (n, m) by level, dense or sparse CSR; for statistics.
+        weights: Addressing weights (n, m) by level, without gradient, for statistics.
     """
 
     part: Tensor
     instance: Tensor | None = None
     semantic: Tensor | None = None
-    weights: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor | sparse_read.Survivors] | None = None
 
     def coarsest(self) -> Tensor:
         """The read of the coarsest granularity there is: the method's own result."""

@@ -77,6 +77,12 @@ def _truth(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _amp(text: str) -> str | bool:
+    if text not in ("auto", "bf16", "fp16"):
+        raise argparse.ArgumentTypeError(f"expected no value, auto, bf16 or fp16, got {text}")
+    return text if text != "auto" else True
+
+
 def _method(text: str) -> str:
     return "agw" if text == "awg" else text  # AGW's scripts spell it so too
 
@@ -178,6 +184,13 @@ SELECT = (
     "(the releases chose their best SYSU-MM01 epoch on gallery draw 0 of the test identities "
     "alone: --trials 1)"
 )
+AMP = (
+    "run the network in bf16 or fp16 (autocast; fp16 with loss scaling); without a value, or auto: "
+    "fp16 on a GPU below compute capability 8.0, which has no bf16, and bf16 elsewhere"
+)
+PRECISION = "CUDA, float32 products and convolutions: high uses TF32, highest does not"
+COMPILE = "compile the backbone's training for a GPU (Inductor): minutes at the start, then faster"
+SAVE_LAST = "epochs between saves of last.pt, for epochs as short as a save; the end always has one"
 RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
 GPU = "CUDA device index, or cpu; torchrun assigns one per process (default: 0, if there is one)"
 OPTIONS = "options.json of a run, whose options are used; flags given beside it win (default: none)"
@@ -262,6 +275,7 @@ TRAIN = {
         Flag("channel-aug", 0.0, CHANNEL_AUG, PROBABILITY),
         Flag("seed", 0, "seed of all random numbers", COUNT_OR_0),
         Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
+        Flag("compile", False, COMPILE),
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
     ),
     "run": (
@@ -275,13 +289,15 @@ TRAIN = {
         Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
         Flag("resident", "auto", RESIDENT, ("auto", *ON_OFF)),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
+        Flag("save-last-every", 1, SAVE_LAST, COUNT),
         Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
         Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
         Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
         Flag("gpu", None, GPU),
-        Flag("amp", False, "run the network in bf16 (autocast)"),
+        Flag("amp", False, AMP, _amp, nargs="?", const=True),
+        Flag("float32-precision", "high", PRECISION, ("highest", "high")),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
         Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
         Flag("quiet", False, "no progress bars"),
@@ -308,7 +324,8 @@ PROTOCOL += ("trials", "tta")
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
-    *("overwrite", "test_only", "save_epoch", "resident", "test_batch", "figures", "options"),
+    *("overwrite", "test_only", "save_epoch", "save_last_every", "resident", "test_batch"),
+    *("figures", "options"),
 )
 # Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")

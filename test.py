@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return score_features(args)
         args = options.resolve_evaluation(args)
         with distributed.processes(args.gpu) as device:
-            if device.type == "cpu":
-                utils.keep_freed_memory()
+            utils.set_up(device, float32_precision=args.float32_precision)
             if args.query_dir or args.gallery_dir:
                 rank_folders(args, device)
             else:
@@ -133,7 +132,7 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
             test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
             rankings=tuple(dict.fromkeys(("no", args.re_rank))),
             batch_size=args.test_batch,
-            amp=args.amp,
+            amp=utils.amp_dtype(args.amp, device),
             progress=shows_bars(args),
         )
         if not distributed.is_main():
@@ -347,7 +346,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         test_feats=(feat,),
         rankings=(),
         batch_size=args.test_batch,
-        amp=args.amp,
+        amp=utils.amp_dtype(args.amp, device),
         progress=shows_bars(args),
     )
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)

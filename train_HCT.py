@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
             head=run.head,
+            images_per_id=args.num_pos,
         )
 
         # Optimiser and schedule: the head at the full rate, all else at a share of it.

@@ -65,6 +65,7 @@ def main(
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
             head=run.head,
+            images_per_id=args.num_pos,
         )
 
         # Optimiser and schedule: the head at the full rate, all else at a share of it.

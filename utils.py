@@ -101,14 +101,10 @@ def make_deterministic() -> None:
 
 
 def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.device:
-    """Returns the device of ``--gpu``, which becomes CUDA's current one.
+    """Returns the device of ``--gpu``, or of torchrun's `local_rank`; CUDA's current one from then.
 
-    Args:
-        gpu: A CUDA index or "cpu"; None: device 0, or the CPU where torch can use no GPU.
-        local_rank: Under torchrun, the index to use where `gpu` does not say "cpu".
-
-    Raises:
-        ValueError: No such device; or `gpu` asks for a GPU that is there and torch cannot use it.
+    None is device 0, or the CPU where torch can use no GPU. Raises ValueError where there is no
+    such device, or `gpu` asks for one that is there and that torch cannot use.
     """
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
@@ -142,8 +138,7 @@ def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.d
 def _why_unusable(index: int) -> str:
     """Why torch cannot use an NVIDIA card that this machine has, and what to do; "" if it can."""
     build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
-    remedy = "install a PyTorch with kernels for it, such as that of {} (README, Installation)"
-    wheels = "https://download.pytorch.org/whl/cu126"
+    install = "install a PyTorch that does, for example from https://download.pytorch.org/whl/cu126"
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(index)
         # Compiled kernels serve later cards of their generation, PTX ("compute") all later ones.
@@ -156,7 +151,7 @@ def _why_unusable(index: int) -> str:
         if not kernels:  # no NVIDIA card
             return ""
         card = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
-        return f"{build} has no kernels for {card}: {remedy.format(wheels)}"
+        return f"{build} has no kernels for {card}: {install}"
     try:
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -167,10 +162,51 @@ def _why_unusable(index: int) -> str:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every GPU: unset it"
     cards = found.stdout.strip().replace("\n", "; ")
-    return (
-        f"{build} cannot use this machine's GPU (card, driver: {cards}): update the driver, or "
-        f"{remedy.format(wheels)}"
+    return f"{build} cannot use {cards} (card, driver): update the driver, or {install}"
+
+
+def set_up(
+    device: torch.device, *, float32_precision: str = "high", deterministic: bool = False
+) -> None:
+    """Sets torch up for the device: a CPU's allocator; a GPU's precision and choice of kernels.
+
+    With the precision "high" a GPU's float32 products and convolutions use TF32 where it has it.
+    """
+    if device.type == "cpu":
+        keep_freed_memory()
+        return
+    tf32 = float32_precision == "high"
+    torch.set_float32_matmul_precision(float32_precision)
+    torch.backends.cudnn.allow_tf32 = tf32  # torch's default
+    torch.backends.cudnn.benchmark = not deterministic
+    log.info(
+        "%s, CUDA %s; float32 products and convolutions %s",
+        *(torch.cuda.get_device_name(device), torch.version.cuda),
+        "in TF32 (--float32-precision highest: without)" if tf32 else "without TF32",
     )
+
+
+def amp_dtype(amp: str | bool, device: torch.device) -> torch.dtype | None:
+    """The network's precision under ``--amp`` ("bf16", "fp16", True: what the device has), or None.
+
+    Below compute capability 8.0 torch emulates bf16: its convolutions are slower than in float32.
+    """
+    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if amp == "bf16" and not native:
+        log.warning("--amp bf16: this GPU has no bf16, which is slow; --amp fp16 is faster")
+    if not amp:
+        return None
+    return torch.bfloat16 if amp == "bf16" or (amp is True and native) else torch.float16
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """A GPU's memory in GiB at most since the last call, allocated and reserved; else nothing."""
+    if device.type != "cuda":
+        return {}
+    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    names = ("allocated_gib", "reserved_gib")
+    return {name: peak / 2**30 for name, peak in zip(names, peaks, strict=True)}
 
 
 def keep_freed_memory() -> None:

@@ -35,7 +35,7 @@ from figures.page import FORMATS, save
 from figures.prototypes import addressing_weights, alike, fired, prototype_patches
 from model import TwoStreamNet
 from networks.settings import LEVELS
-from utils import resolve_device, seed_everything, setup_logging, user_errors
+from utils import amp_dtype, resolve_device, seed_everything, set_up, setup_logging, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Subject:
         if not args.resume:
             raise ValueError("name the checkpoint to draw from: --resume PATH")
         self.args, self.device = args, resolve_device(args.gpu)
+        set_up(self.device, float32_precision=args.float32_precision)
         net, self.info = load_network(
             args.resume, gem_p=args.gem_p, memory_variant=args.memory_variant
         )
@@ -73,7 +74,8 @@ class Subject:
     def features(self, net: TwoStreamNet) -> evaluation.Features:
         """Returns a network's features of query and gallery."""
         args, feat = self.args, self.args.test_feat or net.test_feats()[0]
-        how = {"batch_size": args.test_batch, "amp": args.amp, "progress": not args.quiet}
+        how = {"batch_size": args.test_batch, "progress": not args.quiet}
+        how["amp"] = amp_dtype(args.amp, self.device)
         features, _ = evaluate(net, self.trial, self.images, test_feats=(feat,), rankings=(), **how)
         return {role: kinds[feat] for role, kinds in features.items()}
 

@@ -47,6 +47,7 @@ MEMORIES = {"HCT": None, "SG-MRA": "sg", "MG-MRA": "mg"}
 VARIANTS = ("plain float32", "plain float32, kept", "float32", "bf16")
 # Forward and backward of torchvision's network, without losses or optimiser: the common yardstick.
 YARDSTICK = f"torchvision/{VARIANTS[0]}"
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 STOCK = VARIANTS[:1]  # variants under the C library's own settings
 SECTIONS = ("steps", "identities", "batches", "input")
 GEM_P = 10.0  # RegDB's
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": _steps,
         "identities": _identities,
         "batches": _batches,
-        "input": _input,
+        "input": input_pipeline,
     }
     for name in SECTIONS:
         if name in args.only:
@@ -116,7 +117,7 @@ def _sizes(batch: str) -> tuple[int, int]:
     return ids, images
 
 
-def _network(args: argparse.Namespace, method: str, ids: int) -> TwoStreamNet:
+def make_network(args: argparse.Namespace, method: str, ids: int) -> TwoStreamNet:
     """A network with random weights, the bank scaled."""
     torch.manual_seed(0)
     memory = MEMORIES[method]
@@ -127,7 +128,7 @@ def _network(args: argparse.Namespace, method: str, ids: int) -> TwoStreamNet:
     return net.train()
 
 
-def _data(args: argparse.Namespace, device: torch.device, batch: str) -> dict[str, Any]:
+def make_data(args: argparse.Namespace, device: torch.device, batch: str) -> dict[str, Any]:
     """Random images and their labels."""
     ids, images = _sizes(batch)
     shape = (ids * images, 3, args.height, args.width)
@@ -137,7 +138,7 @@ def _data(args: argparse.Namespace, device: torch.device, batch: str) -> dict[st
     return {"visible": visible, "infrared": infrared, "labels": labels, "order": [3, 1, 4, 0, 5, 2]}
 
 
-def _step(
+def make_step(
     args: argparse.Namespace,
     device: torch.device,
     method: str,
@@ -146,12 +147,13 @@ def _step(
     batch: str,
     ids: int,
     health: MemoryHealth | None = None,
+    prepare: Callable[[TwoStreamNet], Any] = lambda net: None,
 ) -> Step:
-    """One training step, ready to be called."""
+    """One training step, ready to be called; `prepare` changes our network beforehand."""
     if f"{method}/{variant}" == YARDSTICK:
         return _torchvision_step(args, device, batch)
-    net = _network(args, method, ids)
-    data = _data(args, device, batch)
+    net = make_network(args, method, ids)
+    data = make_data(args, device, batch)
     if variant.startswith("plain"):
         plain = PlainNet(net).to(device)
         optimizer = torch.optim.SGD(
@@ -161,19 +163,22 @@ def _step(
             plain_training_step, plain, optimizer, **data, label_smoothing=LABEL_SMOOTHING
         )
     net = net.to(device, memory_format=torch.channels_last)
+    prepare(net)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, RATE)
     for name in ("visible", "infrared"):
         data[name] = data[name].to(memory_format=torch.channels_last)
+    images_per_id = _sizes(batch)[1]
     order, batch = data.pop("order"), SimpleNamespace(**data)
     weights = term_weights(net)
-    criterion = Criterion(weights, label_smoothing=LABEL_SMOOTHING)
+    how = {"label_smoothing": LABEL_SMOOTHING, "images_per_id": images_per_id}
+    criterion = Criterion(weights, **how)
+    half = HALF.get(variant)
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+    how = {"order": order, "weights": weights, "amp": half, "scaler": scaler}
 
     def step() -> None:
-        amp = variant == "bf16"
-        _, _, addressing = training_step(
-            net, criterion, optimizer, batch, order=order, weights=weights, amp=amp
-        )
+        _, _, addressing = training_step(net, criterion, optimizer, batch, **how)
         if health is not None and addressing is not None:
             health.update(addressing)
 
@@ -182,7 +187,7 @@ def _step(
 
 def _torchvision_step(args: argparse.Namespace, device: torch.device, batch: str) -> Step:
     """Forward and backward of a plain torchvision network in float32 on the same images."""
-    data = _data(args, device, batch)
+    data = make_data(args, device, batch)
     images = torch.cat([data["visible"], data["infrared"]])
     net = torchvision.models.get_model(args.arch, weights=None).to(device).train()
 
@@ -193,7 +198,8 @@ def _torchvision_step(args: argparse.Namespace, device: torch.device, batch: str
     return step
 
 
-def _synchronize(device: torch.device) -> Callable[[], Any]:
+def synchronizer(device: torch.device) -> Callable[[], Any]:
+    """What waits for the device."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
@@ -241,8 +247,8 @@ def _turn_here(
     if variant not in STOCK:
         keep_freed_memory()
     health = MemoryHealth() if MEMORIES.get(method) else None
-    step = _step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)
-    synchronize = _synchronize(device)
+    step = make_step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)
+    synchronize = synchronizer(device)
     step()
     seconds, cpu = [], []
     for _ in range(args.steps):
@@ -345,7 +351,7 @@ def _flops(call: Step) -> int:
 def _ceiling(device: torch.device) -> float:
     """Operations a second of the fastest large bf16 matrix product."""
     a = torch.randn(CEILING_SIZE, CEILING_SIZE, device=device, dtype=torch.bfloat16)
-    times = interleaved({"product": lambda: a @ a}, 20, synchronize=_synchronize(device))
+    times = interleaved({"product": lambda: a @ a}, 20, synchronize=synchronizer(device))
     return 2 * CEILING_SIZE**3 / times["product"]["median"]
 
 
@@ -381,7 +387,7 @@ def _batches(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return _grow(args, [(batch, batch, args.ids) for batch in args.batches], "batch")
 
 
-def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def input_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What a batch costs to make, and how long the training loop waits for one."""
     keep_freed_memory()
     rng = np.random.default_rng(0)
@@ -401,12 +407,12 @@ def _input(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     batches = loader.epoch(0)
     next(batches)
     first = time.perf_counter() - start
-    synchronize = _synchronize(device)
+    synchronize = synchronizer(device)
     alone = interleaved(
         {"batch": lambda: loader.batch(0, 0)}, 10, synchronize=synchronize, description="batches"
     )["batch"]["median"]
     precision = _precision(args)
-    step = _step(args, device, "HCT", precision, batch=args.batch, ids=args.ids)
+    step = make_step(args, device, "HCT", precision, batch=args.batch, ids=args.ids)
     step()
     waits, whole = [], []
     for _ in range(args.repeats + 1):

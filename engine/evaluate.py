@@ -30,14 +30,14 @@ def evaluate(
     test_feats: Sequence[str],
     rankings: Sequence[str] = ("no",),
     batch_size: int = 64,
-    amp: bool = False,
+    amp: torch.dtype | None = None,
     progress: bool = False,
 ) -> tuple[Features, list[dict[str, Any]]]:
     """Embeds queries and gallery, each image once, and scores them under their protocol.
 
     `net` is a `TwoStreamNet` on its device; `images` gives the pixels of an image list, such as a
     `data_loader.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`, `rankings` of
-    `RE_RANKINGS`, none where there is nothing to score; `amp` is bf16 autocast.
+    `RE_RANKINGS`, none where there is nothing to score; `amp` is autocast's precision, or None.
 
     Returns:
         The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1; and a result
@@ -77,7 +77,7 @@ def embed(
     modality: str,
     test_feats: Sequence[str],
     *,
-    amp: bool = False,
+    amp: torch.dtype | None = None,
     progress: bool = False,
     flip: bool = False,
 ) -> dict[str, np.ndarray]:
@@ -93,7 +93,7 @@ def embed(
 
     def features(images: Tensor) -> dict[str, Tensor]:
         inputs = (images, None) if modality == "visible" else (None, images)
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp):
+        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
             feats = net.embed_all(*inputs, test_feats)
         return {name: feat.float() for name, feat in feats.items()}
 
@@ -104,8 +104,8 @@ def embed(
             mirrored = features(images.flip(3))
             feats = {name: normalize(feat + mirrored[name]) for name, feat in feats.items()}
         for name, feat in feats.items():
-            chunks[name].append(feat.cpu())
-    result = {name: torch.cat(feats).numpy() for name, feats in chunks.items()}
+            chunks[name].append(feat)  # they stay on the device: no wait for it
+    result = {name: torch.cat(feats).cpu().numpy() for name, feats in chunks.items()}
     for name, feats in result.items():
         if not np.isfinite(feats).all():
             raise ValueError(f"{modality} features {name!r} hold NaN or infinity: broken weights?")

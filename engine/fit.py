@@ -40,6 +40,7 @@ class Progress:
     best: dict[str, Any] | None = None  # results of the best epoch so far, with its ``epoch``
     last: dict[str, Any] | None = None  # results of the latest evaluation, with its ``epoch``
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of log.jsonl, one an epoch
+    scaler: dict[str, Any] = field(default_factory=dict)  # state of float16's loss scaling
 
 
 @dataclass
@@ -89,18 +90,28 @@ def fit(
         # Events of later epochs than the resumed one are hidden.
         writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
     write_reports(files, progress)
-    partly = any(criterion.weights.get(name) == 0 for name in CLASSIFYING_TERMS)
+    partly = 0 in map(criterion.weights.get, CLASSIFYING_TERMS)
     trained = distributed.parallel(net, sync_bn=settings.sync_bn, partly=partly)
+    device = next(net.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == torch.float16)
+    if progress.scaler:
+        scaler.load_state_dict(progress.scaler)
+    if settings.compiled:
+        _compile_backbone(net)
     for epoch in range(progress.epoch, schedule.epochs):
         start = time.perf_counter()
         line: dict[str, Any] = {"epoch": epoch + 1}
         if before_epoch is not None:
             before_epoch(epoch)
         line |= train_epoch(
-            trained, criterion, optimizer, loader, epoch=epoch, schedule=schedule, settings=settings
+            *(trained, criterion, optimizer, loader),
+            epoch=epoch,
+            schedule=schedule,
+            settings=settings,
+            scaler=scaler,
         )
         check_weights(net, epoch=epoch + 1)
-        progress.epoch = epoch + 1
+        progress.epoch, progress.scaler = epoch + 1, scaler.state_dict()
         if distributed.is_main() and settings.evaluates(progress.epoch, schedule.epochs):
             result = {**evaluate(), "epoch": progress.epoch}
             if progress.best is None or result["rank1"] > progress.best["rank1"]:
@@ -111,10 +122,18 @@ def fit(
         if writer is not None:
             _report(progress, schedule.epochs, writer)
             _warn_of_unread_levels(progress.log, net.memory)
-            _save(net, optimizer, progress, files, settings.save_every)
+            ends = progress.epoch == schedule.epochs
+            _save(net, optimizer, progress, files, settings, ends=ends)
     if writer is not None:
         writer.close()
     return progress
+
+
+def _compile_backbone(net: nn.Module) -> None:
+    """Has Inductor compile the stages when they first run; the state dict keeps its names."""
+    log.info("compiling the backbone: the first steps and the first evaluation take minutes")
+    for stages in (net.visible, net.infrared, net.shared):
+        stages.compile(dynamic=False)
 
 
 def _save(
@@ -122,7 +141,9 @@ def _save(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     files: RunFiles,
-    every: int,
+    settings: TrainSettings,
+    *,
+    ends: bool,
 ) -> None:
     """Writes the checkpoints and reports of a complete epoch: best.pt, epoch_NNN.pt, last.pt."""
     checkpoint = {
@@ -134,18 +155,20 @@ def _save(
         "best": progress.best,
         "last": progress.last,
         "log": progress.log,
+        "scaler": progress.scaler,
         "torch_generator": torch.get_rng_state(),
         "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
     if progress.best is not None and progress.best["epoch"] == progress.epoch:
         checkpoint["selection"] = progress.best["selection"]
         save_checkpoint(files.checkpoint(BEST), checkpoint)
-    if every and progress.epoch % every == 0:
+    if settings.save_every and progress.epoch % settings.save_every == 0:
         checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
         save_checkpoint(files.checkpoint(f"epoch_{progress.epoch:03d}.pt"), checkpoint)
     # Last, so that a resumed run never finds less than it claims.
-    checkpoint["selection"] = "last epoch"
-    save_checkpoint(files.checkpoint(LAST), checkpoint, keep=files.checkpoint(PREVIOUS))
+    if ends or progress.epoch % settings.save_last_every == 0:
+        checkpoint["selection"] = "last epoch"
+        save_checkpoint(files.checkpoint(LAST), checkpoint, keep=files.checkpoint(PREVIOUS))
     write_reports(files, progress)
 
 
@@ -160,11 +183,11 @@ def write_reports(files: RunFiles, progress: Progress) -> None:
 
 def check_weights(net: nn.Module, *, epoch: int) -> None:
     """Raises `NonFiniteLossError` when an epoch has left a weight that is not finite."""
-    for name, value in net.state_dict().items():
-        if not bool(value.isfinite().all()):
-            raise NonFiniteLossError(
-                f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}"
-            )
+    state = net.state_dict()
+    finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
+    if not all(finite):
+        name = list(state)[finite.index(False)]
+        raise NonFiniteLossError(f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}")
 
 
 def _warn_of_unread_levels(lines: list[dict[str, Any]], memory: nn.Module | None) -> None:

@@ -72,7 +72,8 @@ def restore(
         torch.set_rng_state(content["torch_generator"])
         for device, state in enumerate(content["cuda_generators"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, device)
-        return Progress(content["epoch"], content["best"], content["last"], content["log"])
+        names = ("epoch", "best", "last", "log")
+        return Progress(*(content[name] for name in names), content.get("scaler", {}))
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = " ".join(str(error).split())[:500] or repr(error)
         raise CheckpointError(

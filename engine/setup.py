@@ -92,12 +92,14 @@ class Run:
         return TrainSettings(
             seed=args.seed,
             num_strips=args.num_strips,
-            amp=args.amp,
+            amp=utils.amp_dtype(args.amp, self.device),
+            compiled=args.compile,
             sync_bn=args.sync_bn,
             progress=self.shows_bars,
             eval_start=args.eval_start,
             eval_every=args.eval_every,
             save_every=args.save_epoch,
+            save_last_every=args.save_last_every,
             selection="the validation identities" if args.select_on == "val" else "the test set",
         )
 
@@ -234,7 +236,7 @@ class Run:
                 test_feats=(test_feat,),
                 rankings=(args.re_rank,),
                 batch_size=args.test_batch,
-                amp=args.amp,
+                amp=self.settings.amp,
                 progress=self.shows_bars,
             )
             result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
@@ -279,8 +281,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                     for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
                         held.enter_context(utils.lock(file))
                 _check_folders(args, files)
-                if device.type == "cpu":
-                    utils.keep_freed_memory()
+                precision = args.float32_precision
+                utils.set_up(device, float32_precision=precision, deterministic=args.deterministic)
                 utils.seed_everything(args.seed)
                 checkpoint = _read_checkpoint(args, files)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv))

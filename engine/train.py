@@ -18,9 +18,12 @@ from tqdm import tqdm
 from engine import distributed
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from networks.memory_health import MemoryHealth
+from utils import peak_memory
 
 CHECK_EVERY = 10  # steps between two looks at the losses: a look waits for the device
+HEALTH_EVERY = 10  # steps between two looks at the memory's usage, from an epoch's first
 REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"
+NO_SCALING = torch.amp.GradScaler(enabled=False)
 STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
 
 
@@ -34,13 +37,15 @@ class TrainSettings:
 
     seed: int = 0  # for the stripe permutations
     num_strips: int = 6  # stripes S
-    amp: bool = False  # bf16 autocast in the network; the losses never run under it
+    amp: torch.dtype | None = None  # the network's under autocast; losses never run under it
+    compiled: bool = False  # whether the backbone's stages are compiled
     sync_bn: bool = False  # with several processes, batch statistics over all of them (CUDA only)
     progress: bool = True  # whether to show progress bars
     # Counted from 0, as the releases do: 10, 12, ..., 60; the last epoch is always evaluated.
     eval_start: int = 10
     eval_every: int = 2
     save_every: int = 0  # epochs between numbered checkpoints; 0 keeps none
+    save_last_every: int = 1  # epochs between saves of last.pt; the last epoch's always
     selection: str = "the test set"  # what is evaluated, written beside the best result
 
     def evaluates(self, epoch: int, epochs: int) -> bool:
@@ -68,7 +73,11 @@ def make_optimizer(
     groups = parameter_groups(net, backbone_lr_scale)
     settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
+        sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
+        for parameter in (p for group in sgd.param_groups for p in group["params"] if momentum):
+            # Else the first step makes it, and leaves it to chance where float16 overflows.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if name == "adam":
         return torch.optim.Adam(groups, **settings)
     raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
@@ -119,28 +128,31 @@ def training_step(
     *,
     order: Sequence[int],
     weights: Mapping[str, float],
-    amp: bool = False,
+    amp: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler = NO_SCALING,
 ) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
     """One optimisation step, at the rates already set, on a `data_loader.Batch`.
 
     `order` is a random order of the stripes, `weights` are those of the terms in the total. With
-    `amp` the network runs under bf16 autocast, the losses never do.
+    `amp` the network runs under autocast in that type, the losses never do. A step whose scaled
+    gradients overflow float16 changes nothing but the `scaler`, which lowers the scale.
 
     Returns:
         Detached terms, with their ``total``; the feature (N, D) that the triplet acts on; the
         memory's addressing weights by level, or None.
     """
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.visible.device.type, dtype=torch.bfloat16, enabled=amp):
+    with torch.autocast(batch.visible.device.type, dtype=amp, enabled=amp is not None):
         out = net(batch.visible, batch.infrared)
-    if amp:
+    if amp is not None:
         out = {k: v.float() if torch.is_tensor(v) else v for k, v in out.items()}
     whole_reads = any(criterion.weights.get(name) for name in criterion.whole_batch_reads)
     out, labels = distributed.gather_output(out, batch.labels, whole_reads=whole_reads)
     terms = criterion(out, labels, order)
     terms["total"] = weighted_total(terms, weights)
-    terms["total"].backward()
-    optimizer.step()
+    scaler.scale(terms["total"]).backward()
+    scaler.step(optimizer)
+    scaler.update()
     terms = {name: term.detach() for name, term in terms.items()}
     read = out.get("memory_read")
     return terms, out["feat"].detach(), None if read is None else read.weights
@@ -180,6 +192,7 @@ def train_epoch(
     epoch: int,
     schedule: Schedule,
     settings: TrainSettings,
+    scaler: torch.amp.GradScaler = NO_SCALING,
 ) -> dict[str, float]:
     """Trains one epoch, counted from 0, on the batches of a `data_loader.TrainLoader`.
 
@@ -188,7 +201,8 @@ def train_epoch(
 
     Returns:
         Means over the steps: each loss term, ``total``, ``feature_spread``; ``lr``;
-        ``images_per_second``; and the memory's usage statistics under ``memory/...``.
+        ``images_per_second``; a GPU's ``allocated_gib`` and ``reserved_gib``, at most; and the
+        memory's usage statistics, those of every `HEALTH_EVERY`-th step, under ``memory/...``.
 
     Raises:
         NonFiniteLossError: Found at most `CHECK_EVERY` steps after it happened.
@@ -199,6 +213,7 @@ def train_epoch(
     set_learning_rate(optimizer, lr)
     weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
     health, images = MemoryHealth(), 0
+    peak_memory(next(net.parameters()).device)  # forgets what came before
     waiting: list[dict[str, Tensor]] = []  # numbers of the steps since the last look
     steps: list[dict[str, float]] = []
     hidden = None if settings.progress else True
@@ -214,9 +229,10 @@ def train_epoch(
             order=random.permutation(settings.num_strips).tolist(),
             weights=weights,
             amp=settings.amp,
+            scaler=scaler,
         )
         terms["feature_spread"] = feature_spread(feat)
-        if addressing is not None:
+        if addressing is not None and step % HEALTH_EVERY == 0:
             health.update(addressing)
         waiting.append(distributed.mean_of(terms))
         images += len(batch.labels) * distributed.size()
@@ -230,5 +246,6 @@ def train_epoch(
         "lr": lr,
         **{name: sum(numbers[name] for numbers in steps) / len(steps) for name in steps[0]},
         "images_per_second": images / (time.perf_counter() - start),
+        **peak_memory(batch.visible.device),
         **{f"memory/{name}": value for name, value in health.summary().items()},
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from networks.settings import HEALTH
+from networks.sparse_read import Survivors
 
 
 class MemoryHealth:
@@ -23,17 +24,17 @@ class MemoryHealth:
         self.used: dict[str, Tensor] = {}  # (m,) float32: reads each prototype survived in
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> None:
+    def update(self, weights: Mapping[str, Tensor | Survivors]) -> None:
         """Adds the reads of one batch, `MemoryRead.weights`."""
         for level, own in weights.items():
-            if own.layout == torch.sparse_csr:
-                positive = own.values()  # (k,)
-                per_row = own.crow_indices().diff()  # (n,) survivors of each query
-                used = torch.bincount(own.col_indices(), minlength=own.shape[1])  # (m,)
+            if isinstance(own, Survivors):
+                positive, per_row = own.alpha, own.offsets.diff()  # (k,), (n,)
+                used = positive.new_zeros(own.size + 1)
+                used = used.index_add_(0, own.columns, torch.ones_like(positive))[:-1]  # (m,)
             else:
                 positive, survive = own, own > 0  # (n, m)
                 per_row, used = survive.sum(dim=1), survive.sum(dim=0)
-            entropy = -torch.special.xlogy(positive, positive).sum(dtype=torch.float64)
+            entropy = torch.special.entr(positive).sum(dtype=torch.float64)
             rows = torch.full_like(entropy, len(per_row))
             new = torch.stack([rows, (per_row == 0).sum(), per_row.sum(), entropy])
             self.counters[level] = self.counters.get(level, 0) + new

@@ -2,99 +2,165 @@
 
 With M = 6,180 part prototypes and lambda = 0.0025 at most 400 weights of a query survive, usually a
 handful. The scores of all prototypes are needed to find them; the weighted sums and all gradients
-are products with sparse matrices that hold the survivors alone. Values and gradients equal those of
-the plain form in `memory.read`, which `tests/test_sparse_read.py` checks.
+then gather the survivors' rows alone. Values and gradients equal those of the plain form in
+`memory.plain_read`, which `tests/test_sparse_read.py` checks.
 
-Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together.
-A prototype is addressed by its key, and read as it stands in the bank.
+In training on CUDA nothing waits for the number of survivors: their lists are as long as they can
+get at most, 1 / lambda a query, and end with spare entries, which the gathering skips.
+
+Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together and
+spare entries. A prototype is addressed by its key, and read as it stands in the bank.
 """
 
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SCORES_AT_A_TIME = 1 << 21  # 8 MiB in float32: stays within a CPU's cache
-MIN_SURVIVAL_ODDS = 2.0  # below m * lambda = 2 half of a bank or more may survive: no gain
+SCORES_AT_A_TIME = 1 << 21  # on the CPU, 8 MiB in float32: stays within its cache
+# The least m * lambda: below 2 half of a bank or more may survive. A GPU multiplies faster than it
+# gathers, and its lists are as long as they can get.
+MIN_SURVIVAL_ODDS = {"cpu": 2.0, "cuda": 8.0}
+# Lists of a given length on CUDA: since torch 2.7.
+SIZED_NONZERO = torch._C._dispatch_has_kernel_for_dispatch_key("aten::nonzero_static", "CUDA")
+SPARE_BAG = 4096  # spare entries skipped in a row; such bags are skipped in parallel
+HALF_ROWS = ("cuda",)  # where rows are gathered in autocast's precision too
+
+
+class Survivors(NamedTuple):
+    """The weights above the threshold, ordered by query; rest zero."""
+
+    rows: Tensor  # (k,) query of each; n in spare entries, which come last
+    columns: Tensor  # (k,) prototype of each; m in spare entries
+    alpha: Tensor  # (k,) renormalised weight, float32; 0 in spare entries
+    offsets: Tensor  # (n + 1,) where each query's begin
+    size: int  # m
+
+    def to_dense(self) -> Tensor:
+        """All weights, (n, m)."""
+        dense = self.alpha.new_zeros(len(self.offsets), self.size + 1)
+        return dense.index_put_((self.rows, self.columns), self.alpha)[:-1, :-1]
 
 
 def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
-    """Whether `sparse_read` is the faster form: on the CPU, where few prototypes can survive.
+    """Whether `sparse_read` is the faster form: where few prototypes can survive.
 
     float64 takes the plain form, which has second derivatives.
     """
-    few = len(bank) * shrink >= MIN_SURVIVAL_ODDS
-    return few and queries.device.type == "cpu" and queries.dtype != torch.float64
+    device = queries.device.type
+    few = len(bank) * shrink >= MIN_SURVIVAL_ODDS.get(device, torch.inf)
+    return few and queries.dtype != torch.float64 and (device != "cuda" or SIZED_NONZERO)
 
 
 def sparse_read(
-    queries: Tensor, keys: Tensor, bank: Tensor, shrink: float
-) -> tuple[Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, bank: Tensor, shrink: float, *, bounded: bool | None = None
+) -> tuple[Tensor, Survivors]:
     """Reads a bank (m, C), addressed by its keys (m, C), with queries (n, C); see `memory.read`.
 
-    Returns values (n, C) in the bank's type, and the weights, a sparse CSR matrix (n, m). Under
-    autocast the scores are computed in its type.
+    Under autocast the scores are computed in its type, and on CUDA the rows gathered in it.
+    `bounded` waits for no device and leaves spare entries; None: in training on CUDA.
     """
     device = queries.device.type
+    if bounded is None:
+        bounded = device == "cuda" and torch.is_grad_enabled()
     dtype = queries.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        weights = _surviving_weights(queries.detach().to(dtype), keys.detach().to(dtype), shrink)
-        return _WeightedSums.apply(queries, keys, bank, weights), weights
+        weights = _survivors(queries.detach().to(dtype), keys.detach().to(dtype), shrink, bounded)
+        common = bank.mean(dim=0)
+        gathered = dtype if device in HALF_ROWS else bank.dtype
+        rows = [x.to(gathered) for x in (queries, keys, bank - common)]
+        values = _WeightedSums.apply(*rows, weights, bounded)
+        reads = weights.offsets.diff() > 0  # (n,)
+        return values + reads.unsqueeze(1) * common, weights
 
 
 @torch.no_grad()
-def _surviving_weights(queries: Tensor, keys: Tensor, shrink: float) -> Tensor:
-    """Softmax weights above the threshold, renormalised: sparse CSR (n, m), float32."""
-    rows, columns, values = [], [], []
-    chunk = max(1, SCORES_AT_A_TIME // len(keys))
-    for start in range(0, len(queries), chunk):
-        scores = queries[start : start + chunk] @ keys.t()  # (chunk, m)
-        weights = scores.softmax(dim=1, dtype=torch.float32)
-        row, column = (weights > shrink).nonzero(as_tuple=True)
-        rows.append(row + start)
-        columns.append(column)
-        values.append(weights[row, column])
-    rows, columns, values = (torch.cat(parts) for parts in (rows, columns, values))  # (k,) each
-    totals = values.new_zeros(len(queries)).index_add_(0, rows, values)  # (n,)
-    offsets = torch.searchsorted(rows, torch.arange(len(queries) + 1))  # of each row's survivors
-    return _csr(offsets, columns, values / totals[rows], (len(queries), len(keys)))
+def _survivors(queries: Tensor, keys: Tensor, shrink: float, bounded: bool) -> Survivors:
+    """Finds the softmax weights above the threshold, and renormalises them."""
+    n, m = len(queries), len(keys)
+    found = []
+    chunk = n if bounded else max(1, SCORES_AT_A_TIME // m)
+    for start in range(0, n, chunk):
+        weights = (queries[start : start + chunk] @ keys.t()).softmax(dim=1, dtype=torch.float32)
+        F.threshold(weights, shrink, 0.0, inplace=True)  # (chunk, m)
+        if bounded:
+            at_most = n * min(m, int(1 / max(shrink, 1 / m)) + 1)
+            rows, columns = torch.nonzero_static(weights, size=at_most, fill_value=0).unbind(1)
+        else:
+            rows, columns = weights.nonzero(as_tuple=True)
+        alpha = weights[rows, columns] / weights.sum(dim=1)[rows]
+        found.append((rows + start, columns, alpha))
+    rows, columns, alpha = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if bounded:
+        spare = torch.arange(len(rows), device=rows.device) >= weights.count_nonzero()
+        rows, columns = rows.masked_fill(spare, n), columns.masked_fill(spare, m)
+        alpha = alpha.masked_fill(spare, 0.0)
+    offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+    return Survivors(rows.contiguous(), columns.contiguous(), alpha, offsets, m)
 
 
 class _WeightedSums(torch.autograd.Function):
     """``weights @ bank``, where the weights are the softmax of the survivors' scores."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, bank: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(queries, keys, bank, weights)
-        return weights @ bank
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, bank: Tensor, weights: Survivors, bounded: bool
+    ) -> Tensor:
+        rows, columns, alpha, offsets, _ = weights
+        values = _sums(bank, columns, offsets, alpha, bounded)
+        ctx.save_for_backward(queries, keys, bank, rows, columns, alpha, offsets, values)
+        ctx.bounded = bounded
+        return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        queries, keys, bank, weights = ctx.saved_tensors
-        rows = torch.repeat_interleave(weights.crow_indices().diff())  # query of each survivor
-        alpha = weights.values()  # (k,)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, bank, rows, columns, alpha, offsets, values = ctx.saved_tensors
+        grad = grad.contiguous()
         # d value / d weight: products of the gradient's rows with the survivors' prototypes.
-        grad_alpha = torch.sparse.sampled_addmm(weights, grad, bank.t(), beta=0.0).values()
-        # Softmax over the survivors of each row.
-        mean = alpha.new_zeros(len(queries)).index_add_(0, rows, alpha * grad_alpha)
+        grad_alpha = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            *(grad, _with_spare_row(bank, ctx.bounded), columns, offsets, rows, 0),
+            padding_idx=len(bank) if ctx.bounded else -1,
+        )
+        # Softmax over the survivors of each row; the mean of grad_alpha is a product of rows too.
+        mean = F.pad((grad * values).sum(dim=1, dtype=torch.float32), (0, 1))  # (n + 1,)
         grad_scores = alpha * (grad_alpha - mean[rows])
-        grad_scores = _csr(
-            weights.crow_indices(), weights.col_indices(), grad_scores, weights.shape
-        )
-        grad_queries = (grad_scores @ keys).to(queries.dtype)
-        grad_keys = grad_scores.t() @ queries.to(keys.dtype)
-        return grad_queries, grad_keys, weights.t() @ grad, None
+        # The same survivors, ordered by prototype.
+        order = columns.argsort(stable=True)
+        prototypes = torch.arange(len(bank) + 1, device=columns.device)
+        of_prototype = torch.searchsorted(columns[order], prototypes)
+        rows = rows[order]
+        grad_queries = _sums(keys, columns, offsets, grad_scores, ctx.bounded)
+        grad_keys = _sums(queries, rows, of_prototype, grad_scores[order], ctx.bounded)
+        grad_bank = _sums(grad, rows, of_prototype, alpha[order], ctx.bounded)
+        return grad_queries, grad_keys, grad_bank, None, None
 
 
-def _csr(offsets: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A sparse CSR matrix, without torch's notices: these are in beta state, and not checked."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
-        return torch.sparse_csr_tensor(
-            offsets, columns, values, tuple(shape), check_invariants=False
-        )
+def _sums(
+    table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor, bounded: bool
+) -> Tensor:
+    """Weighted sums (b, C) of rows of a table (r, C): bag i has entries offsets[i:i + 2].
+
+    Those after the last offset are spare, with the index r: in bags of their own they are skipped.
+    """
+    bags, starts = len(offsets) - 1, offsets[:-1]
+    if bounded:
+        spare_bags = torch.arange(-(-len(indices) // SPARE_BAG), device=indices.device)
+        spare = len(indices) - offsets[-1]
+        starts = torch.cat([starts, offsets[-1] + spare * spare_bags // max(1, len(spare_bags))])
+    return F.embedding_bag(
+        indices,
+        _with_spare_row(table, bounded),
+        starts,
+        mode="sum",
+        per_sample_weights=weights.to(table.dtype),
+        padding_idx=len(table) if bounded else None,
+    )[:bags]
+
+
+def _with_spare_row(table: Tensor, bounded: bool) -> Tensor:
+    return F.pad(table, (0, 0, 0, 1)) if bounded else table.contiguous()

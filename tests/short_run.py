@@ -90,7 +90,7 @@ def outcome(folder: Path) -> dict:
         found[f"{name}: log"] = [without_times(line) for line in content["log"]]
         for key in ("epoch", "best", "last", "selection", "config", "identities"):
             found[f"{name}: {key}"] = content[key]
-        for key in ("net", "optimizer", "torch_generator"):
+        for key in ("net", "optimizer", "torch_generator", "scaler"):
             found.update(flat(content[key], f"{name}: {key}"))
     return found
 

@@ -81,7 +81,7 @@ SENTENCES = {
     "train_HCT.py --dataset regdb -- share_net 2": "'-- share_net' has a space: write --share_net",
     "train_MGMRA.py --method agw --pcb on": "--method agw has no stripes: leave out --pcb on",
     "train_HCT.py --method agw --w_center 2": "--w_center has no effect, since --method agw has no",
-    "train_HCT.py --amp True": "--amp takes no value, got True: leave the value out",
+    "train_HCT.py --amp True": "expected no value, auto, bf16 or fp16, got True",
     "train_HCT.py --part 3": "unrecognized arguments: --part 3; .* --help lists all flags",
 }
 

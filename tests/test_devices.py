@@ -5,6 +5,7 @@ would be waited for; a wait of another kind, such as for a copy, does not show. 
 compares the numbers where there is a GPU.
 """
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.plain import term_weights
 from engine.train import feature_spread, make_optimizer, training_step
 from loss import Criterion
 from model import TwoStreamNet
+from networks import sparse_read
 from networks.memory_health import MemoryHealth
 
 fake = pytest.importorskip("torch._subclasses.fake_tensor")
@@ -23,22 +25,22 @@ CUDA = torch.device("cuda:0")
 IDS, ROWS = 206, 16
 
 
-def on_gpu(net: nn.Module) -> nn.Module:
+def on_device(net: nn.Module, device: torch.device = CUDA) -> nn.Module:
     """The network with empty parameters and buffers on the pretended device."""
     for module in net.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                empty = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
                 module._parameters[name] = nn.Parameter(empty, value.requires_grad)
         for name, value in module._buffers.items():
-            module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+            module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device=device)
     return net
 
 
 def steps(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     """Everything that two steps of an epoch compute, backward pass aside; what they report."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # it would look for CUDA
-    net = on_gpu(net)
+    net = on_device(net)
     make_optimizer(net)
     optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None)
     images = [torch.randn(ROWS // 2, 3, 96, 48, device=CUDA) for _ in range(2)]
@@ -73,6 +75,8 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant, mon
 
 def test_waiting_would_be_noticed(monkeypatch):
     net = TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
-    monkeypatch.setattr("networks.sparse_read.pays_off", lambda *_: True)
+    unbounded = functools.partial(sparse_read.sparse_read, bounded=False)
+    monkeypatch.setattr(sparse_read, "sparse_read", unbounded)
+    monkeypatch.setattr(sparse_read, "SIZED_NONZERO", True)
     with fake.FakeTensorMode(), pytest.raises(WAITS):
         steps(net, monkeypatch)

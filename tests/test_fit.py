@@ -29,7 +29,7 @@ def test_the_last_epoch_is_always_evaluated():
         assert [e for e in range(1, epochs + 1) if settings.evaluates(e, epochs)] == evaluated
 
 
-def short_fit(folder, weights=None, **settings):
+def short_fit(folder, weights=None, how=None, **settings):
     """Eight epochs of the small network, with these Rank-1 in its evaluations."""
     net = small(**settings)
     results = iter([0.5, 0.7, 0.7, 0.6])
@@ -44,7 +44,9 @@ def short_fit(folder, weights=None, **settings):
         make_optimizer(net),
         Loader(),
         schedule=Schedule(lr=0.001, epochs=8),
-        settings=TrainSettings(progress=False, eval_start=2, eval_every=2, save_every=4),
+        settings=TrainSettings(
+            progress=False, eval_start=2, eval_every=2, save_every=4, **(how or {})
+        ),
         evaluate=evaluate,
         files=RunFiles(folder, folder, folder / "board", header={"method": "m"}),
     )
@@ -73,6 +75,18 @@ def test_fit_evaluates_logs_and_saves_as_scheduled(tmp_path, caplog):
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["best"]["rank1"] == 0.7
     assert report["last"]["selection"] == "last epoch"
+
+
+def test_last_is_saved_as_often_as_asked_and_at_the_end(tmp_path, monkeypatch):
+    saved = []
+
+    def save(path, content, **_):
+        saved.append((path.name, content["epoch"]))
+
+    monkeypatch.setattr(fit_module, "save_checkpoint", save)
+    short_fit(tmp_path, how={"save_last_every": 3})
+    assert [epoch for name, epoch in saved if name == "last.pt"] == [3, 6, 8]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 8
 
 
 def test_collapsed_features_are_said_after_the_epoch(tmp_path, caplog, monkeypatch):
@@ -109,6 +123,16 @@ def test_a_level_that_read_nothing_is_said_once(tmp_path, caplog, monkeypatch):
         "epoch 1: instance level: no read passed lambda 0.15 (uniform weight 0.05); a smaller "
         "--shrink-scale lowers the threshold"
     ]
+
+
+def test_the_backbone_is_compiled_in_place(tmp_path, monkeypatch):
+    """The state dict keeps its names; other parts are left alone."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **how: compiled.append(how) or call)
+    short_fit(tmp_path, how={"compiled": True})
+    assert compiled == [{"dynamic": False}] * 3
+    names = torch.load(tmp_path / "last.pt", weights_only=True)["net"].keys()
+    assert names == small().state_dict().keys()
 
 
 @pytest.mark.parametrize(("weight", "partly"), [(0.1, False), (0.0, True)])

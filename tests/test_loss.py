@@ -11,6 +11,7 @@ from loss import (
     HeteroCenterTripletLoss,
     WeightedRegularizedTripletLoss,
     identity_loss,
+    pairwise_distance,
     part_alignment_loss,
     part_decorrelation_loss,
     weighted_total,
@@ -125,6 +126,24 @@ def test_order_of_the_rows_does_not_matter_to_the_hetero_centre_loss():
     across = torch.randperm(2 * half, generator=gen)
     infrared = torch.arange(2 * half) >= half
     torch.testing.assert_close(loss(features[across], labels[across], infrared[across]), expected)
+
+
+@pytest.mark.parametrize("stripes", [1, 3])
+def test_centres_computed_once_give_the_same_loss_from_fewer_distances(stripes, monkeypatch):
+    features, labels = batch(per_id=3)
+    features = features.unsqueeze(1).repeat(1, stripes, 1).requires_grad_()
+    results, sizes = [], []
+
+    def counted(centers):
+        sizes.append(centers.shape[1])
+        return pairwise_distance(centers)
+
+    monkeypatch.setattr("loss.pairwise_distance", counted)
+    for images_per_id in (1, 3):
+        loss = HeteroCenterTripletLoss(images_per_id=images_per_id)(features, labels)
+        results.append((loss, *torch.autograd.grad(loss, features)))
+    torch.testing.assert_close(*results)
+    assert sizes == [24, 8]
 
 
 def test_stripes_are_losses_of_their_own_summed():

@@ -328,6 +328,32 @@ def test_cosine_addressing_reads_selectively_at_every_level_of_an_untrained_memo
     memory = MultiGranularityMemory(40, 5, 6, 64, shrink_scale=3.0, temperature=0.02)
     weights = memory(torch.rand(1, 64, 6, 3, generator=gen)).weights
     for level, own in weights.items():
-        survivors = (own.to_dense() > 0).sum(dim=1).float()
+        dense = own.to_dense()
+        survivors = (dense > 0).sum(dim=1).float()
         assert (survivors > 0).all(), level
-        assert survivors.mean() < own.shape[1] / 4, level
+        assert survivors.mean() < dense.shape[1] / 4, level
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_large_plain_reads_are_computed_again_for_the_gradient(amp, monkeypatch):
+    gen = torch.Generator().manual_seed(31)
+    x = torch.randn(2, 16, 4, 3, generator=gen, requires_grad=True)
+    bank = torch.randn(50, 16, generator=gen, requires_grad=True)
+    toward = torch.randn(2, 16, 4, 3, generator=gen)
+    results, kept = [], []
+    for limit in (1200, 1199):  # 24 positions x 50 prototypes
+        monkeypatch.setattr("memory.RECOMPUTED_ENTRIES", limit)
+        saved = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            values, weights = read(x, bank, 0.002)
+        kept.append(sum(t.numel() for t in saved if t.shape == (24, 50)))
+        results.append((values, weights, *torch.autograd.grad((toward * values).sum(), (x, bank))))
+    assert kept[0] > kept[1] == 0
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -122,10 +122,10 @@ def planned(table, dataset="regdb", trials=10, flags=()):
 
 def test_options_become_flags_and_flags_options():
     given = {"preset": "scratch", "gem_p": 3.0, "triplet_ramp": [0, 2], "milestones": []}
-    given |= {"amp": True, "data_path": Path("here")}
+    given |= {"amp": "fp16", "compile": True, "data_path": Path("here")}
     flags = flags_of(given)
     assert flags[:7] == ["--preset", "scratch", "--gem-p", "3.0", "--triplet-ramp", "0", "2"]
-    assert flags[7:] == ["--milestones", "--amp", "--data-path", "here"]
+    assert flags[7:] == ["--milestones", "--amp", "fp16", "--compile", "--data-path", "here"]
     assert given_options(flags) == given
     assert given_options([]) == {}
 

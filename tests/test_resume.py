@@ -401,6 +401,13 @@ def test_agw_and_adam_resume_to_the_same_bits(data, tmp_path, monkeypatch):
     assert whole_and_parts(train_HCT.main, data, tmp_path, monkeypatch, *flags) == []
 
 
+def test_float16_resumes_with_its_loss_scale(data, tmp_path, monkeypatch):
+    flags = ("--amp", "fp16")
+    assert whole_and_parts(train_MGMRA.main, data, tmp_path, monkeypatch, *flags) == []
+    scaler = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["scaler"]
+    assert scaler["_growth_tracker"] > STEPS  # steps of both parts
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [

@@ -533,7 +533,7 @@ BAD_INPUT = {
     "no such weights": (("--weights", "nowhere.pth"), "no checkpoint at nowhere.pth"),
     "test-only without a checkpoint": (("--test-only",), "--resume"),
     "not a device": (("--gpu", "tpu"), "CUDA index"),
-    "a value behind a switch": (("--amp", "True"), "--amp takes no value, got True"),
+    "a value behind a switch": (("--compile", "True"), "--compile takes no value, got True"),
     "both directions": (("--tvsearch", "--direction", "v2i"), "--direction"),
 }
 

@@ -93,6 +93,27 @@ def test_every_trained_parameter_has_a_gradient(head, settings):
     assert without == []
 
 
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_scaled_overflow_skips_the_step_and_nothing_else(overflow):
+    """Also in the first one, where torch would leave the momentum uninitialised."""
+    net = small()
+    weights, scaler = term_weights(net), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = make_optimizer(net)
+    set_learning_rate(optimizer, 0.01)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    if overflow:
+        net.part_classifier.weight.register_hook(lambda grad: grad * torch.inf)
+    batch, *_ = Loader().epoch(0)
+    settings = {"order": [3, 1, 4, 0, 5, 2], "weights": weights, "amp": torch.float16}
+    terms, *_ = training_step(net, Criterion(weights), optimizer, batch, scaler=scaler, **settings)
+    assert all(term.isfinite() for term in terms.values())
+    same = [torch.equal(before[name], p) for name, p in net.named_parameters()]
+    assert all(same) if overflow else not any(same)
+    assert scaler.get_scale() == 2.0 ** (9 if overflow else 10)
+    if overflow:
+        assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
 def test_frozen_parameters_are_in_no_group():
     net = small(head="agw")
     optimizer = make_optimizer(net)
@@ -142,6 +163,14 @@ def test_an_epoch_s_means_are_those_of_its_steps(monkeypatch):
     for name in ("id", "triplet", "center_triplet", "total"):
         mean = sum(terms[name].item() for terms, _, _ in seen) / 5
         assert numbers[name] == pytest.approx(mean, rel=1e-6), name
+
+
+def test_the_memory_is_looked_at_in_every_tenth_step(monkeypatch):
+    looks = []
+    monkeypatch.setattr(train.MemoryHealth, "update", lambda self, weights: looks.append(weights))
+    monkeypatch.setattr(train, "HEALTH_EVERY", 3)
+    one_epoch(small(memory="mg"), Loader(steps=5))
+    assert len(looks) == 2
 
 
 def test_terms_of_weight_0_are_not_computed():

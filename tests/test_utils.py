@@ -10,6 +10,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_a_driver_that_torch_cannot_use(monkeypatch, tmp_path, caplog):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for local_rank in (None, "1"):
-        message = r"cannot use .*A100-PCIE-40GB, 535.104.05\): update the driver, or install"
+        message = r"cannot use .*A100-PCIE-40GB, 535.104.05 \(card, driver\): update .*, or install"
         with pytest.raises(ValueError, match=f"--gpu 0: PyTorch .*{message}"):
             resolve_device("0", local_rank=local_rank)
     assert resolve_device(None).type == "cpu"
@@ -259,6 +260,54 @@ def test_figure_libraries_do_not_chatter_and_the_log_holds_what_came_before_it(t
     ]
     assert capsys.readouterr().err.count("\n") == 2
     setup_logging()  # the file is closed
+
+
+@pytest.mark.parametrize(
+    ("amp", "capability", "expected"),
+    [
+        (False, (9, 0), None),
+        (True, (9, 0), torch.bfloat16),
+        (True, (8, 0), torch.bfloat16),
+        (True, (7, 5), torch.float16),
+        ("bf16", (7, 5), torch.bfloat16),
+        ("fp16", (9, 0), torch.float16),
+    ],
+)
+def test_the_precision_a_device_has(amp, capability, expected, monkeypatch, caplog):
+    pretend_cuda(monkeypatch, capability)
+    assert utils.amp_dtype(amp, torch.device("cuda", 0)) == expected
+    assert ("--amp fp16 is faster" in caplog.text) == (amp == "bf16")
+    assert utils.amp_dtype(True, torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_gpu_s_settings_are_set_and_said(monkeypatch, caplog):
+    pretend_cuda(monkeypatch)
+    backend = SimpleNamespace()
+    monkeypatch.setattr(torch.backends, "cudnn", backend)
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    with caplog.at_level("INFO"):
+        utils.set_up(torch.device("cuda", 1))
+        assert (backend.allow_tf32, backend.benchmark) == (True, True)
+        utils.set_up(torch.device("cuda", 1), float32_precision="highest", deterministic=True)
+    assert (backend.allow_tf32, backend.benchmark) == (False, False)
+    assert chosen == ["high", "highest"]
+    assert "card 1" in caplog.messages[0]
+    assert [message.split(" convolutions ")[1] for message in caplog.messages] == [
+        "in TF32 (--float32-precision highest: without)",
+        "without TF32",
+    ]
+
+
+def test_peaks_of_memory_are_read_and_forgotten(monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 2**31)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    device = torch.device("cuda", 0)
+    assert utils.peak_memory(device) == {"allocated_gib": 1.0, "reserved_gib": 2.0}
+    assert forgotten == [device]
+    assert utils.peak_memory(torch.device("cpu")) == {}
 
 
 def test_user_errors_are_one_paragraph_and_others_keep_their_traceback(capsys):
