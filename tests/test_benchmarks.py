@@ -3,11 +3,15 @@
 import contextlib
 import io
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+from short_run import NARROW
 
-from benchmarks import evaluation, train
+from benchmarks import evaluation, first_run, train
+from networks.backbone import BACKBONES
 
 TINY = ["--arch", "resnet18", "--height", "96", "--width", "48", "--batch", "2x2", "--ids", "12"]
 ONCE = ["--repeats", "1", "--steps", "1"]
@@ -59,6 +63,38 @@ def test_evaluation_benchmark(tmp_path, capsys):
     assert evaluation.main([*argv, "--json", str(file)]) == 0
     assert "SYSU ten-shot" in json.loads(file.read_text())["metrics"]
     assert "MiB beyond the distances" in capsys.readouterr().out
+
+
+PROGRAMS = {"tests", "whole_run", "deterministic", "against_plain"}  # run others: slow
+
+
+@pytest.mark.parametrize(
+    "parts", [first_run.PARTS.keys() - PROGRAMS, pytest.param(PROGRAMS, marks=pytest.mark.slow)]
+)
+def test_first_run(parts, tmp_path, monkeypatch, capsys):
+    if parts.isdisjoint(PROGRAMS):
+        monkeypatch.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
+    file = tmp_path / "out.json"
+    assert first_run.main(["--json", str(file), "--smoke", "--only", *sorted(parts)]) == 0
+    results = json.loads(file.read_text())
+    assert results.keys() == parts
+    assert not [name for name, part in results.items() if "error" in part["found"]]
+    codes = re.findall(r'"(?:code|ended)": (-?\d+)', file.read_text())
+    assert set(codes) <= {"0", "143"}  # 143: SIGTERM
+    assert "in 0 s" in capsys.readouterr().out
+
+
+def test_a_part_that_fails_does_not_end_the_first_run(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "out.json"
+    monkeypatch.setattr(first_run, "PARTS", {"one": lambda bench: 1 / 0, "two": lambda bench: {}})
+    assert first_run.main(["--json", str(file), "--smoke"]) == 0
+    results = json.loads(file.read_text())
+    assert "ZeroDivisionError" in results["one"]["found"]["error"]
+    assert results["two"]["found"] == {}
+    assert "one: failed" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        first_run.main(["--json", str(file)])
 
 
 @pytest.mark.slow
