@@ -171,10 +171,10 @@ def read_finite(
     waiting: Sequence[Mapping[str, Tensor]], *, epoch: int, first_step: int
 ) -> list[dict[str, float]]:
     """Reads the numbers of consecutive steps from the device; all must be finite."""
+    rows = torch.stack([torch.stack(list(numbers.values())) for numbers in waiting]).tolist()
     steps = []
-    for step, numbers in enumerate(waiting, first_step):
-        values = torch.stack(list(numbers.values())).tolist()
-        steps.append(dict(zip(numbers, values, strict=True)))
+    for step, values in enumerate(rows, first_step):
+        steps.append(dict(zip(waiting[0], values, strict=True)))
         for name, value in steps[-1].items():
             if not math.isfinite(value):
                 raise NonFiniteLossError(
