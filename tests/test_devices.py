@@ -37,7 +37,9 @@ def on_device(net: nn.Module, device: torch.device = CUDA) -> nn.Module:
     return net
 
 
-def steps(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def steps(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch, amp: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
     """Everything that two steps of an epoch compute, backward pass aside; what they report."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # it would look for CUDA
     net = on_device(net)
@@ -52,7 +54,7 @@ def steps(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Te
     health = MemoryHealth()
     for _ in range(2):  # the second adds to the first's counters
         terms, feat, addressing = training_step(
-            net, criterion, optimizer, batch, order=order, weights=weights
+            net, criterion, optimizer, batch, order=order, weights=weights, amp=amp
         )
         terms["spread"] = feature_spread(feat)
         health.update(addressing or {})
@@ -65,9 +67,13 @@ def steps(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Te
     ("kind", "variant"), [(None, "paper"), ("sg", "paper"), ("mg", "paper"), ("mg", "released")]
 )
 def test_a_step_stays_on_the_gpu_and_never_waits_for_it(head, kind, variant, monkeypatch):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     net = TwoStreamNet(IDS, head, kind, variant, arch="resnet18").train()
     with fake.FakeTensorMode():
         results = steps(net, monkeypatch)
+        halves = steps(net, monkeypatch, torch.bfloat16)
+    assert halves.keys() == results.keys()
     assert all(value.device == CUDA for value in results.values())
     assert {"total", "spread"} <= results.keys()
     assert ("part/used" in results) == (kind is not None)
