@@ -103,9 +103,8 @@ ON_TOP = ("strong",)  # change a few values of the data set's preset, in place o
 PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
 PRESET_SOURCES["scratch"] = "this project, on stand-in data"
 PRESET_SOURCES["strong"] = (
-    "the data set's, and 384 x 144 as DEEN, IDKL and RLE; erasing at torchvision's default 0.5; "
-    "channel augmentation as CAJ (ICCV 2021), 0.8 by this project: red, green, blue, grey and "
-    "unchanged are equally likely; flip averaging as CAJ, DEEN, CSDN and DNS"
+    "the data set's, and 384 x 144 as DEEN, IDKL, RLE; erasing at torchvision's default 0.5; CAJ's "
+    "channels at this project's 0.8, all kinds and unchanged as likely; flips as CAJ, DEEN, CSDN"
 )
 
 # --- The flags of the training scripts ------------------------------------------------------------
