@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import math
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -69,6 +70,13 @@ PROBABILITY = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <
 
 def _shrink(text: str) -> float | str:
     return text if text == "auto" else PROBABILITY(text)
+
+
+def _class(text: str) -> Any:
+    try:
+        return pkgutil.resolve_name(text)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected MODULE.CLASS, got {text} ({error})") from error
 
 
 def _truth(text: str) -> bool:
@@ -330,6 +338,7 @@ INCIDENTAL = (
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")
 UNNAMED = (*IN_NAME, *INCIDENTAL, "data_path", "deterministic", "epochs")
 LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
+AS_TRAINED_FLAGS = ("img_h", "img_w", "gem_p", "memory_variant")  # of an evaluation, unless given
 # The ancestors' test scripts take these too; here the checkpoint knows them.
 CHECKPOINT_KNOWS = (
     *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
@@ -458,7 +467,8 @@ def test_parser(description: str) -> Parser:
 def evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
     add = Flags(parser, "checkpoint")
-    add("resume", "checkpoint; with {trial} in it, RegDB's checkpoints of trials 1 to N", "-r")
+    text = "checkpoint, or a folder with last.pt; with {trial} in it, RegDB's of trials 1 to N"
+    add("resume", text, "-r")
     text = "folder in which --resume is looked for where there is no such path"
     add("model_path", text, type=Path, default=Path("save_model"))  # as in the ancestors' scripts
     add("img_h", "image height in pixels", type=COUNT, default=AS_TRAINED)
@@ -467,11 +477,17 @@ def evaluation_flags(parser: argparse.ArgumentParser) -> None:
     add("gem-p", text, type=FACTOR, default=AS_TRAINED)
     text = "MG-MRA variant; the earlier releases' files store none: released unless given"
     add("memory-variant", text, choices=VARIANTS, default=AS_TRAINED)
-    add("memory", "MODULE.CLASS of a memory of your own, for --test-feat memory and both")
+    add(
+        "memory",
+        "MODULE.CLASS of a memory of your own, for --test-feat memory and both",
+        type=_class,
+    )
     _add_group(parser, "data and protocol")
     add = Flags(parser, "identities")
     text = "test identities, or those that --select-on val held out"
     add("subset", text, choices=("test", "val"), default="test")
+    text = "evaluate on identities that were trained on all the same; every result says so"
+    add("seen-ids", text, action="store_true")
     _add_group(parser, "machine")
 
 
@@ -550,26 +566,33 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     return flags
 
 
-def resolve_evaluation(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in the flags of an evaluation that were not given, but for those "as trained".
+def resolve_evaluation(
+    args: argparse.Namespace, trained: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Fills in the flags of an evaluation that were not given, but for those `AS_TRAINED_FLAGS`.
+
+    `trained` holds dataset, trial and data_path of the checkpoint's training, if known.
 
     Raises:
-        ValueError: When flags contradict each other.
+        ValueError: When flags contradict each other, or have no effect.
     """
-    values = dict(vars(args))
-    ignored = values.pop("ignored", ())  # by test.py
-    given = [f"--{name}" for name in ignored if values.pop(name) is not None]
-    if given:
-        log.warning("no effect, since the checkpoint knows: %s", ", ".join(given))
-    if values["resume"]:
-        first = values["resume"].replace("{trial}", "1")
-        if not Path(first).exists() and (values["model_path"] / first).exists():
-            values["resume"] = str(values["model_path"] / values["resume"])
-    as_trained = ("img_h", "img_w", "gem_p", "memory_variant")
-    for name in DEFAULTS.keys() & values.keys() - set(as_trained):
+    values, trained = dict(vars(args)), trained or {}
+    no_effect = [name for name in values.pop("ignored", ()) if values.pop(name) is not None]
+    if values["dataset"] in (None, trained.get("dataset")):
+        values |= {name: value for name, value in trained.items() if values[name] is None}
+    for name in DEFAULTS.keys() & values.keys() - set(AS_TRAINED_FLAGS):
         if values[name] is None:
             values[name] = DEFAULTS[name]
     _resolve_protocol(values, direction_given=args.direction)
+    for name, reason in unused_in_evaluation(values).items():
+        if vars(args).get(name) in (None, False):
+            continue
+        if values[name] != DEFAULTS.get(name) or name == "trials":
+            raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
+        no_effect.append(name)
+    if no_effect:
+        text = ", --".join(no_effect)
+        log.warning("no effect, since checkpoint and data set know: --%s", text)
     return argparse.Namespace(**values)
 
 
@@ -585,6 +608,27 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str], script: st
             words.append(f"_{name.replace('_', '-')}{'' if value is True else shown}")
     text = re.sub(r"[^\w.+-]", "-", "".join(words))
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the flags that have no effect on an evaluation with these values, and why."""
+    data = DATASETS[values["dataset"]]
+    if values.get("query_dir") or values.get("gallery_dir"):
+        names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
+        return dict.fromkeys(names, "your own images have no protocol")
+    flags = dict.fromkeys(("query_modality", "gallery_modality"), "there is no --query-dir")
+    choices = {name for settings in data.protocols.values() for name in settings}
+    for name in ("direction", "tvsearch", "protocol", "mode", "gallery", "shots"):
+        if name.replace("tvsearch", "direction") not in choices:
+            flags[name] = f"{data.title} has no such choice"
+    several = "{trial}" in (values["resume"] or "")
+    if data.splits == 1:
+        flags["trial"] = f"{data.title} has one split"
+    elif several:
+        flags["trial"] = "{trial} in --resume stands for the trials 1 to --trials"
+    if data.gallery_draws == 1 and not several:
+        flags["trials"] = f"{data.title} has one gallery, and --resume no {{trial}} in it"
+    return flags
 
 
 def _resolve_protocol(values: dict[str, Any], direction_given: str | None) -> None:
@@ -638,7 +682,9 @@ def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
 def evaluation_of(args: argparse.Namespace) -> list[str]:
     """Returns the flags with which ``test.py`` evaluates what a training evaluated."""
     default = {**DEFAULTS, "data_path": DATASETS[args.dataset].default_folder, "dataset": None}
-    values = {name: getattr(args, name) for name in (*PROTOCOL, "re_rank", "test_feat")}
+    unused = unused_in_evaluation(vars(args))
+    names = [name for name in (*PROTOCOL, "re_rank", "test_feat") if name not in unused]
+    values = {name: getattr(args, name) for name in names}
     return flags_of({k: v for k, v in values.items() if v != default.get(k)})
 
 

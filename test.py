@@ -12,10 +12,9 @@ images need no identities: ``ranks.csv``, ``ranks.json`` and a picture show the 
 """
 
 import argparse
-import importlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from data_manager import (
     is_stand_in,
 )
 from engine import distributed
-from engine.checkpoints import load_network, trained_size
+from engine.checkpoints import TrainedOn, describe, open_network
 from engine.evaluate import distances, evaluate, score_kinds
 from engine.feature_files import read_features, save_features
 from engine.own_folders import write_ranks
@@ -54,35 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = options.test_parser(__doc__).parse_args(argv)
         if args.features:
             return score_features(args)
-        args = options.resolve_evaluation(args)
+        if not args.resume:
+            raise ValueError("name the checkpoint to evaluate: --resume PATH")
+        args.resume = utils.find_checkpoint(args.resume, args.model_path)
+        trained = TrainedOn.read(args.resume.replace("{trial}", "1"))
+        args = options.resolve_evaluation(args, trained.defaults)
         with distributed.processes(args.gpu) as device:
             utils.set_up(device, float32_precision=args.float32_precision)
             if args.query_dir or args.gallery_dir:
                 rank_folders(args, device)
             else:
-                evaluate_checkpoints(args, device)
+                evaluate_checkpoints(args, device, trained)
     return 0
 
 
 def open_checkpoint(
     args: argparse.Namespace, path: str, device: torch.device
 ) -> tuple[TwoStreamNet, dict[str, Any], ImageCache]:
-    """Loads a network onto its device.
-
-    Returns:
-        The network, the checkpoint's other entries, and images decoded at the network's size.
-
-    Raises:
-        ValueError: When the checkpoint or --memory cannot be used.
-    """
-    memory = memory_class(args.memory) if args.memory else None
-    settings = {"gem_p": args.gem_p, "memory_variant": args.memory_variant, "memory": memory}
-    net, info = load_network(path, **settings)
-    height, width = trained_size(info)
-    height, width = args.img_h or height, args.img_w or width
-    net.check_image_height(height)
-    images = ImageCache(height, width, workers=args.workers, progress=shows_bars(args))
-    return net.to(device, memory_format=torch.channels_last), info, images
+    """Opens a checkpoint with the flags' settings; see `open_network`."""
+    settings = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, "memory")}
+    net, info, size = open_network(path, device, **settings)
+    return net, info, ImageCache(*size, workers=args.workers, progress=shows_bars(args))
 
 
 def shows_bars(args: argparse.Namespace) -> bool:
@@ -90,40 +81,29 @@ def shows_bars(args: argparse.Namespace) -> bool:
     return distributed.is_main() and not args.quiet
 
 
-def memory_class(name: str) -> type[torch.nn.Module]:
-    """Imports a memory of the user's own.
-
-    Args:
-        name: MODULE.CLASS.
-
-    Raises:
-        ValueError: When there is no such class.
-    """
-    module, _, kind = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), kind)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--memory {name}: expected MODULE.CLASS ({error})") from error
-
-
 # --- A data set -----------------------------------------------------------------------------------
 
 
-def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluates every checkpoint asked for; rank 0 prints and writes the results."""
+def evaluate_checkpoints(
+    args: argparse.Namespace, device: torch.device, trained: TrainedOn
+) -> None:
+    """Evaluates every checkpoint asked for; rank 0 prints and writes the results.
+
+    `trained` is of the first. What is wrong with any of them is found before the long work.
+    """
     paths = checkpoint_paths(args)
     feature_files = [feature_file(args, trial) for trial, _ in paths]
-    for _, path in paths[1:]:
-        utils.load_checkpoint(path)  # a broken one is found before the others' long work
-    protocols = [
-        eval_set(**options.protocol(args, subset=args.subset, trial=trial)) for trial, _ in paths
-    ]
-    output = args.output_dir or default_output(args)
-    if distributed.is_main():
-        utils.make_writable_dir(output)
     data = data_name(args.dataset, args.data_path)
+    protocols = []  # and what results say of their identities
+    for trial, path in paths:
+        known = trained if path == trained.path else TrainedOn.read(path)
+        protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
+        which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
+        protocols.append(known.admit(protocol, data, **which))
+    output = args.output_dir or default_output(args, trained.options)
+    utils.check_writable(output)
     results: list[list[dict[str, Any]]] = []
-    for (_, path), protocol, target in zip(paths, protocols, feature_files, strict=True):
+    for (_, path), (protocol, remark), target in zip(paths, protocols, feature_files, strict=True):
         net, info, images = open_checkpoint(args, path, device)
         features, rows = evaluate(
             net,
@@ -137,10 +117,12 @@ def evaluate_checkpoints(args: argparse.Namespace, device: torch.device) -> None
         )
         if not distributed.is_main():
             continue
-        about = {"dataset": data, "stand_in": is_stand_in(args.data_path)}
-        about |= describe_checkpoint(path, info, net)
+        utils.make_writable_dir(output)
+        about = {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
+        about |= describe(path, info, net)
         results.append([{**row, **about} for row in rows])
         if target:
+            utils.make_writable_dir(target.parent)
             save_features(target, protocol, features, results[-1][-1])
             log.info("wrote %s", target)
         if args.figures and len(results) == 1:
@@ -163,8 +145,6 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     Raises:
         ValueError: When no checkpoint is named, or one of the pattern's is missing.
     """
-    if not args.resume:
-        raise ValueError("name the checkpoint to evaluate: --resume PATH")
     if "{trial}" not in args.resume:
         return [(args.trial, args.resume)]
     if DATASETS[args.dataset].splits == 1:
@@ -179,19 +159,6 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     return found
 
 
-def describe_checkpoint(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
-    """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
-    unknown = "unknown (checkpoint of an earlier release)"
-    return {
-        "checkpoint": str(path),
-        "selection": utils.plain_entry(info, "selection", unknown, path),
-        "epoch": utils.plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
-        "trained_on": utils.plain_entry(info, "data", "unknown", path),
-        "gem_p": float(net.gem_p),
-        "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
-    }
-
-
 def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Mean and spread over several checkpoints' (RegDB trials') results, row by row."""
     if len(per_checkpoint) == 1:
@@ -203,6 +170,9 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
         row = {**same[0], **mean, "std": std, "per_trial": trials}
         row["cmc"] = np.mean([each["cmc"] for each in same], axis=0).tolist()
         row["protocol"] += f" (mean of trials 1 to {len(same)}, one model each)"
+        row["remark"] = "; ".join(dict.fromkeys(each["remark"] for each in same if each["remark"]))
+        if row["remark"] not in row["protocol"]:
+            row["protocol"] += f"; {row['remark']}"
         rows.append(row)
     return rows
 
@@ -239,14 +209,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if len(row["per_trial"]) > 1:
             spread = "".join(f"{100 * row['std'][metric]:8.2f}" for metric in METRICS)
             lines.append(f"{'':8} {'+-':12}{spread}")
+        if row["remark"]:
+            lines.append(f"{'':8} {row['remark']}")
     first = rows[0]
     lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
     lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")
     return "\n".join(lines)
 
 
-def default_output(args: argparse.Namespace) -> Path:
-    """A folder beside the checkpoint, named by the protocol: none overwrites another's results."""
+def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path:
+    """A folder beside the checkpoint, named by the protocol and what differs from the training."""
     data = DATASETS[args.dataset]
     asked = {  # what the data set's protocols in this direction differ in
         name: getattr(args, name)
@@ -257,6 +229,13 @@ def default_output(args: argparse.Namespace) -> Path:
     words = [f"{value}shot" if name == "shots" else value for name, value in asked.items()]
     if data.splits > 1:
         words.append("trials" if "{trial}" in args.resume else f"trial{args.trial}")
+    if args.trials != options.DEFAULTS["trials"]:
+        words.append(f"first{args.trials}")
+    own = ("amp", "float32_precision", "seen_ids")
+    told = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, *own)}
+    usual = {**trained, **{name: options.DEFAULTS.get(name) for name in own}}
+    told = {k: v for k, v in told.items() if v not in (None, False, usual.get(k))}
+    words += [name if value is True else f"{name}{value}" for name, value in told.items()]
     rare = (args.test_feat, args.subset, args.re_rank, args.tta)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent
@@ -275,7 +254,7 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
         return None
     if path.suffix != ".npz":
         raise ValueError(f"--save-features {path}: expected a name that ends with .npz")
-    utils.make_writable_dir(path.parent)
+    utils.check_writable(path.parent)
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
 
 
@@ -298,7 +277,7 @@ def score_features(args: argparse.Namespace) -> int:
         rankings = tuple(dict.fromkeys(("no", args.re_rank)))
         rows = score_kinds(protocol, read_features(path, protocol), rankings)
         results.append([{**row, **about, "checkpoint": path} for row in rows])
-    output = utils.make_writable_dir(args.output_dir or default_output(args))
+    output = utils.make_writable_dir(args.output_dir or default_output(args, {}))
     files = [path for _, path in paths]
     write_results(output, args, over_checkpoints(results), files, torch.device("cpu"))
     return 0
@@ -319,7 +298,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     from figures.image_grids import ranked_lists  # matplotlib takes a second to import
     from figures.page import save
 
-    if not (args.query_dir and args.gallery_dir and args.resume):
+    if not (args.query_dir and args.gallery_dir):
         raise ValueError(
             "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
             "--resume CHECKPOINT"
@@ -333,7 +312,8 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
     net, _, images = open_checkpoint(args, args.resume, device)
     name = f"search_{args.query_dir.resolve().name}_{args.gallery_dir.resolve().name}"
-    output = utils.make_writable_dir(args.output_dir or Path(args.resume).parent / name)
+    output = args.output_dir or Path(args.resume).parent / name
+    utils.check_writable(output)
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
@@ -360,8 +340,9 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         "re_rank": args.re_rank,
         "tta": args.tta,
     }
-    write_ranks(output, query, gallery, distmat, about, top=args.top)
+    write_ranks(utils.make_writable_dir(output), query, gallery, distmat, about, top=args.top)
     if target:
+        utils.make_writable_dir(target.parent)
         save_features(target, protocol, features, {**about, **vars(protocol)})
         log.info("wrote %s", target)
     figure = ranked_lists(

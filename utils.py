@@ -270,14 +270,20 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def make_writable_dir(path: Path) -> Path:
     """Creates a folder; raises ValueError, with the system's reason, when it is not writable."""
+    check_writable(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError unless a folder, or the one that it would be made in, can be written to."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(
             f"cannot write into {path}: {error.strerror}; choose another folder with --output-dir"
         ) from error
-    return path
 
 
 @contextlib.contextmanager
@@ -367,6 +373,26 @@ def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = 
         ) from error
 
 
+def find_checkpoint(name: str | Path, *folders: Path) -> str:
+    """Returns the path of a checkpoint, which may lie in one of the `folders`; of a folder last.pt.
+
+    ``{trial}`` in it stays: that of trial 1 is looked for.
+
+    Raises:
+        CheckpointError: When there is none; it says where it was looked for and what is there.
+    """
+    looked = {}
+    for place in (Path(name), *(folder / name for folder in folders)):
+        first = Path(str(place).replace("{trial}", "1"))
+        if first.is_dir():
+            place, first = place / "last.pt", first / "last.pt"
+        if first.is_file():
+            return str(place)
+        there = sorted(p.name for p in first.parent.glob("*") if p.suffix in (".pt", ".pth", ".t"))
+        looked[f"{first.absolute()} (checkpoints there: {', '.join(there[:8]) or 'none'})"] = None
+    raise CheckpointError(f"no checkpoint at {name}: looked for {' and '.join(looked)}")
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint or a bare state dict onto the CPU, executing nothing that it contains.
 
@@ -374,11 +400,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: When there is no such file, or it is truncated, corrupt, no checkpoint, or
             holds objects other than tensors, plain values and NumPy numbers.
     """
-    path = Path(path)
-    if not path.is_file():
-        names = sorted(p.name for p in path.parent.glob("*") if p.suffix in (".pt", ".pth", ".t"))
-        found = ", ".join(names[:8]) or "none"
-        raise CheckpointError(f"no checkpoint at {path}; checkpoints in {path.parent}: {found}")
+    path = Path(find_checkpoint(path))
     try:
         if zipfile.is_zipfile(path):  # torch.load compares no checksums
             with zipfile.ZipFile(path) as archive:

@@ -28,14 +28,22 @@ from scipy import sparse
 import options
 from data_loader import EvalLoader, ImageCache
 from data_manager import ImageList, data_name, eval_set
-from engine.checkpoints import load_network, trained_size
+from engine.checkpoints import TrainedOn, open_network
 from engine.evaluate import evaluate
 from figures import charts, evaluation, image_grids
 from figures.page import FORMATS, save
 from figures.prototypes import addressing_weights, alike, fired, prototype_patches
 from model import TwoStreamNet
 from networks.settings import LEVELS
-from utils import amp_dtype, resolve_device, seed_everything, set_up, setup_logging, user_errors
+from utils import (
+    amp_dtype,
+    find_checkpoint,
+    resolve_device,
+    seed_everything,
+    set_up,
+    setup_logging,
+    user_errors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +56,18 @@ class Subject:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Raises ValueError when no checkpoint is named, or it or the data cannot be used."""
-        if not args.resume:
-            raise ValueError("name the checkpoint to draw from: --resume PATH")
+        """Raises ValueError when the checkpoint or the data cannot be used."""
         self.args, self.device = args, resolve_device(args.gpu)
         set_up(self.device, float32_precision=args.float32_precision)
-        net, self.info = load_network(
-            args.resume, gem_p=args.gem_p, memory_variant=args.memory_variant
-        )
-        self.trial = evaluation.first_trial(eval_set(**options.protocol(args, subset=args.subset)))
-        self.net = net.to(self.device, memory_format=torch.channels_last).eval()
-        height, width = trained_size(self.info)
-        height, width = args.img_h or height, args.img_w or width
-        net.check_image_height(height)
-        self.images = ImageCache(height, width, workers=args.workers, progress=not args.quiet)
-        self.data = f"{data_name(args.dataset, args.data_path)}: {self.trial.protocol}"
+        settings = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, "memory")}
+        self.net, self.info, size = open_network(args.resume, self.device, **settings)
+        self.images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
+        name = data_name(args.dataset, args.data_path)
+        which = {"trial": args.trial, "subset": args.subset, "seen": args.seen_ids}
+        trained = TrainedOn.read(args.resume, self.info)
+        protocol = eval_set(**options.protocol(args, subset=args.subset))
+        self.trial = evaluation.first_trial(trained.admit(protocol, name, **which)[0])
+        self.data = f"{name}: {self.trial.protocol}"
         self.title = f"{self.data}; {'/'.join(Path(args.resume).parts[-2:])}"
 
     def addressing(self, images: ImageList) -> tuple[dict[str, sparse.csr_matrix], tuple[int, int]]:
@@ -267,9 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with user_errors():
         args = figure_parser(__doc__).parse_args(argv)
-        if "resume" in args:
-            args = options.resolve_evaluation(args)
         setup_logging()
+        if "resume" in args:
+            if not args.resume:
+                raise ValueError("name the checkpoint to draw from: --resume PATH")
+            args.resume = find_checkpoint(args.resume, args.model_path)
+            args = options.resolve_evaluation(args, TrainedOn.read(args.resume).defaults)
         out, given = args.out, vars(args)
         if out and not (out.suffix.lower() in FORMATS and os.access(out.parent, os.W_OK)):
             raise ValueError(f"--out {out}: expected a .png or .pdf in a folder to write into")

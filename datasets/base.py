@@ -163,6 +163,7 @@ class DataSet:
     has_stand_in: bool = False  # whether `stand_in.py` writes this layout
     preset: Mapping[str, Any] = {}  # values of training options, in place of the defaults
     preset_source: str = "the defaults"
+    train_pids_are_labels = False  # where the training lists name no raw identities
     splits: int = 1  # into training and test identities, each with a training of its own
     gallery_draws: int = 1  # galleries drawn at random for one evaluation, at most; 1: none is
     # Fields of `EvalOptions` for each of the published protocols, by a short key.

@@ -50,6 +50,7 @@ class Llcm(DataSet):
     )
     lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
     has_stand_in = True
+    train_pids_are_labels = True
     # SYSU-MM01 too has several cameras, and one image per camera in the gallery.
     preset = Sysu.preset
     preset_source = (

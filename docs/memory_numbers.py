@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.plain import TERM_WEIGHTS  # noqa: E402
 from data_loader import EvalLoader, ImageCache  # noqa: E402
 from data_manager import data_name, train_set  # noqa: E402
-from engine.checkpoints import load_network, trained_size  # noqa: E402
+from engine.checkpoints import open_network  # noqa: E402
 from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
 from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled  # noqa: E402
 from loss import Criterion  # noqa: E402
@@ -255,14 +255,13 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
             ``first``.
         data_path: The folder of the data set that it was trained on.
     """
-    net, info = load_network(path)
+    net, info, size = open_network(path, torch.device("cpu"), None, None)
     memory = net.memory
     if getattr(memory, "levels", None) != LEVELS:
         raise ValueError(f"{path} has no memory of MG-MRA's variant paper or first")
     trained = info["options"]
     data = train_set(trained["dataset"], data_path, trial=trained["trial"])
-    images = ImageCache(*trained_size(info))
-    net.eval()
+    images = ImageCache(*size)
     maps = []
     for side, name in ((data.visible, "visible"), (data.infrared, "infrared")):
         some = side.take(np.linspace(0, len(side) - 1, IMAGES).astype(int))

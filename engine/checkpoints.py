@@ -1,12 +1,16 @@
 """What a checkpoint holds: its network, and what it says of its training."""
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from data_manager import DATASETS, EvalSet
 from model import MEMORIES, TwoStreamNet
 from networks.released import convert_released_state_dict, released_config
 from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
@@ -16,6 +20,7 @@ log = logging.getLogger(__name__)
 # Of the earlier releases, whose files do not say it: settings, and the size of training images.
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}
 RELEASED_SIZE = {"img_h": 288, "img_w": 144}
+SEEN_BEFORE = "identities_before"  # entry: raw pids of this data set that starting weights had seen
 
 
 def load_network(
@@ -40,6 +45,7 @@ def load_network(
 
     Raises:
         CheckpointError: When the file cannot be used.
+        ValueError: When its network has no use for `memory_variant`.
     """
     content = load_checkpoint(path)
     state = state_dict_of(content, path)
@@ -78,11 +84,97 @@ def load_network(
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
+    if memory_variant is not None and net.config["memory"] in (None, "sg"):
+        raise ValueError(f"--memory-variant has no effect, since {path} has no memory of MG-MRA")
     return net, rest
 
 
-def trained_size(info: dict[str, Any]) -> tuple[int, int]:
-    """Height and width, pixels, of the images that a checkpoint was trained on."""
-    trained = plain_entry(info, "options", {}, "the checkpoint")
-    sizes = RELEASED_SIZE.items()
-    return tuple(plain_entry(trained, k, v, "the checkpoint's options") for k, v in sizes)
+def open_network(
+    path: str | Path, device: torch.device, img_h: int | None, img_w: int | None, **settings: Any
+) -> tuple[TwoStreamNet, dict[str, Any], tuple[int, int]]:
+    """Loads a network onto its device, in evaluation mode, with the `settings` of `load_network`.
+
+    Returns the network, the checkpoint's other entries, and the height and width of its images:
+    `img_h` and `img_w`, or where these are None what it was trained with.
+    """
+    net, info = load_network(path, **settings)
+    trained = plain_entry(info, "options", {}, path)
+    height, width = (plain_entry(trained, k, v, path) for k, v in RELEASED_SIZE.items())
+    size = img_h or height, img_w or width
+    net.check_image_height(size[0])
+    return net.to(device, memory_format=torch.channels_last).eval(), info, size
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What a checkpoint says that it was trained on; an earlier release's file says nothing."""
+
+    path: str
+    data: str  # as `data_manager.data_name` calls it
+    identities: frozenset[int]  # raw pids, those that its starting weights had seen included
+    options: dict[str, Any]  # of its training
+
+    @classmethod
+    def read(cls, path: str | Path, content: Mapping[str, Any] | None = None) -> "TrainedOn":
+        """Reads a checkpoint's entries, from its file unless `content` has them."""
+        content = load_checkpoint(path) if content is None else content
+        pids = plain_entry(content, "identities", [], path)
+        pids = [*pids, *plain_entry(content, SEEN_BEFORE, [], path)]
+        data, trained = (
+            plain_entry(content, k, v, path) for k, v in {"data": "", "options": {}}.items()
+        )
+        return cls(str(path), data, frozenset(p for p in pids if isinstance(p, int)), trained)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Its data set, trial and, if it is here, data folder: what is evaluated unless told."""
+        kinds = {"dataset": "", "trial": 1, "data_path": ""}
+        known = {k: plain_entry(self.options, k, v, self.path) for k, v in kinds.items()}
+        folder = known.pop("data_path")
+        known |= {"data_path": Path(folder)} if folder and Path(folder).is_dir() else {}
+        return known if known["dataset"] in DATASETS else {}
+
+    def admit(
+        self, protocol: EvalSet, data: str, *, trial: int, subset: str, seen: bool
+    ) -> tuple[EvalSet, str]:
+        """Refuses a protocol whose identities were trained on, unless they may have been `seen`.
+
+        Only those of the same `data`, in the words of `data_manager.data_name`, are compared.
+        Returns the protocol, and what each result has to say of this, which its words then say too.
+
+        Raises:
+            ValueError: Some of the identities were trained on.
+        """
+        facts, own = DATASETS[protocol.dataset], self.defaults.get("trial", trial)
+        pids = np.union1d(protocol.query.pids, protocol.gallery.pids).tolist()
+        count = len(self.identities.intersection(pids))
+        if self.data not in ("", data):
+            remark = f"trained on {self.data}"
+        elif not self.identities:
+            remark = "training identities unknown"
+        elif not count or (facts.train_pids_are_labels and subset == "test"):
+            return protocol, ""
+        else:
+            people = "validation" if subset == "val" else "test"
+            remark = f"{count} of {len(pids)} {people} identities were trained on"
+            if not seen:
+                other = facts.splits > 1 and own != trial
+                hint = f"of trial {own}: pass --trial {own}" if other else "or its starting weights"
+                raise ValueError(
+                    f"{remark} by {self.path} ({hint}). With --seen-ids, test.py and visualize.py "
+                    f"go on, and every result says so"
+                )
+        return replace(protocol, protocol=f"{protocol.protocol}; {remark}"), remark
+
+
+def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
+    """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
+    unknown = "unknown (checkpoint of an earlier release)"
+    return {
+        "checkpoint": str(path),
+        "selection": plain_entry(info, "selection", unknown, path),
+        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
+        "trained_on": plain_entry(info, "data", "unknown", path),
+        "gem_p": float(net.gem_p),
+        "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
+    }

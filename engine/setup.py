@@ -25,6 +25,7 @@ from data_manager import DATASETS, EvalSet, TrainSet, data_name, eval_set, train
 from datasets.transforms import Augmentation
 from engine import distributed, resume
 from engine.bank_init import fill_bank
+from engine.checkpoints import SEEN_BEFORE, TrainedOn
 from engine.evaluate import evaluate, format_result
 from engine.fit import (
     CHECKPOINTS,
@@ -135,6 +136,12 @@ class Run:
                 utils.make_writable_dir(folder)
             utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         data, versions = data_name(args.dataset, args.data_path), utils.versions(self.device)
+        files.header.update(data=data, identities=identities)
+        if checkpoint is not None:
+            files.header[SEEN_BEFORE] = checkpoint.get(SEEN_BEFORE, [])
+        elif args.weights not in ("imagenet", "none"):
+            start = TrainedOn.read(args.weights)
+            files.header[SEEN_BEFORE] = sorted(start.identities) if start.data == data else []
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
         about = (versions[name] for name in ("device", "torch", "version", "commit"))
@@ -147,10 +154,10 @@ class Run:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
             _warn_of_an_unread_memory(net)
-            self._start_files(data, identities, versions)
+            self._start_files(data, versions)
         return progress
 
-    def _start_files(self, data: str, identities: list[int], versions: dict[str, str]) -> None:
+    def _start_files(self, data: str, versions: dict[str, str]) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         files = self.files
         last, folder = files.checkpoint(LAST), files.checkpoint_dir
@@ -167,7 +174,7 @@ class Run:
         about = {"method": self.name, "run": files.name, "data": data}
         about |= {"options": options.to_json(self.args), "versions": versions}
         utils.write_json(files.output_dir / "options.json", about)
-        files.header.update(about, identities=identities)
+        files.header.update(about)
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
@@ -224,8 +231,16 @@ class Run:
         return fill
 
     def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
-        """Returns a function that evaluates the present weights; it decodes the images once."""
-        args, images = self.args, self._images()
+        """Returns a function that evaluates the present weights; it decodes the images once.
+
+        With --test-only, raises ValueError where the test identities were trained on.
+        """
+        args, images, header = self.args, self._images(), self.files.header
+        trained = TrainedOn.read(self.args.resume or "", header)
+        which = {"trial": args.trial, "subset": args.select_on, "seen": not args.test_only}
+        test, remark = trained.admit(test, header["data"], **which)
+        if remark and distributed.is_main():
+            log.warning("every result of this run says: %s", remark)
         test_feat = args.test_feat or net.test_feats()[0]
 
         def evaluate_now() -> dict[str, Any]:

@@ -62,8 +62,11 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None
         )
     net.load_state_dict(fitting, strict=False)
     kept = [k for k in own if k not in fitting]
-    if kept:
-        log.info("%s: %d entries start afresh: %s", origin, len(kept), ", ".join(kept[:8]))
+    if kept or len(fitting) < len(state):
+        log.warning(
+            "%s: took %d of its %d entries; in the network %d entries start afresh: %s",
+            *(origin, len(fitting), len(state), len(kept), ", ".join(kept[:8]) or "none"),
+        )
 
 
 def is_released(state: Iterable[str]) -> bool:

@@ -296,7 +296,10 @@ def plan(
         splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
     if table == "study":
         splits = [{**split, "seed": seed} for seed, split in enumerate(splits, start=1)]
-    test_extra = {k: v for k, v in extra.items() if k in vars(_parser(False).parse_args([]))}
+    # What a checkpoint knows itself, an evaluation is not told.
+    test_flags = vars(_parser(False).parse_args([]))
+    test_flags = {*test_flags} - {*test_flags["ignored"], *options.AS_TRAINED_FLAGS}
+    test_extra = {k: v for k, v in extra.items() if k in test_flags}
     rows = []
     steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder

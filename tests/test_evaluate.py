@@ -9,9 +9,11 @@ import pytest
 import torch
 from small_training import small
 
-from data_manager import ImageList
+from data_manager import EvalSet, ImageList
+from engine.checkpoints import SEEN_BEFORE, TrainedOn
 from engine.evaluate import RE_RANKINGS, distances, embed, evaluate, format_result, score
 from eval_metrics import METRICS
+from utils import CheckpointError
 
 
 def protocol(rule="none", trials=((0, 1, 2, 3), (3, 1, 0)), asking=None):
@@ -149,6 +151,59 @@ def test_without_a_ranking_there_are_features_alone():
     eval_set.query = image_list("visible", [], [])
     with pytest.raises(ValueError, match="no visible images to embed"):
         evaluate(net, eval_set, noise, **settings)
+
+
+def people(pids, dataset="regdb"):
+    query, gallery = image_list("visible", pids, pids), image_list("infrared", pids, pids)
+    return EvalSet(dataset, query, gallery, (np.arange(len(pids)),), "none", "a test")
+
+
+SEEN = {  # a checkpoint's entries, the protocol's data set and subset -> what is said of it
+    "others": ({"identities": [1, 2]}, "regdb", "test", ""),
+    "some": ({"identities": [1, 7, 8]}, "regdb", "test", "2 of 3 test identities were trained on"),
+    "before": ({SEEN_BEFORE: [9]}, "regdb", "test", "1 of 3 test identities were trained on"),
+    "other data": ({"identities": [7], "data": "SYSU"}, "regdb", "test", "trained on SYSU"),
+    "nothing known": ({"data": ""}, "regdb", "test", "training identities unknown"),
+    "labels": ({"identities": [7]}, "llcm", "test", ""),
+    "labels of both": (
+        {"identities": [7]},
+        "llcm",
+        "val",
+        "1 of 3 validation identities were trained on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_identities_that_were_trained_on_are_refused_or_named(name):
+    entries, dataset, subset, remark = SEEN[name]
+    options = {"dataset": dataset, "trial": 3}
+    trained = TrainedOn.read("a.pt", {"data": "D", "options": options, **entries})
+    protocol = people([7, 8, 9], dataset)
+    admitted, found = trained.admit(protocol, "D", trial=1, subset=subset, seen=True)
+    assert found == remark
+    assert admitted.protocol == (f"a test; {remark}" if remark else "a test")
+    if "were trained on" not in remark:
+        assert trained.admit(protocol, "D", trial=1, subset=subset, seen=False)[1] == remark
+        return
+    own = "of trial 3: pass --trial 3" if dataset == "regdb" else "or its starting weights"
+    for trial, hint in {1: own, 3: "or its starting weights"}.items():
+        with pytest.raises(ValueError, match=rf"^{remark} by a.pt \({hint}\). With --seen-ids"):
+            trained.admit(protocol, "D", trial=trial, subset=subset, seen=False)
+
+
+def test_a_checkpoint_s_own_data_are_its_defaults(tmp_path):
+    def defaults(**entries):
+        return TrainedOn.read("a.pt", {"options": entries}).defaults
+
+    assert defaults() == {}  # an earlier release's file
+    assert defaults(dataset="own", trial=2) == {}  # a data set that is not known here
+    known = {"dataset": "sysu", "trial": 2}
+    assert defaults(**known, data_path="not/there") == known
+    assert defaults(**known, data_path=str(tmp_path)) == {**known, "data_path": tmp_path}
+    for damaged in ({"dataset": ["regdb"]}, {"trial": "2"}, {"data_path": 3}):
+        with pytest.raises(CheckpointError, match="a.pt"):
+            defaults(**damaged)
 
 
 def test_printed_results_name_protocol_and_re_ranking():

@@ -1,6 +1,7 @@
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,11 @@ def test_the_flags_of_an_evaluation_ask_for_what_the_training_evaluated(line, ex
     assert options.protocol(found) == options.protocol(args)
 
 
+def test_the_flags_of_an_evaluation_have_an_effect_there():
+    args, _ = resolved("--trials 1 --mode indoor")  # RegDB
+    assert options.evaluation_of(args) == ["--dataset", "regdb"]
+
+
 def test_resolving_changes_nothing_that_was_given():
     given = options.train_parser("").parse_args(["--method", "agw", "--tvsearch"])
     before = dict(vars(given))
@@ -332,6 +338,57 @@ def test_an_evaluation_keeps_what_it_was_trained_with_unless_told():
     line = ["--tvsearch", "--direction", "v2i"]
     with pytest.raises(ValueError, match="--tvsearch asks for infrared to visible"):
         options.resolve_evaluation(options.test_parser("").parse_args(line))
+
+
+def evaluation(line, trained=None):
+    return options.resolve_evaluation(options.test_parser("").parse_args(line.split()), trained)
+
+
+def test_an_evaluation_is_of_what_the_checkpoint_was_trained_on_unless_told():
+    trained = {"dataset": "sysu", "trial": 1, "data_path": Path("here")}
+    args = evaluation("--trials 3", trained)
+    assert (args.dataset, args.data_path, args.trials) == ("sysu", Path("here"), 3)
+    assert evaluation("--data-path there", trained).data_path == Path("there")
+    args = evaluation("--dataset regdb", {**trained, "trial": 4})
+    assert (args.dataset, args.data_path, args.trial) == ("regdb", Path("data/RegDB"), 1)
+    assert evaluation("", {"dataset": "regdb", "trial": 4}).trial == 4
+    assert evaluation("--dataset regdb --trial 2", {"dataset": "regdb", "trial": 4}).trial == 2
+
+
+NO_EFFECT = {
+    "--trials 10": "--trials has no effect, since RegDB has one gallery, and --resume no {trial}",
+    "--resume a{trial}.pt --trial 2": "--trial has no effect, since {trial} in --resume stands for",
+    "--mode indoor": "--mode has no effect, since RegDB has no such choice: leave it out",
+    "--shots 10": "--shots has no effect, since RegDB has no such choice",
+    "--gallery official": "--gallery has no effect, since RegDB has no such choice",
+    "--protocol repository": "--protocol has no effect, since RegDB has no such choice",
+    "--dataset llcm --mode indoor": "--mode has no effect, since LLCM has no such choice",
+    "--dataset llcm --trial 2": "--trial has no effect, since LLCM has one split",
+    "--dataset sysu --tvsearch": "--tvsearch has no effect, since SYSU-MM01 has no such choice",
+    "--dataset sysu --direction i2v": "--direction has no effect, since SYSU-MM01 has no such",
+    "--dataset sysu --protocol repository": "--protocol has no effect, since SYSU-MM01 has no such",
+    "--query-modality infrared": "--query_modality has no effect, since there is no --query-dir",
+    "--query-dir a --mode indoor": "--mode has no effect, since your own images have no protocol",
+    "--query-dir a --figures": "--figures has no effect, since your own images have no protocol",
+}
+
+
+@pytest.mark.parametrize("line", NO_EFFECT)
+def test_flags_without_effect_on_an_evaluation_are_refused(line):
+    with pytest.raises(ValueError, match=f"^{re.escape(NO_EFFECT[line])}"):
+        evaluation(line)
+
+
+def test_defaults_without_effect_are_ignored_with_one_line(caplog):
+    line = "--mode all --shots 1 --tvsearch False --seed 0 --lr 0.1"
+    evaluation(line)
+    evaluation("--dataset sysu --trial 1 --direction v2i")
+    evaluation("--dataset llcm --tvsearch --trials 5")
+    evaluation("--resume a{trial}.pt --trials 10 --tvsearch True")
+    assert [record.getMessage() for record in caplog.records] == [
+        "no effect, since checkpoint and data set know: --lr, --seed, --mode, --shots",
+        "no effect, since checkpoint and data set know: --direction, --trial",
+    ]
 
 
 def actions(*parsers):

@@ -208,7 +208,7 @@ def test_half_precision_trains_and_evaluates(tiny, tmp_path):
         *("--resume", folder / "last.pt", "--quiet", "--tta", "flip"),
         cwd=tmp_path,
     )
-    result = json.loads((folder / "test_regdb_v2i_trial1_flip_last/results.json").read_text())
+    result = json.loads((folder / "test_regdb_v2i_trial1_amp_flip_last/results.json").read_text())
     assert result["tta"] == "flip"
     for metric in ("rank1", "mAP", "mINP"):
         assert result[metric] == pytest.approx(line["eval"][metric], abs=1e-6), metric
@@ -281,14 +281,14 @@ def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
         cwd=tmp_path,
     )
     assert "the authors' repository's protocol" in output
-    folder = tmp_path / "run/test_llcm_v2i_repository_flip_last"
+    folder = tmp_path / "run/test_llcm_v2i_repository_first2_flip_last"
     result = json.loads((folder / "results.json").read_text())
     assert "the authors' repository's protocol" in result["protocol"]
     words = ("--dataset", "llcm", "--data-path", data / "llcm", "--protocol", "repository")
     features = ("--features", tmp_path / "features.npz")
     output, _ = call("test.py", *words, "--trials", 2, *features, "--tta", "flip", cwd=tmp_path)
     assert "flip averaging" in output and "features.npz" in output
-    assert_scored_alike(result, tmp_path / "test_llcm_v2i_repository_flip_features")
+    assert_scored_alike(result, tmp_path / "test_llcm_v2i_repository_first2_flip_features")
     for flags in (("--resume", "last.pt"), ("--figures",), ("--test-feat", "pcb")):
         _, error = call("test.py", *words, *features, *flags, cwd=tmp_path, code=2)
         assert f"--features does not go with {flags[0]}" in error
@@ -322,6 +322,53 @@ def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
     _, error = call("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
     assert "1 of 3 checkpoints are missing" in error
     assert "trial3" in error
+
+
+def test_identities_that_were_trained_on_are_no_test(data, tiny, tmp_path):
+    own, run_dir = ("--gpu", "cpu", "--quiet"), tmp_path / "one_trial1"
+    train("train_HCT.py", tiny, run_dir, "--epochs", 1)
+    for trial in (2, 3):
+        shutil.copytree(run_dir, tmp_path / f"one_trial{trial}")
+    evaluate = ("test.py", *own, "--resume", run_dir)
+    output, _ = call(*evaluate, cwd=tmp_path)  # the rest is in the checkpoint
+    assert "protocol: RegDB trial 1, visible to infrared\n" in output
+    saw = "of 3 test identities were trained on"
+    before = sorted(tmp_path.rglob("*"))
+    refused = {
+        "trial2": (*evaluate, "--trial", 2),
+        "trials_first3": (*evaluate[:-1], tmp_path / "one_trial{trial}", "--trials", 3),
+        "ranked": ("visualize.py", "ranked", *own, "--resume", run_dir, "--trial", 2),
+    }
+    for name, command in refused.items():
+        _, error = call(*command, cwd=tmp_path, code=2)
+        assert f"{saw} by" in error and "(of trial 1: pass --trial 1)" in error, name
+    assert sorted(tmp_path.rglob("*")) == before  # no folder is left
+    for name, command in refused.items():
+        output, _ = call(*command, "--seen-ids", cwd=tmp_path)
+        if name != "ranked":
+            *_, row, about, _ = output.splitlines()
+            assert saw in row and saw in about
+            report = run_dir / f"test_regdb_v2i_{name}_seen_ids_last/results.json"
+            assert json.loads(report.read_text())["remark"] in row
+    # Another data set's identities are not compared, and named.
+    where = ("--dataset", "sysu", "--data-path", data / "sysu", "--trials", 1)
+    output, _ = call(*evaluate, *where, cwd=tmp_path)
+    assert output.splitlines()[2].strip() == "trained on stand-in data in RegDB's layout"
+    # Starting weights that saw test identities.
+    fine = ("--epochs", 1, "--trial", 2, "--weights", run_dir / "last.pt")
+    _, error = train("train_HCT.py", tiny, tmp_path / "fine", *fine)
+    assert error.count("every result of this run says: ") == error.count("WARNING") == 1
+    assert "identities were trained on" in log_lines(tmp_path / "fine")[0]["eval"]["protocol"]
+    train("train_HCT.py", tiny, tmp_path / "fine", *fine, "--epochs", 2, "--resume")
+    saved = torch.load(tmp_path / "fine/last.pt", weights_only=True)
+    assert saved["identities_before"] == torch.load(run_dir / "last.pt")["identities"]
+    for command in (
+        ("test.py", *own, "--resume", tmp_path / "fine"),
+        ("train_HCT.py", *QUICK, "--data-path", tiny / "regdb", "--trial", 2, "--test-only")
+        + ("--resume", tmp_path / "fine/last.pt"),
+    ):
+        _, error = call(*command, cwd=tmp_path, code=2)
+        assert f"{saw} by" in error and "(or its starting weights)" in error
 
 
 def test_a_run_is_not_overwritten_and_test_only_evaluates(tiny, tmp_path):
@@ -387,9 +434,12 @@ def test_trials_share_a_folder_of_checkpoints(data, tmp_path):
     found += ("--model_path", "saved", "--lr", 0.1, "--batch-size", 8, "--method", "agw")
     name = f"{names[0]}_last.pt"
     _, error = call("test.py", *found, "--resume", name, cwd=tmp_path)
-    assert error.count("no effect, since the checkpoint knows: --lr, --batch_size, --method\n") == 1
+    assert (
+        error.count("no effect, since checkpoint and data set know: --lr, --batch_size, --method\n")
+        == 1
+    )
     call("test.py", *found, "--trials", 2, "--resume", pattern, cwd=tmp_path)
-    (report,) = saved.glob("test_regdb_v2i_trials_*/results.json")
+    (report,) = saved.glob("test_regdb_v2i_trials_first2_*/results.json")
     assert len(json.loads(report.read_text())["checkpoints"]) == 2
     saved.rename(tmp_path / "save_model")  # where the ancestors' scripts look
     found = found[: found.index("--model_path")]
@@ -412,7 +462,11 @@ def test_a_bank_of_another_number_of_identities(method, tiny, tmp_path):
     _, error = train(script, tiny, tmp_path / "same", *fine, *flags)
     assert "start afresh" not in error
     _, error = train(script, tiny, tmp_path / "other", *fine)
-    assert "1 entries start afresh: memory.part_bank" in error
+    taken = re.search(
+        r"WARNING .*: took (\d+) of its (\d+) entries; in the network 1 .*_bank\n", error
+    )
+    assert int(taken[1]) + 1 == int(taken[2])
+    assert taken[0].split("WARNING")[1] in (tmp_path / "other/train.log").read_text()
 
 
 def test_a_bank_too_large_for_the_threshold_is_said_before_training(data, tmp_path):

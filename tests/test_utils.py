@@ -20,6 +20,8 @@ import utils
 from utils import (
     CheckpointError,
     Interrupted,
+    check_writable,
+    find_checkpoint,
     load_checkpoint,
     lock,
     log_to,
@@ -122,8 +124,17 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path, damage):
 
 def test_a_missing_checkpoint_names_those_that_are_there(tmp_path):
     save_checkpoint(tmp_path / "last.pt", {"net": {}})
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*lost.pt; .*: last.pt"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*lost.pt: .*there: last.pt\)"):
         load_checkpoint(tmp_path / "lost.pt")
+    assert load_checkpoint(tmp_path)["net"] == {}  # of a folder last.pt
+    for name in ("last{trial}.pt", "run{trial}"):
+        (tmp_path / "run1").mkdir(exist_ok=True)
+        save_checkpoint(tmp_path / "run1/last.pt", {})
+        save_checkpoint(tmp_path / "last1.pt", {})
+        expected = tmp_path / name / ("" if name.endswith(".pt") else "last.pt")
+        assert find_checkpoint(name, tmp_path / "nowhere", tmp_path) == str(expected)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at a.pt: looked for /.* and /"):
+        find_checkpoint("a.pt", tmp_path)
 
 
 def test_a_dictionary_without_weights(tmp_path):
@@ -175,6 +186,10 @@ def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--output-dir"):
         make_writable_dir(tmp_path / "file")
+    with pytest.raises(ValueError, match="--output-dir"):
+        check_writable(tmp_path / "file" / "in it")
+    check_writable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert make_writable_dir(tmp_path / "a" / "b").is_dir()
     assert not list((tmp_path / "a" / "b").iterdir())
 
