@@ -27,6 +27,8 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 
 $(RUN): requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python %d.%d is too old: \
+	make PYTHON=... with 3.10 or newer" % v[:2])'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@

@@ -357,7 +357,7 @@ FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors, as those found later are (see `utils.user_errors`)."""
 
-    def __init__(self, description: str, **settings: Any) -> None:
+    def __init__(self, description: str = "", **settings: Any) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(
             **{"description": description, "formatter_class": form, "allow_abbrev": False},

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_loader import load_images
 from data_manager import DATASETS, DataError, ImageList, train_set
 from datasets.sysu_mm01 import cache_files
-from options import COUNT
+from options import COUNT, Parser
 from utils import user_errors, write_atomic
 
 CHUNK = 500  # images decoded and written at once
@@ -86,8 +86,7 @@ def is_built(folder: Path, modality: str, shape: tuple[int, ...], labels: np.nda
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line: 0 when the caches are there, 130 when interrupted."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = Parser(__doc__)
     add = parser.add_argument
     folder = DATASETS["sysu"].default_folder
     add("--data-path", "--data_path", type=Path, default=folder, help=f"default: {folder}")
@@ -97,10 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--img_w", "--img-w", type=COUNT, default=144, help="image width, pixels (default 144)")
     add("--workers", type=COUNT, default=os.cpu_count() or 1, help="threads (default: every core)")
     add("--overwrite", action="store_true", help="build anew what is there")
-    args = parser.parse_args(argv)
     try:
         with user_errors():
-            build_caches(args)
+            build_caches(parser.parse_args(argv))
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command builds what is missing\n")
         return 130

@@ -113,17 +113,16 @@ def _compared(results: Sequence[tables.Result], path: Path) -> list[tables.Table
     return [paired.paired_table(own, REFERENCES) for own in protocols.values()]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> options.Parser:
     """Returns the parser of the three commands."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = options.Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("check", help="verify a data folder", allow_abbrev=False).add_argument
+    add = commands.add_parser("check", help="verify a data folder").add_argument
     add("--dataset", choices=DATASETS, required=True, help="whose layout to expect")
     add("--data-path", type=Path, required=True, help="the data folder")
     add("--skip-images", action="store_true", help="check lists and counts only, open no image")
     for name, text in (("run", "run a table's commands"), ("table", "write a table")):
-        add = commands.add_parser(name, help=text, allow_abbrev=False).add_argument
+        add = commands.add_parser(name, help=text).add_argument
         add("--table", choices=TABLES, required=True, help="which table")
         add("--dataset", choices=DATASETS, help="of the ablations (default: regdb)")
         text = "folder of all runs (default: runs/reproduce)"
@@ -148,11 +147,11 @@ def _unseen(text: str) -> tuple[str, str | None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = build_parser()
-    args, extra = parser.parse_known_args(argv)
-    if extra and args.command != "run":
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     with user_errors():
+        parser = build_parser()
+        args, extra = parser.parse_known_args(argv)
+        if extra and args.command != "run":
+            parser.unknown(extra)
         if args.command == "check":
             findings = check(args.dataset, args.data_path, open_images=not args.skip_images)
             sys.stdout.write(findings.report())

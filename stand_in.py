@@ -11,7 +11,6 @@ modalities; its colours do not. A finished folder holds `stand_in.json`, which t
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from data_manager import STAND_IN_MARKER
 from datasets.pedestrians import camera_look, make_person, render
 from datasets.stand_in_layouts import DRAWINGS, LISTS, Drawing, Settings, flag
+from options import Parser
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +83,13 @@ def _draw_identity(settings: Settings, folder: Path, pid: int, drawings: list[Dr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script: 0, 2 on a value that cannot be honoured, 130 when interrupted."""
-    from utils import setup_logging, user_errors  # here: the drawing processes need no torch
+    from utils import (  # here: the drawing processes need no torch
+        naming,
+        setup_logging,
+        user_errors,
+    )
 
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__doc__)
     add = parser.add_argument
     for item in fields(Settings):
         name, text = flag(item.name), item.metadata["help"]
@@ -94,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(name, type=kind, default=item.default, required=item.default is MISSING, help=text)
     add("--out", type=Path, required=True, help="folder to make")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    args = parser.parse_args(argv)
     setup_logging()
     try:
         with user_errors():
-            generate(**vars(args))
+            args = parser.parse_args(argv)
+            with naming(args.out):
+                generate(**vars(args))
     except KeyboardInterrupt:
         sys.stderr.write("stopped; nothing was written\n")
         return 130

@@ -89,6 +89,17 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(2) from error
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names a path in those system errors that name none, such as a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def seed_everything(seed: int) -> None:
     """Seeds torch's global generators, from which model initialisation alone draws."""
     torch.manual_seed(seed)
@@ -339,7 +350,7 @@ def write_atomic(
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # no other process's
     try:
-        with open(temporary, "xb") as stream:
+        with naming(path), open(temporary, "xb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())

@@ -219,16 +219,15 @@ def health(args: argparse.Namespace) -> Figure:
     return charts.memory_health(lines, title=title)
 
 
-def figure_parser(description: str) -> argparse.ArgumentParser:
+def figure_parser(description: str) -> options.Parser:
     """Returns the parser of ``visualize.py``: one command per figure."""
-    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=description, **form)
+    parser = options.Parser(description)
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     count, number = options.positive(int), options.non_negative(int)
 
     def command(draw: Callable[..., Figure]) -> argparse.ArgumentParser:
         name, text = draw.__name__, draw.__doc__
-        figure = commands.add_parser(name, help=text, description=text, **form)
+        figure = commands.add_parser(name, help=text, description=text)
         figure.set_defaults(draw=draw)
         add = options.Flags(figure, "file")
         add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
@@ -271,8 +270,8 @@ def figure_parser(description: str) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     with user_errors():
-        args = figure_parser(__doc__).parse_args(argv)
         setup_logging()
+        args = figure_parser(__doc__).parse_args(argv)
         if "resume" in args:
             if not args.resume:
                 raise ValueError("name the checkpoint to draw from: --resume PATH")

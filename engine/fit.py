@@ -21,7 +21,7 @@ from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, tr
 from eval_metrics import METRICS
 from loss import CLASSIFYING_TERMS, Criterion
 from memory import SingleGranularityMemory
-from utils import save_checkpoint, write_atomic, write_json
+from utils import naming, save_checkpoint, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ def fit(
         line["seconds"] = time.perf_counter() - start
         progress.log.append(line)
         if writer is not None:
-            _report(progress, schedule.epochs, writer)
+            with naming(files.tensorboard_dir):
+                _report(progress, schedule.epochs, writer)
             _warn_of_unread_levels(progress.log, net.memory)
             ends = progress.epoch == schedule.epochs
             _save(net, optimizer, progress, files, settings, ends=ends)

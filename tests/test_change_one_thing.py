@@ -38,7 +38,8 @@ def data(tmp_path_factory):
             listed = (root / f"regdb/idx/{split}_{word}_1.txt").read_text().splitlines()
             for number, line in enumerate(listed):
                 path = line.split()[0]
-                target = root / "folders" / split / modality / path.split("/")[1] / f"{number}.bmp"
+                folder = root / "folders" / split / modality / f"id{path.split('/')[1]}"
+                target = folder / f"{number}.bmp"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(root / "regdb" / path, target)
     return root

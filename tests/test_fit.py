@@ -102,6 +102,15 @@ def test_collapsed_features_are_said_after_the_epoch(tmp_path, caplog, monkeypat
     assert "--preset scratch" in caplog.text
 
 
+def test_a_full_disk_under_tensorboard_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fit_module.SummaryWriter, "add_scalar", full)
+    with pytest.raises(OSError, match="No space left on device: .*board"):
+        short_fit(tmp_path)
+
+
 def test_a_level_that_read_nothing_is_said_once(tmp_path, caplog, monkeypatch):
     shares = iter([0.9, 1.0, 0.9, *[1.0] * 5])
     epoch = {"total": 1.0, "feature_spread": 0.5, "memory/part/zero_reads": 0.0}

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,19 @@ def test_preset_table(name):
     p_by_k = f"{values['batch_size']} x {values['num_pos']}"
     expected = [values["lr"], p_by_k, f"{values['gem_p']:g}", values["w_center"]]
     assert [cell.strip() for cell in cells[:5]] == [*map(str, expected), values["label_smooth"]]
+
+
+def test_make_refuses_an_old_python_by_its_version(tmp_path):
+    for name in ("Makefile", "requirements.txt", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "old"
+    code = "import sys; sys.version_info = (3, 8); exec(sys.argv[1])"
+    old.write_text(f"#!/bin/sh\nshift\nexec {sys.executable} -c '{code}' \"$1\"\n")
+    old.chmod(0o755)
+    command = ["make", "demo", f"PYTHON={old}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and "Python 3.8 is too old" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_python_lines_run(tmp_path, monkeypatch):

@@ -450,6 +450,7 @@ def test_tables_refuse_what_they_can_not_make(go, tmp_path, capsys):
 
     assert "`reproduce.py run --table regdb` first" in refused("--table", "regdb")
     assert "unrecognized arguments: --epochs" in refused("--table", "regdb", "--epochs", "2")
+    assert "(did you mean --runs?)" in refused("--table", "regdb", "--run", "x")
     go("--table", "regdb", "--trials", 2, "--only", "HCT", "v2i")
     file = tmp_path / "runs/HCT_regdb_trial2/v2i_last/results.json"
     content = json.loads(file.read_text())

@@ -392,13 +392,15 @@ def test_command_line_as_documented(tmp_path):
     ("--out x", "--layout"),
     ("--layout regdb --out x --train-ids none", "--train-ids"),
     ("--layout regdb --out x --workers 0", "--workers 0"),
+    ("--layout regdb --out x --workres 1", "did you mean --workers?"),
 ])  # fmt: skip
 def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         stand_in.main(line.split())
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
