@@ -1,26 +1,24 @@
 """Files, seeds, devices, logging: what every script needs and no part of the method.
 
 Files are written atomically (a temporary file in the same folder, flushed to disk, then renamed):
-an interruption leaves either the former file or the new one. Checkpoints are read without
-executing anything stored in them.
+an interruption leaves either the former file or the new one. JSON files are read against a schema.
 """
 
-import codecs
 import contextlib
 import ctypes
-import io
 import json
 import logging
 import logging.handlers
+import math
 import os
 import platform
 import re
+import reprlib
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +27,6 @@ from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
-from numpy._core import multiarray
 
 try:
     import fcntl
@@ -39,14 +36,8 @@ except ImportError:  # on Windows, where nothing is locked
 log = logging.getLogger(__name__)
 
 VERSION = "2.0.0"  # of this project, see CHANGELOG.md
-FORMAT = "mgmra-checkpoint-1"  # written into each checkpoint; other files are earlier releases'
-# The NumPy types in earlier releases' checkpoints: scalars and arrays beside the weights.
-NUMPY_TYPES = [
-    *(np.dtype, np.ndarray, multiarray.scalar, multiarray._reconstruct, codecs.encode),
-    *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "bool")),
-    (multiarray.scalar, "numpy.core.multiarray.scalar"),  # written under NumPy 1
-    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-]
+JSON_LIMIT = 16 * 2**20  # bytes of a JSON text; the log of an epoch takes about 2,000
+DEEPEST = 20  # levels in it
 
 
 class CheckpointError(ValueError):
@@ -367,23 +358,6 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, lambda stream: stream.write(text.encode()))
 
 
-def save_checkpoint(path: Path, content: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Saves tensors, plain values and containers of them atomically; see `write_atomic`.
-
-    Raises OSError when it cannot be written (disk full, read-only, ...).
-    """
-    stored = io.BytesIO()  # given a file, torch.save hides its errors and signals behind its own
-    torch.save({"format": FORMAT, **content}, stored)
-    try:
-        write_atomic(path, lambda stream: stream.write(stored.getbuffer()), keep=keep)
-    except OSError as error:
-        state = "the former one is untouched" if path.exists() else "there was none before it"
-        raise OSError(
-            f"cannot write the checkpoint {path} ({error}); {state}. Make room or mend the folder, "
-            f"then go on with --resume"
-        ) from error
-
-
 def find_checkpoint(name: str | Path, *folders: Path) -> str:
     """Returns the path of a checkpoint, which may lie in one of the `folders`; of a folder last.pt.
 
@@ -404,51 +378,68 @@ def find_checkpoint(name: str | Path, *folders: Path) -> str:
     raise CheckpointError(f"no checkpoint at {name}: looked for {' and '.join(looked)}")
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint or a bare state dict onto the CPU, executing nothing that it contains.
+def read_json(path: Path, schema: Any) -> Any:
+    """Reads a JSON file, or all lines of a .jsonl as a list; see `parse_json`.
 
     Raises:
-        CheckpointError: When there is no such file, or it is truncated, corrupt, no checkpoint, or
-            holds objects other than tensors, plain values and NumPy numbers.
+        ValueError: It is not there, or not such a file.
     """
-    path = Path(find_checkpoint(path))
     try:
-        if zipfile.is_zipfile(path):  # torch.load compares no checksums
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"the checksum of its record {damaged} is wrong")
-        with torch.serialization.safe_globals(NUMPY_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each kind of damage
-        text = str(error).strip() or repr(error)
-        # torch's advice on unsafe loading comes before the reason: keep the reason only.
-        reason = text.rpartition("WeightsUnpickler error: ")[2].splitlines()[0].split(" Please")[0]
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint: it is truncated, "
-            f"corrupt, or holds objects that are not loaded for safety ({reason[:300]})"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary")
-    return content
+        with path.open("rb") as stream:
+            data = stream.read(JSON_LIMIT + 1)
+        if path.suffix == ".jsonl":
+            data, schema = b"[" + b",\n".join(data.splitlines()) + b"]", [schema]
+        return parse_json(data, schema)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be used: {reason}") from error
 
 
-def state_dict_of(content: dict[str, Any], path: str | Path) -> dict[str, torch.Tensor]:
-    """The network's weights in a checkpoint: under ``net``, ``state_dict``, ``model``, or bare."""
-    entries = [content.get(key) for key in ("net", "state_dict", "model")]
-    state = next((entry for entry in entries if isinstance(entry, dict)), content)
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-    if not tensors:
-        raise CheckpointError(
-            f"{path} holds no network weights (found: {', '.join(map(str, state))[:200]})"
-        )
-    return {k.removeprefix("module."): v for k, v in tensors.items()}
+def parse_json(text: str | bytes, schema: Any) -> Any:
+    """Reads a JSON text; raises ValueError where it is none, too long, or other than the schema.
 
-
-def plain_entry(content: dict[str, Any], key: str, default: Any, path: str | Path) -> Any:
-    """An entry of a checkpoint, checked to be of the default's type; the default if absent."""
-    value = content.get(key, default)
-    value = value.item() if isinstance(value, np.generic) else value  # in earlier releases' files
-    if type(value) is not type(default):
-        raise CheckpointError(f"{path}: {key!r} is {str(value)[:40]!r}, expected as in {default!r}")
+    A schema is a type (float takes integers too, object any value), None, a tuple of alternatives,
+    a list with the schema of each entry, or a dictionary of entries: "name?" may be absent, "*" is
+    the schema of those not named. NaN, infinity and deep nesting are refused.
+    """
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"it has over {JSON_LIMIT} bytes")
+    try:
+        value = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_form(value, schema)
     return value
+
+
+def check_form(value: Any, schema: Any, where: str = "it", depth: int = 0) -> None:
+    """Raises ValueError, which says `where`, when a JSON value is other than a schema."""
+    if isinstance(schema, tuple):
+        schema = next((each for each in schema if _is_a(value, each)), schema[0])
+    if schema is object:
+        schema = {dict: {}, list: [object]}.get(type(value), object)
+    if not _is_a(value, schema) or depth > DEEPEST:
+        expected = getattr(schema, "__name__", type(schema).__name__)
+        raise ValueError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+    if isinstance(schema, list):
+        for number, each in enumerate(value, start=1):
+            check_form(each, schema[0], f"entry {number} of {where}", depth + 1)
+    elif isinstance(schema, dict):
+        missing = [name for name in schema if not name.endswith(("?", "*")) and name not in value]
+        if missing:
+            raise ValueError(f"{where} lacks {missing[0]!r}")
+        for name, each in value.items():
+            own = schema.get(name, schema.get(f"{name}?", schema.get("*", object)))
+            check_form(each, own, reprlib.repr(name), depth + 1)
+
+
+def _is_a(value: Any, schema: Any) -> bool:
+    kind = schema if isinstance(schema, type) else type(schema)
+    return kind in (type(value), object) or (kind is float and type(value) is int)
+
+
+def _number(text: str) -> float:
+    whole = text.lstrip("-").isdigit()
+    if not abs(float(text)) < (2**63 if whole else math.inf):
+        raise ValueError(f"{text[:40]} is no number of use")
+    return int(text) if whole else float(text)

@@ -12,8 +12,8 @@ from torch import nn
 
 from data_manager import DATASETS, EvalSet
 from model import MEMORIES, TwoStreamNet
+from networks.checkpoint_file import CheckpointError, load_checkpoint, shapes
 from networks.released import convert_released_state_dict, released_config
-from utils import CheckpointError, load_checkpoint, plain_entry, state_dict_of
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,7 @@ def load_network(
         ValueError: When its network has no use for `memory_variant`.
     """
     content = load_checkpoint(path)
-    state = state_dict_of(content, path)
-    rest = {k: v for k, v in content.items() if k not in ("net", "state_dict", "optimizer")}
+    state = content.pop("net")
     given = {"gem_p": gem_p, "memory_variant": memory_variant}
     given = {k: v for k, v in given.items() if v is not None}
     try:
@@ -76,8 +75,8 @@ def load_network(
             state = {k: v for k, v in state.items() if not k.startswith("memory.")}
             config |= {"memory": "mg", "memory_levels": "none"}
         with torch.device("meta"):  # shapes first: a file may ask for any amount of memory
-            shapes = {k: v.shape for k, v in TwoStreamNet(**config).state_dict().items()}
-        if shapes != {k: v.shape for k, v in state.items()}:
+            expected = shapes(TwoStreamNet(**config).state_dict())
+        if expected != shapes(state):
             raise ValueError("its configuration does not belong to its weights")
         net = TwoStreamNet(**config)
         net.load_state_dict(state)
@@ -86,7 +85,7 @@ def load_network(
         raise CheckpointError(f"{path} holds no network of this project: {reason}") from error
     if memory_variant is not None and net.config["memory"] in (None, "sg"):
         raise ValueError(f"--memory-variant has no effect, since {path} has no memory of MG-MRA")
-    return net, rest
+    return net, content
 
 
 def open_network(
@@ -98,9 +97,8 @@ def open_network(
     `img_h` and `img_w`, or where these are None what it was trained with.
     """
     net, info = load_network(path, **settings)
-    trained = plain_entry(info, "options", {}, path)
-    height, width = (plain_entry(trained, k, v, path) for k, v in RELEASED_SIZE.items())
-    size = img_h or height, img_w or width
+    trained = {**RELEASED_SIZE, **info.get("options", {})}
+    size = img_h or trained["img_h"], img_w or trained["img_w"]
     net.check_image_height(size[0])
     return net.to(device, memory_format=torch.channels_last).eval(), info, size
 
@@ -118,18 +116,14 @@ class TrainedOn:
     def read(cls, path: str | Path, content: Mapping[str, Any] | None = None) -> "TrainedOn":
         """Reads a checkpoint's entries, from its file unless `content` has them."""
         content = load_checkpoint(path) if content is None else content
-        pids = plain_entry(content, "identities", [], path)
-        pids = [*pids, *plain_entry(content, SEEN_BEFORE, [], path)]
-        data, trained = (
-            plain_entry(content, k, v, path) for k, v in {"data": "", "options": {}}.items()
-        )
-        return cls(str(path), data, frozenset(p for p in pids if isinstance(p, int)), trained)
+        pids = frozenset((*content.get("identities", ()), *content.get(SEEN_BEFORE, ())))
+        return cls(str(path), content.get("data", ""), pids, content.get("options", {}))
 
     @property
     def defaults(self) -> dict[str, Any]:
         """Its data set, trial and, if it is here, data folder: what is evaluated unless told."""
         kinds = {"dataset": "", "trial": 1, "data_path": ""}
-        known = {k: plain_entry(self.options, k, v, self.path) for k, v in kinds.items()}
+        known = {k: self.options.get(k, v) for k, v in kinds.items()}
         folder = known.pop("data_path")
         known |= {"data_path": Path(folder)} if folder and Path(folder).is_dir() else {}
         return known if known["dataset"] in DATASETS else {}
@@ -172,9 +166,9 @@ def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, An
     unknown = "unknown (checkpoint of an earlier release)"
     return {
         "checkpoint": str(path),
-        "selection": plain_entry(info, "selection", unknown, path),
-        "epoch": plain_entry(info, "epoch", 0, path) if "epoch" in info else None,
-        "trained_on": plain_entry(info, "data", "unknown", path),
+        "selection": info.get("selection", unknown),
+        "epoch": info.get("epoch"),
+        "trained_on": info.get("data", "unknown"),
         "gem_p": float(net.gem_p),
         "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
     }

@@ -21,7 +21,8 @@ from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, tr
 from eval_metrics import METRICS
 from loss import CLASSIFYING_TERMS, Criterion
 from memory import SingleGranularityMemory
-from utils import naming, save_checkpoint, write_atomic, write_json
+from networks.checkpoint_file import save_checkpoint
+from utils import naming, write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ def fit(
             _save(net, optimizer, progress, files, settings, ends=ends)
     if writer is not None:
         writer.close()
+        files.checkpoint(PREVIOUS).unlink(missing_ok=True)
     return progress
 
 
@@ -151,23 +153,24 @@ def _save(
         **files.header,
         "net": net.state_dict(),
         "config": net.config,
-        "optimizer": optimizer.state_dict(),
         "epoch": progress.epoch,
         "best": progress.best,
         "last": progress.last,
         "log": progress.log,
         "scaler": progress.scaler,
-        "torch_generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
     if progress.best is not None and progress.best["epoch"] == progress.epoch:
-        checkpoint["selection"] = progress.best["selection"]
-        save_checkpoint(files.checkpoint(BEST), checkpoint)
+        selection = progress.best["selection"]
+        save_checkpoint(files.checkpoint(BEST), {**checkpoint, "selection": selection})
     if settings.save_every and progress.epoch % settings.save_every == 0:
-        checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
-        save_checkpoint(files.checkpoint(f"epoch_{progress.epoch:03d}.pt"), checkpoint)
+        file = files.checkpoint(f"epoch_{progress.epoch:03d}.pt")
+        selection = f"epoch {progress.epoch}, fixed beforehand"
+        save_checkpoint(file, {**checkpoint, "selection": selection})
     # Last, so that a resumed run never finds less than it claims.
     if ends or progress.epoch % settings.save_last_every == 0:
+        of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        generators = {"cpu": torch.get_rng_state(), **{str(i): s for i, s in enumerate(of_gpus)}}
+        checkpoint |= {"optimizer": optimizer.state_dict(), "generators": generators}
         checkpoint["selection"] = "last epoch"
         save_checkpoint(files.checkpoint(LAST), checkpoint, keep=files.checkpoint(PREVIOUS))
     write_reports(files, progress)

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 
 from engine.fit import LAST, PREVIOUS, Progress
+from eval_metrics import RESULT
 from model import TwoStreamNet
-from utils import CheckpointError, load_checkpoint
+from networks.checkpoint_file import CheckpointError, load_checkpoint, shapes
+from utils import check_form
 
 log = logging.getLogger(__name__)
 
+RESULT_OF_RUN = {**RESULT, "epoch": int, "selection": str, "dataset": str}
 ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "options", "identities")
+ENTRIES += ("generators",)
 
 
 def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
@@ -35,8 +39,8 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
     missing = [name for name in ENTRIES if name not in content]
     if missing:
         raise CheckpointError(
-            f"{path} is no checkpoint of an interrupted run of this project (without "
-            f"{', '.join(missing)}); to start from its weights use --weights {path}, to evaluate "
+            f"{path} is no checkpoint that a run can go on from (without {', '.join(missing)}; "
+            f"last.pt has them); to start from its weights use --weights {path}, to evaluate "
             f"it test.py --resume {path}"
         )
     return {**content, "path": path}
@@ -67,11 +71,17 @@ def restore(
                 "it was trained on other identities than this data set and split hold: go on with "
                 "the same --data-path, --trial and --select-on"
             )
+        if shapes(content["net"]) != shapes(net.state_dict()):
+            raise ValueError("its weights have other shapes or types")
+        for name in ("best", "last"):
+            check_form(content[name], (None, RESULT_OF_RUN), name)
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
-        torch.set_rng_state(content["torch_generator"])
-        for device, state in enumerate(content["cuda_generators"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
+        for name, state in content["generators"].items():
+            if name == "cpu":
+                torch.set_rng_state(state)
+            elif int(name) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(state, int(name))
         names = ("epoch", "best", "last", "log")
         return Progress(*(content[name] for name in names), content.get("scaler", {}))
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
@@ -88,6 +98,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in ours]:
         raise ValueError("the optimiser's parameters differ")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
-    for parameter, state in optimizer.state.items():
-        for value in filter(torch.is_tensor, state.values()):
-            value.expand_as(parameter)  # raises where the shapes do not fit
+    parameters = [p for group in ours for p in group["params"]]
+    if not saved["state"].keys() <= set(parameters):
+        raise ValueError("the optimiser's state is of other parameters")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if not torch.is_tensor(value):
+                    continue
+                value.expand_as(parameter)  # raises where the shapes do not fit
+                if value.shape == parameter.shape:  # in its memory format, too
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                elif group.get("fused") and name != "step":  # it would read beyond the tensor
+                    raise ValueError(f"the optimiser's {name!r} has the shape {tuple(value.shape)}")

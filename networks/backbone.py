@@ -15,8 +15,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from networks.checkpoint_file import CheckpointError, load_checkpoint
 from networks.settings import STAGES
-from utils import CheckpointError, load_checkpoint, state_dict_of
 
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
 OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
@@ -135,7 +135,7 @@ def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
         CheckpointError: When a file cannot be used.
     """
     if str(weights) != "imagenet":
-        return state_dict_of(load_checkpoint(weights), weights)
+        return load_checkpoint(weights)["net"]
     imagenet = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
         return imagenet.get_state_dict(progress=True, check_hash=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.checkpoint_file import CheckpointError
 from networks.settings import INSTANCES_PER_ID, PARTS_PER_INSTANCE
-from utils import CheckpointError
 
 log = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[1])]
 
 import short_run  # noqa: E402
-import torch  # noqa: E402
 
 import train_MGMRA  # noqa: E402
+from networks.checkpoint_file import load_checkpoint  # noqa: E402
 
 
 def attempt(
@@ -63,7 +63,7 @@ def moment(folder: Path) -> str:
     if not (folder / "last.pt").exists():
         between = (folder / "last.previous.pt").exists()
         return "between the renames of a save" if between else "before the first checkpoint"
-    epoch = torch.load(folder / "last.pt", weights_only=True)["epoch"]
+    epoch = load_checkpoint(folder / "last.pt")["epoch"]
     return f"with {epoch} of {short_run.EPOCHS} epochs saved"
 
 

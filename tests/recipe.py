@@ -5,6 +5,7 @@ the CRC-32 of a name: a 100 MB state dict follows from its names and shapes alon
 """
 
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -54,16 +55,17 @@ def released_shapes(method: str) -> dict[str, tuple[int, ...]]:
 
 
 def released_file(path: Path, method: str, num_ids: int, legacy: bool = False) -> dict:
-    """Writes a file as the release's trainings do; each entry of its network is one small number.
+    """Writes a file as the release's trainings do; its network's entries share one storage.
 
     Whatever `num_ids`, the number of training identities, the memory's bank has 206 identities.
     """
-    state = {}
-    for number, (name, shape) in enumerate(released_shapes(method).items(), start=1):
+    shapes = released_shapes(method)
+    for name in shapes:
         if name.startswith(("fc_list", "classifier")):
-            shape = (num_ids, *shape[1:])
-        value = torch.tensor((1 + number / 1000) / np.prod(shape[1:]), dtype=torch.float32)
-        state[name] = value.expand(shape)  # takes the room of one number in the file
+            shapes[name] = (num_ids, *shapes[name][1:])
+    numbers = torch.full((max(map(math.prod, shapes.values())),), 1e-3)
+    state = {name: numbers[: math.prod(shape)].view(shape) for name, shape in shapes.items()}
+    state |= {name: value.long() for name, value in state.items() if name.endswith("tracked")}
     content = {"net": state, "cmc": np.ones(20), "mAP": np.float64(0.5), "mINP": 0.4, "epoch": 3}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     return state

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock
 
 import stand_in
 from networks import backbone
+from networks.checkpoint_file import load_checkpoint
 
 EPOCHS, STEPS = 3, 5  # evaluated after epochs 2 and 3
 FLAGS = (
@@ -86,12 +87,12 @@ def outcome(folder: Path) -> dict:
         found[name] = (folder / name).exists()
         if not found[name]:
             continue
-        content = torch.load(folder / name, weights_only=True)
+        content = load_checkpoint(folder / name)
         found[f"{name}: log"] = [without_times(line) for line in content["log"]]
         for key in ("epoch", "best", "last", "selection", "config", "identities"):
             found[f"{name}: {key}"] = content[key]
-        for key in ("net", "optimizer", "torch_generator", "scaler"):
-            found.update(flat(content[key], f"{name}: {key}"))
+        for key in ("net", "optimizer", "generators", "scaler"):
+            found.update(flat(content.get(key), f"{name}: {key}"))
     return found
 
 

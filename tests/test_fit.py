@@ -15,6 +15,7 @@ from engine.fit import RunFiles, fit
 from engine.train import Schedule, TrainSettings, feature_spread, make_optimizer
 from eval_metrics import METRICS
 from loss import Criterion
+from networks.checkpoint_file import load_checkpoint
 
 
 def test_the_last_epoch_is_always_evaluated():
@@ -64,11 +65,13 @@ def test_fit_evaluates_logs_and_saves_as_scheduled(tmp_path, caplog):
     assert (state.best["epoch"], state.best["rank1"]) == (5, 0.7)  # the first of equals
     assert (state.last["epoch"], state.last["rank1"]) == (8, 0.6)
     names = {p.name for p in tmp_path.iterdir()}
-    checkpoints = {"last.pt", "last.previous.pt", "best.pt", "epoch_004.pt", "epoch_008.pt"}
+    checkpoints = {"last.pt", "best.pt", "epoch_004.pt", "epoch_008.pt"}
     assert names == {*checkpoints, "log.jsonl", "training.json", "board"}
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    best = load_checkpoint(tmp_path / "best.pt")
     assert (best["epoch"], best["selection"]) == (5, "best Rank-1 on the test set")
     assert best["method"] == "m"
+    kept = {name: "optimizer" in load_checkpoint(tmp_path / name) for name in sorted(checkpoints)}
+    assert list(kept.values()) == [False, False, False, True]  # last.pt's alone
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if "eval" in line] == [3, 5, 7, 8]
     assert [line["epoch"] for line in lines] == list(range(1, 9))

@@ -11,8 +11,8 @@ from docs.memory_numbers import loss_terms
 from memory import MultiGranularityMemory
 from model import TwoStreamNet
 from networks.backbone import BACKBONES
+from networks.checkpoint_file import save_checkpoint
 from networks.settings import LEVELS
-from utils import save_checkpoint
 
 
 @pytest.fixture(autouse=True)

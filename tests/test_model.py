@@ -7,8 +7,8 @@ from engine.checkpoints import load_network
 from loss import part_alignment_loss
 from memory import MemoryRead, MultiGranularityMemory
 from model import TwoStreamNet
+from networks.checkpoint_file import CheckpointError, save_checkpoint
 from networks.released import convert_released_state_dict, released_config
-from utils import CheckpointError
 
 
 def small(**settings):
@@ -177,7 +177,7 @@ def test_a_memory_of_ones_own_is_added_as_it_reads():
 def test_a_memory_of_ones_own_is_saved_by_name_and_loaded_by_its_class(tmp_path, caplog):
     net = small(memory=Doubled(5, 2, 3, dim=512, shrink_scale=2.0)).eval()
     assert net.config["memory"] == "Doubled"
-    torch.save({"net": net.state_dict(), "config": net.config}, tmp_path / "x.pt")
+    save_checkpoint(tmp_path / "x.pt", {"net": net.state_dict(), "config": net.config})
     visible, _ = pictures()
     again, _ = load_network(tmp_path / "x.pt", memory=Doubled)
     assert isinstance(again.memory, Doubled)
@@ -236,13 +236,13 @@ def test_levels_that_a_network_lacks(settings):
 
 def test_checkpoints_rebuild_threshold_and_level(tmp_path):
     net = small(memory="mg", shrink_scale=0.5, memory_levels="instance")
-    torch.save({"net": net.state_dict(), "config": net.config}, tmp_path / "x.pt")
+    save_checkpoint(tmp_path / "x.pt", {"net": net.state_dict(), "config": net.config})
     again, _ = load_network(tmp_path / "x.pt")
     assert again.config == net.config
     assert again.memory.shrink_scale == 0.5
     assert again.memory_levels == "instance"
     older = {k: v for k, v in net.config.items() if k not in ("shrink_scale", "memory_levels")}
-    torch.save({"net": net.state_dict(), "config": older}, tmp_path / "x.pt")
+    save_checkpoint(tmp_path / "x.pt", {"net": net.state_dict(), "config": older})
     assert load_network(tmp_path / "x.pt")[0].memory_levels is None
 
 

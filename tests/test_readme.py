@@ -19,8 +19,8 @@ import visualize
 from data_manager import eval_set
 from engine.feature_files import read_features
 from model import TwoStreamNet
+from networks.checkpoint_file import save_checkpoint
 from reproduction.plan import TABLES
-from utils import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,8 +8,8 @@ from recipe import METHODS, numbered, released_file
 
 from engine.checkpoints import load_network
 from model import TwoStreamNet
+from networks.checkpoint_file import CheckpointError, save_checkpoint
 from networks.released import convert_released_state_dict, is_released, released_config
-from utils import CheckpointError, save_checkpoint
 
 
 def small(**settings):
@@ -18,11 +18,11 @@ def small(**settings):
 
 @pytest.mark.parametrize("method", ["HCT", "SGMRA", "MGMRA", "AGW"])
 def test_released_checkpoints_are_rebuilt_and_loaded(method, tmp_path):
-    state = {f"module.{k}": v.float() for k, v in numbered(method).items()}
+    state = {f"module.{k}": v.float() if v.ndim else v.long() for k, v in numbered(method).items()}
     path = tmp_path / "released.t"
     torch.save({"net": state, "mAP": 0.5, "epoch": 3}, path)
     net, info = load_network(path, gem_p=10.0)
-    assert info["epoch"] == 3
+    assert info == {}  # its weights alone are taken
     assert net.gem_p == 10.0
     assert net.config["num_ids"] == 206
     assert net.config["memory"] == {"SGMRA": "sg", "MGMRA": "mg"}.get(method)

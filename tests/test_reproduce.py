@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import options
 import stand_in
+from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from options import flags_of
 from reproduce import main
 from reproduction import plan as plans
@@ -35,7 +37,7 @@ out.mkdir(parents=True, exist_ok=True)
 (out / "options.json").write_text(json.dumps({{"options": options.to_json(args)}}))
 last = args.epochs - (os.environ.get("STUB_STOPS", "nothing") in str(out))
 for name in ("last.pt", "best.pt"):
-    (out / name).write_text("weights")
+    (out / name).write_bytes(Path({log!r} + ".pt").read_bytes())
 (out / "training.json").write_text(json.dumps({{"last": {{"epoch": last}}}}))
 line = {{"epoch": last, "memory/part/zero_reads": args.trial / 10, "memory/part/used": 0.5}}
 (out / "log.jsonl").write_text(json.dumps(line) + "\\n")
@@ -84,6 +86,9 @@ def stubs(tmp_path, monkeypatch):
     folder, log = tmp_path / "scripts", tmp_path / "calls"
     folder.mkdir()
     log.touch()
+    optimizer = {"state": {}, "param_groups": []}
+    content = {"net": {"weight": torch.ones(1)}, "optimizer": optimizer}
+    save_checkpoint(Path(f"{log}.pt"), content)
     words = {"root": str(ROOT), "log": str(log)}
     for name in ("train_HCT.py", "train_SGMRA.py", "train_MGMRA.py"):
         (folder / name).write_text(TRAIN_STUB.format(**words))
@@ -477,6 +482,8 @@ def test_from_nothing_to_a_table_with_the_real_scripts(data, tmp_path, capsys):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[3/3] done in" in done.stdout
+    (last,) = (tmp_path / "runs").rglob("last.pt")
+    assert "optimizer" not in load_checkpoint(last)
     assert main(list(map(str, flags))) == 0
     out = capsys.readouterr().out
     assert out.count("done  python") == 3 and "done in" not in out

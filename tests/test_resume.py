@@ -32,6 +32,7 @@ from engine import distributed, evaluate, fit
 from engine import train as engine_train
 from memory import LEVELS, MultiGranularityMemory
 from networks.backbone import BACKBONES
+from networks.checkpoint_file import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,16 @@ def unbroken(data, tmp_path_factory, narrow_backbone):
     """A run that nothing ended: its folder."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     assert train(data, folder) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory, narrow_backbone):
+    """A run that ended in its third epoch: its folder."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, engine_train, "training_step", 2 * STEPS + 1)
+        interrupted(data, folder, code=143)
     return folder
 
 
@@ -108,7 +119,7 @@ def test_a_signal_ends_a_run_at_once_and_it_goes_on_to_the_same_bits(
     else:
         kept = f"{begin}: complete epochs are in {folder / 'last.pt'}. Go on with: python "
         assert message.startswith(kept)
-        assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == saved
+        assert load_checkpoint(folder / "last.pt")["epoch"] == saved
     assert message.endswith(" --resume")
     assert train(data, folder, "--resume") == 0
     assert differences(outcome(unbroken), outcome(folder)) == []
@@ -136,9 +147,9 @@ def test_a_run_ended_in_every_epoch_reaches_the_same_bits(data, unbroken, tmp_pa
     assert differences(outcome(unbroken), outcome(folder)) == []
 
 
-def test_a_run_goes_on_in_another_folder_with_its_log_and_best(data, unbroken, tmp_path):
+def test_a_run_goes_on_in_another_folder_with_its_log_and_best(data, unbroken, stopped, tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(unbroken, source)
+    shutil.copytree(stopped, source)
     (source / "last.pt").unlink()
     folder = tmp_path / "run"
     train(data, folder, "--epochs", EPOCHS, "--resume", source / "last.previous.pt")
@@ -153,6 +164,8 @@ def test_a_finished_run_has_nothing_to_do_and_mends_its_reports(data, unbroken, 
     (folder / "log.jsonl").write_text('{"epoch": 1}\n{"epo')
     assert train(data, folder, "--resume") == 0
     assert differences(outcome(unbroken), outcome(folder)) == []
+    interrupted(data, folder, "--resume", folder / "best.pt", code=2)
+    assert "(without optimizer, generators; last.pt has them)" in capsys.readouterr().err
     assert train(data, folder, "--resume", "--epochs", EPOCHS - 1) == 0
     assert "nothing to train: all 3 epochs are done" in capsys.readouterr().err
 
@@ -164,7 +177,7 @@ def test_changed_options_are_reported_or_refused(data, unbroken, tmp_path, capsy
     error = capsys.readouterr().err
     assert "weight_decay 0.0005 -> 0.1" in error
     assert f"epochs {EPOCHS} -> {EPOCHS + 1}" in error
-    content = torch.load(folder / "last.pt", weights_only=True)
+    content = load_checkpoint(folder / "last.pt")
     groups = content["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.1}  # reported and in force
     before = (folder / "last.pt").read_bytes()
@@ -183,7 +196,7 @@ DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
     "cut by a byte": lambda data: data[:-1],
     "a bit of the weights": lambda data: flipped(data, len(data) // 2),
-    "a bit of the first record": lambda data: flipped(data, data.find(b"epoch")),
+    "a bit of the first record": lambda data: flipped(data, data.find(b"about")),
     "empty": lambda data: b"",
 }
 
@@ -194,10 +207,10 @@ def flipped(data, place):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
-    name, data, unbroken, tmp_path, capsys
+    name, data, unbroken, stopped, tmp_path, capsys
 ):
     folder = tmp_path / "run"
-    shutil.copytree(unbroken, folder)
+    shutil.copytree(stopped, folder)
     last = folder / "last.pt"
     last.write_bytes(DAMAGES[name](last.read_bytes()))
     assert train(data, folder, "--resume") == 0
@@ -206,7 +219,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert f"Going on from the one before it, {folder / 'last.previous.pt'}" in error
     assert differences(outcome(unbroken), outcome(folder)) == []
     assert (folder / "last.damaged.pt").exists()
-    (folder / "last.previous.pt").unlink()
+    assert not (folder / "last.previous.pt").exists()  # the run is complete
     last.write_bytes(b"")
     interrupted(data, folder, "--resume", code=2)
     assert str(last) in capsys.readouterr().err
@@ -431,7 +444,7 @@ def test_any_optimiser_resumes_to_the_same_bits(kind, settings, data, tmp_path, 
     monkeypatch.setattr(train_MGMRA, "make_optimizer", make)
     flags = ("--lr", 1e-3)
     assert whole_and_parts(train_MGMRA.main, data, tmp_path, monkeypatch, *flags) == []
-    saved = torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["optimizer"]["state"]
+    saved = load_checkpoint(tmp_path / "parts" / "last.pt")["optimizer"]["state"]
     assert saved
 
 
@@ -450,7 +463,7 @@ def test_a_tuple_in_the_network_s_configuration_survives(data, tmp_path, monkeyp
     main, own = train_MGMRA.main, {"memory_class": ThresholdPerLevel}
     assert whole_and_parts(main, data, tmp_path, monkeypatch, **own) == []
     folder = tmp_path / "parts"
-    config = torch.load(folder / "last.pt", weights_only=True)["config"]
+    config = load_checkpoint(folder / "last.pt")["config"]
     assert (config["memory"], config["shrink"]) == ("ThresholdPerLevel", (0.001, 0.002, 0.003))
     capsys.readouterr()
     interrupted(data, folder, "--epochs", 3, "--resume", code=2)  # the method's own memory
@@ -460,7 +473,7 @@ def test_a_tuple_in_the_network_s_configuration_survives(data, tmp_path, monkeyp
 def test_an_optimiser_s_state_that_does_not_fit_is_refused(data, unbroken, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(unbroken, folder)
-    content = torch.load(folder / "last.pt", weights_only=True)
+    content = load_checkpoint(folder / "last.pt")
     state, groups = content["optimizer"]["state"], content["optimizer"]["param_groups"]
     state[0] = {"momentum_buffer": state[0]["momentum_buffer"][:1, :2].clone()}
     shorter = [{**groups[0], "params": groups[0]["params"][:-1]}, groups[1]]
@@ -468,7 +481,7 @@ def test_an_optimiser_s_state_that_does_not_fit_is_refused(data, unbroken, tmp_p
         {"state": state, "param_groups": groups},
         {"state": {}, "param_groups": shorter},
     ):
-        torch.save({**content, "optimizer": optimizer}, folder / "last.pt")
+        save_checkpoint(folder / "last.pt", {**content, "optimizer": optimizer})
         interrupted(data, folder, "--resume", "--epochs", EPOCHS + 1, code=2)
         error = capsys.readouterr().err
         assert f"{folder / 'last.pt'} cannot be resumed here" in error

@@ -29,6 +29,7 @@ import train_MGMRA
 import utils
 from memory import MemoryRead, MultiGranularityMemory
 from networks.backbone import BACKBONES
+from networks.checkpoint_file import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -136,7 +137,7 @@ def test_each_method_trains_resumes_and_is_evaluated(name, data, tmp_path):
     assert last["total"] < first["total"]
     assert all(np.isfinite(v) for v in last.values() if isinstance(v, float))
     assert ("memory/part/survivors" in last) == ("MRA" in name)
-    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved = load_checkpoint(folder / "last.pt")
     assert saved["epoch"] == 6
     assert saved["options"]["seed"] == 0
     assert {"torch", "commit"} <= set(saved["versions"])
@@ -170,7 +171,7 @@ def test_hct_s_recipe_without_stripes_trains_and_is_evaluated(name, tiny, tmp_pa
     train(f"train_{name}.py", tiny, folder, "--pcb", "off", "--epochs", 1)
     line = log_lines(folder)[0]
     assert {"id", "triplet"} <= line.keys() and "center_triplet" not in line
-    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved = load_checkpoint(folder / "last.pt")
     assert saved["config"]["head"] == "global"
     assert saved["method"] == f"{name}_global_regdb_trial1"
     flags = ("--dataset", "regdb", "--data-path", tiny / "regdb", "--gpu", "cpu", "--quiet")
@@ -184,9 +185,7 @@ def test_resumed_run_equals_an_unbroken_one(tiny, tmp_path):
     train("train_MGMRA.py", tiny, tmp_path / "whole", "--epochs", 2, start=run)
     train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 1, start=run)
     train("train_MGMRA.py", tiny, tmp_path / "parts", "--epochs", 2, "--resume", start=run)
-    whole, parts = (
-        torch.load(tmp_path / n / "last.pt", weights_only=True) for n in ("whole", "parts")
-    )
+    whole, parts = (load_checkpoint(tmp_path / n / "last.pt") for n in ("whole", "parts"))
     for name, value in whole["net"].items():
         assert torch.equal(value, parts["net"][name]), name
     for ours, theirs in zip(
@@ -263,7 +262,7 @@ def test_sysu_trains_from_jpgs_and_caches_alike_and_selects_on_validation_ids(da
 def test_llcm_trains_and_is_evaluated_the_other_way_round(data, tmp_path):
     flags = ("--epochs", 1, "--trials", 2, "--shrink", "auto", "--memory-levels", "instance")
     train("train_MGMRA.py", data, tmp_path / "run", *flags, dataset="llcm")
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")
     assert (saved["config"]["shrink_scale"], saved["config"]["memory_levels"]) == (1.0, "instance")
     assert log_lines(tmp_path / "run")[0]["memory/part/zero_reads"] < 0.5
     output, _ = run(
@@ -451,7 +450,7 @@ def test_a_bank_of_another_number_of_identities(method, tiny, tmp_path):
     script, folder, flags = f"train_{method}.py", tmp_path / "run", ("--memory-ids", 3)
     train(script, tiny, folder, *flags, "--epochs", 1)
     train(script, tiny, folder, *flags, "--epochs", 2, "--resume")
-    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved = load_checkpoint(folder / "last.pt")
     assert len(saved["net"]["memory.part_bank"]) == 3 * 5 * 6
     assert (saved["config"]["memory_ids"], saved["config"]["num_ids"]) == (3, 4)
     _, error = train(script, tiny, folder, "--epochs", 3, "--resume", code=2)

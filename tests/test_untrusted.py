@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -20,14 +21,16 @@ import stand_in
 import train_MGMRA
 from data_manager import DataError, eval_set, train_set
 from engine import resume
-from engine.checkpoints import TrainedOn, open_network
+from engine.checkpoints import TrainedOn, load_network, open_network
 from engine.evaluate import format_result
 from engine.fit import RunFiles, write_reports
 from engine.train import Schedule, make_optimizer
 from model import TwoStreamNet
+from networks import checkpoint_file
 from networks.backbone import BACKBONES
+from networks.checkpoint_file import CheckpointError, load_checkpoint, save_checkpoint
 from test import describe
-from utils import CheckpointError, load_checkpoint
+from utils import JSON_LIMIT
 
 SETTINGS = {
     "deadline": None,
@@ -224,52 +227,120 @@ def test_option_combinations(place, data):
         assert 0 <= schedule.triplet_scale(epoch) <= 1
 
 
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.sampled_from(((), (3,), (2, 2), (32, 8, 1, 1))).map(torch.ones)
-    | st.sampled_from(((), (5,), (60,))).map(lambda shape: torch.ones(shape, dtype=torch.int64)),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=5) | st.integers(0, 3), inner, max_size=3),
-    max_leaves=5,
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+TENSORS = st.sampled_from(((), (3,), (2, 2), (32, 8, 1, 1))).map(torch.ones) | st.sampled_from(
+    (
+        torch.ones(5, dtype=torch.int64),
+        torch.ones(3, 2).T,
+        torch.ones(1).expand(10**8, 3),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, 2).to_sparse_csr(),
+        torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+        torch.empty(2, device="meta"),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    )
 )
 
 
+def nested(values):
+    """Values, and lists and dictionaries of them."""
+    return st.recursive(
+        values,
+        lambda inner: st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.integers(0, 3), inner, max_size=3),
+        max_leaves=5,
+    )
+
+
 @st.composite
-def changed(draw, content, depth=4):
+def changed(draw, content, values, depth=4):
     """A dictionary with one entry, possibly deep inside, replaced, removed or added."""
     content = dict(content)
     keys = sorted(content, key=str)
     key = draw(st.sampled_from(keys)) if keys else "new"
     value = content.get(key)
     if isinstance(value, dict) and depth and draw(st.booleans()):
-        content[key] = draw(changed(value, depth - 1))
+        content[key] = draw(changed(value, values, depth - 1))
     elif isinstance(value, list) and value and draw(st.booleans()):
-        content[key] = [*value[:-1], draw(VALUES)]
+        content[key] = [*value[:-1], draw(values)]
     elif draw(st.integers(0, 3)) == 0:
         content.pop(key, None)
     else:
         key = draw(st.just(key) | st.text(max_size=4) | st.integers(0, 2))
-        content[key] = draw(VALUES)
+        content[key] = draw(values)
     return content
 
 
-@cases(100, 3000)
+@cases(60, 3000)
 @given(st.data())
 def test_checkpoint_dictionaries(place, data):
+    stored = torch.load(place.checkpoint, weights_only=True)
+    about, values = json.loads(stored["about"]), nested(PLAIN | TENSORS)
+    former = {**about, "net": stored["net"], "format": checkpoint_file.FORMER}
+    texts = changed(about, nested(PLAIN)).map(json.dumps) | st.text(max_size=9)
     content = data.draw(
-        changed(place.content) | st.dictionaries(st.text(max_size=6), VALUES, max_size=4)
+        texts.map(lambda text: {**stored, "about": text})
+        | changed(stored, values)
+        | changed(former, values)
+        | st.dictionaries(st.text(max_size=6), values, max_size=4)
     )
     file = place.root / "stranger.pt"
     torch.save(content, file)
     with contextlib.suppress(ValueError):  # a CheckpointError, or of the size in its options
-        net, _, _ = open_network(file, torch.device("cpu"), None, None)
         info = load_checkpoint(file)
-        json.dumps(describe(str(file), info, net))
         TrainedOn.read(file, info).defaults  # noqa: B018
+        entries = {name: info[name] for name in resume.ENTRIES if name in info}
+        with contextlib.suppress(CheckpointError):
+            resumed(place, **entries)
+        net, info, _ = open_network(file, torch.device("cpu"), None, None)
+        json.dumps(describe(str(file), info, net))
+
+
+def hostile(stored):
+    """Files that once were read without end, or beyond their tensors."""
+    lists = []
+    for _ in range(60):
+        lists = [lists, lists]
+    name, weight = next((k, v) for k, v in stored["net"].items() if v.ndim == 4)
+    about = json.loads(stored["about"])
+    yield "net", {**stored, "net": {**stored["net"], name: torch.ones(1).expand(weight.shape)}}
+    yield "net", {**stored, "net": {**stored["net"], name: weight.to_sparse()}}
+    yield "net", {**stored, "net": {**stored["net"], name: lists}}
+    yield "net", {**stored, "net": lists}
+    yield "optimizer", {**stored, "optimizer": {"0.momentum_buffer": torch.ones(1).expand(9, 9)}}
+    yield "about", {**stored, "about": lists}
+    yield "about", {**stored, "about": "[" * 10**6}
+    yield "about", {**stored, "about": '{"config": ' + "[" * 90 + "]" * 90 + "}"}
+    yield "about", {**stored, "about": " " * (JSON_LIMIT + 1)}
+    yield "about", {**stored, "about": json.dumps({**about, "epoch": float("nan")})}
+    yield "about", {**stored, "about": json.dumps(about).replace('"epoch": 1', '"epoch": 1e999')}
+    yield "former", {**about, "net": stored["net"], "format": checkpoint_file.FORMER, "data": lists}
+
+
+def test_hostile_checkpoints_end_at_once(place):
+    stored, file = torch.load(place.checkpoint, weights_only=True), place.root / "hostile.pt"
+    for what, content in hostile(stored):
+        torch.save(content, file)
+        with pytest.raises(CheckpointError, match=f"{file} is no checkpoint of use: "):
+            load_checkpoint(file)
+        assert file.stat().st_size < 20 * 2**20, what
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"0" * 10**8)
+    with pytest.raises(CheckpointError, match="its records are larger than the file"):
+        load_checkpoint(file)
+
+
+def test_a_former_checkpoint_is_evaluated_but_not_resumed(place):
+    content = {k: v for k, v in place.content.items() if k != "generators"}
+    former = {**content, "format": checkpoint_file.FORMER, "torch_generator": torch.ones(2)}
+    file = place.root / "former.pt"
+    torch.save(former, file)
+    net, info = load_network(file)
+    weights = net.state_dict()
+    assert all(torch.equal(weights[name], each) for name, each in content["net"].items())
+    assert info == {k: content[k] for k in checkpoint_file.OF_FORMER}
+    with pytest.raises(CheckpointError, match=r"without optimizer, .*; to start from its weights"):
+        resume.read(file, fall_back=False)
 
 
 def resumed(place, **entries):
@@ -302,18 +373,23 @@ def test_a_run_s_checkpoint_that_is_out_of_order_is_refused(place):
         {"optimizer": {**content["optimizer"], "param_groups": [None, None]}},
         {"optimizer": {"state": {0: {"momentum_buffer": tensor}}, "param_groups": groups}},
         {"optimizer": {"state": {}, "param_groups": groups[:1]}},
+        {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(1)}}, "param_groups": groups}},
+        {"optimizer": {"state": {10**6: {}}, "param_groups": groups}},
         {"optimizer": []},
-        {"torch_generator": tensor},
+        {"generators": {"cpu": tensor}},
+        {"generators": {"x": tensor}},
+        {"best": {**content["best"], "mAP": "high"}},
+        {"last": {}},
     ):
         with pytest.raises(CheckpointError, match=str(place.checkpoint)):
             resumed(place, **entries)
 
 
-@pytest.mark.parametrize("missing", resume.ENTRIES)
+@pytest.mark.parametrize("missing", resume.ENTRIES[1:])
 def test_a_file_that_is_no_run_s_checkpoint_is_refused(missing, place):
     file = place.root / "other.pt"
-    torch.save({k: v for k, v in place.content.items() if k != missing}, file)
-    with pytest.raises(CheckpointError, match=f"{file} is no checkpoint .*without {missing}"):
+    save_checkpoint(file, {k: v for k, v in place.content.items() if k != missing})
+    with pytest.raises(CheckpointError, match=f"{file} is no checkpoint .*without {missing}; "):
         resume.read(file, fall_back=False)
 
 

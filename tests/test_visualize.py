@@ -19,7 +19,7 @@ from engine.evaluate import distances, embed
 from eval_metrics import eval_regdb
 from figures import charts, evaluation, image_grids
 from model import TwoStreamNet
-from utils import save_checkpoint
+from networks.checkpoint_file import save_checkpoint
 
 SIZE = (96, 32)
 
