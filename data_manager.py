@@ -36,11 +36,13 @@ def train_set(
     trial: int = 1,
     subset: str = "all",
     use_cache: bool = True,
+    size: tuple[int, int] | None = None,
 ) -> TrainSet:
     """Lists and checks the training images of one of `DATASETS`.
 
     `subset` is "all" identities, or "fit": without those that `eval_set(subset="val")` asks for.
-    With `use_cache`, images that `pre_process_sysu.py` decoded are taken where there are any.
+    With `use_cache`, images that `pre_process_sysu.py` decoded are taken where there are any, of
+    this `size` (height, width) if it is given.
 
     Raises:
         DataError: A folder, list, label or image is missing or wrong; found before any decoding.
@@ -49,7 +51,7 @@ def train_set(
     check_choice("subset", subset, ("all", "fit"))
     check_choice("trial", trial, TRIALS)
     data, path = DATASETS[dataset], Path(data_path)
-    result = data.train_from_cache(path) if use_cache else None
+    result = data.train_from_cache(path, size) if use_cache else None
     if result is None:
         result = data.train(checked_folder(dataset, path), trial)
     if subset == "fit":

@@ -295,6 +295,7 @@ TRAIN = {
         Flag("resume", None, RESUME, str, "-r", nargs="?", const=RESUME_LAST),
         Flag("test-only", False, "train nothing, evaluate the checkpoint of --resume"),
         Flag("resident", "auto", RESIDENT, ("auto", *ON_OFF)),
+        Flag("no-cache", False, "SYSU-MM01: train from the jpgs, not from caches"),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
         Flag("save-last-every", 1, SAVE_LAST, COUNT),
         Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
@@ -332,7 +333,7 @@ PROTOCOL += ("trials", "tta")
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
     *("overwrite", "test_only", "save_epoch", "save_last_every", "resident", "test_batch"),
-    *("figures", "options"),
+    *("figures", "options", "no_cache"),
 )
 # Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")

@@ -22,10 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_loader import load_images
-from data_manager import DATASETS, DataError, ImageList, train_set
+from data_manager import DATASETS, DataError, ImageList, TrainSet, train_set
 from datasets.sysu_mm01 import cache_files
 from options import COUNT, Parser
-from utils import user_errors, write_atomic
+from utils import lock, user_errors, write_atomic
 
 CHUNK = 500  # images decoded and written at once
 
@@ -34,7 +34,15 @@ def build_caches(args: argparse.Namespace) -> None:
     """Builds the caches of both modalities, except those that are there already."""
     train = train_set("sysu", args.data_path, use_cache=False)
     folder = args.output_dir or args.data_path
-    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / ".lock", wait=True):  # another process may be building the same
+        for left in folder.glob(".train_*_resized_*.tmp"):
+            left.unlink()
+        fill(folder, train, args)
+    sys.stdout.write(f"the caches of {train.description} are in {folder}\n")
+
+
+def fill(folder: Path, train: TrainSet, args: argparse.Namespace) -> None:
+    """Writes what is missing in a folder."""
     todo = []
     for images, labels in zip((train.visible, train.infrared), train.labels, strict=True):
         shape = (len(images), args.img_h, args.img_w, 3)
@@ -53,7 +61,6 @@ def build_caches(args: argparse.Namespace) -> None:
         # The images last: the pair is complete once they are there.
         write = partial(write_images, images=images, shape=shape, workers=args.workers)
         write_atomic(image_file, write)
-    sys.stdout.write(f"the caches of {train.description} are in {folder}\n")
 
 
 def write_images(stream: BinaryIO, images: ImageList, shape: tuple[int, ...], workers: int) -> None:

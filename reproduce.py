@@ -32,9 +32,8 @@ from reproduction.plan import (
     choose,
     given_options,
     plan,
-    read_json,
 )
-from utils import make_writable_dir, user_errors, write_json
+from utils import make_writable_dir, read_json, user_errors, write_json
 
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
@@ -80,8 +79,12 @@ def table_command(args: argparse.Namespace) -> None:
     file = args.runs / f"{args.name}.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
-    names = ("dataset", "trials", "extra", *(("unseen",) if args.table == "unseen" else ()))
-    about = {name: read_json(file, name) for name in names}
+    schema = {"dataset": str, "trials": int, "extra": {}}
+    schema |= {"unseen": {"*": (None, str)}} if args.table == "unseen" else {}
+    saved = read_json(file, schema)
+    about = {name: saved[name] for name in schema}
+    if about["dataset"] != args.dataset or not 1 <= about["trials"] <= 10:
+        raise ValueError(f"{file} is of another table: remove it and run again")
     _, rows = plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
     kinds = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}

@@ -392,7 +392,7 @@ def read_json(path: Path, schema: Any) -> Any:
         return parse_json(data, schema)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path} cannot be used: {reason}") from error
+        raise ValueError(f"{path} cannot be used: {reason}; remove it and run again") from error
 
 
 def parse_json(text: str | bytes, schema: Any) -> Any:

@@ -12,7 +12,6 @@ beside its input, or where --out says; --no-title leaves title and note to the p
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -30,6 +29,7 @@ from data_loader import EvalLoader, ImageCache
 from data_manager import ImageList, data_name, eval_set
 from engine.checkpoints import TrainedOn, open_network
 from engine.evaluate import evaluate
+from eval_metrics import LOG_LINE
 from figures import charts, evaluation, image_grids
 from figures.page import FORMATS, save
 from figures.prototypes import addressing_weights, alike, fired, prototype_patches
@@ -37,7 +37,9 @@ from model import TwoStreamNet
 from networks.settings import LEVELS
 from utils import (
     amp_dtype,
+    check_form,
     find_checkpoint,
+    read_json,
     resolve_device,
     seed_everything,
     set_up,
@@ -179,13 +181,14 @@ def cmc(args: argparse.Namespace) -> Figure:
 def read_result(file: Path) -> dict[str, Any]:
     """Reads a ``results.json``; raises ValueError when `test.py` did not write it."""
     hint = "write one with test.py --output-dir FOLDER"
+    schema = {"cmc": [float], "mAP": float, "dataset": str, "protocol": str, "re_rank": str}
     try:
-        content = json.loads(file.read_text())
-        return {name: content[name] for name in ("cmc", "mAP", "dataset", "protocol", "re_rank")}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON ({error}): {hint}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no evaluation, it lacks {error}: {hint}") from error
+        content = read_json(file, schema)
+        if not content["cmc"]:
+            raise ValueError(f"{file} has an empty cmc")
+        return {name: content[name] for name in schema}
+    except ValueError as error:
+        raise ValueError(f"{error}: {hint}") from error
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
@@ -195,13 +198,9 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
         ValueError: It is no log, or has no epoch yet.
     """
     file = run / "log.jsonl" if run.is_dir() else run
-    try:
-        lines = [json.loads(text) for text in file.read_text().splitlines()]
-        options_file = file.with_name("options.json")
-        about = json.loads(options_file.read_text()) if options_file.is_file() else None
-    except (OSError, ValueError) as error:
-        hint = "name the folder that a training script wrote into"
-        raise ValueError(f"{file} is no log of a training ({error}): {hint}") from error
+    lines = read_json(file, LOG_LINE)
+    beside = file.with_name("options.json")
+    about = read_json(beside, {"method": str, "data": str}) if beside.is_file() else None
     if not lines:
         raise ValueError(f"{file} is empty: no epoch is complete yet")
     return lines, f"{about['method']}: {about['data']}" if about else str(run)
@@ -210,6 +209,7 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
 def curves(args: argparse.Namespace) -> Figure:
     """Draws loss terms, learning rate and evaluations over the epochs."""
     lines, title = read_log(args.run)
+    check_form(lines[-1], {"lr": float, "total": float}, f"the last line of {args.run}")
     return charts.training_curves(lines, title=title)
 
 

@@ -30,8 +30,9 @@ from benchmarks import train
 from benchmarks.common import setting
 from engine.evaluate import embed
 from networks import sparse_read
+from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from networks.memory_health import MemoryHealth
-from utils import load_checkpoint, peak_memory, save_checkpoint, set_up, write_json
+from utils import peak_memory, set_up, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("HCT", "SG-MRA", "MG-MRA")
@@ -335,7 +336,7 @@ def trial(bench: Bench) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         file = Path(folder) / "last.pt"
         start = time.perf_counter()
-        save_checkpoint(file, {"net": net.state_dict(), "momentum": state})
+        save_checkpoint(file, {"net": net.state_dict(), "generators": state})  # as momentum
         save_s = time.perf_counter() - start
     images = torch.zeros(64, 3, bench.args.height, bench.args.width, device=bench.device)
     batches = [images] * (1 if bench.smoke else 20)

@@ -202,7 +202,7 @@ class DataSet:
         labels = [np.searchsorted(pids, images.pids) for images in (visible, infrared)]
         return TrainSet(visible, infrared, *labels, pids, self.title)
 
-    def train_from_cache(self, path: Path) -> TrainSet | None:
+    def train_from_cache(self, path: Path, size: tuple[int, int] | None = None) -> TrainSet | None:
         """Returns the training images as decoded before; None where there is no such cache."""
         return None
 

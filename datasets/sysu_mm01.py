@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import struct
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +39,8 @@ PROTOCOLS = {
     for mode, shots, gallery in product(GALLERY_CAMERAS, SHOTS, ("seeded", "official"))
 }
 OFFICIAL_DRAW = "exp/rand_perm_cam.mat"
-OFFICIAL_DRAW_LIMIT = 16 * 2**20  # bytes; the data set's own file has about 1 MB
+MAT_COMPRESSED = 15  # the type of a compressed variable in a .mat file
+OFFICIAL_DRAW_LIMIT = 16 * 2**20  # bytes, also unpacked; the data set's own file has about 1 MB
 OFFICIAL_HELP = (
     "expected the variable rand_perm_cam, 6 x 1 cells (cameras) of cells (identities) of"
     " trials x images matrices, from the data set authors' evaluation repository"
@@ -135,8 +138,8 @@ class Sysu(DataSet):
         protocol += ", validation identities" if options.subset == "val" else ""
         return EvalSet(self.name, query, *drawn_gallery(gallery, draws), "sysu", protocol)
 
-    def train_from_cache(self, path: Path) -> TrainSet | None:
-        """Takes `train_{rgb,ir}_resized_{img,label}.npy` where all four exist."""
+    def train_from_cache(self, path: Path, size: tuple[int, int] | None = None) -> TrainSet | None:
+        """Takes `train_{rgb,ir}_resized_{img,label}.npy` where all four exist, of this size."""
         files = [*cache_files(path, "visible"), *cache_files(path, "infrared")]
         found = [file.name for file in files if file.exists()]
         if found and len(found) < len(files):
@@ -155,7 +158,13 @@ class Sysu(DataSet):
                 )
             return None
         root = path.resolve()
-        labels = [_cached_labels(root, modality) for modality in ("visible", "infrared")]
+        cached = [_cached_labels(root, modality) for modality in ("visible", "infrared")]
+        labels, sizes = zip(*cached, strict=True)
+        found = " and ".join(f"{height} x {width}" for height, width in dict.fromkeys(sizes))
+        if size and set(sizes) != {size}:
+            text = "the caches in %s are %s, --img_h x --img_w is %d x %d: taking the jpgs"
+            log.warning(text, path, found, *size)
+            return None
         # Caches without the rest of the data set are enough to train on.
         known = _train_pids(root) if (root / "exp").is_dir() else range(labels[0].max() + 1)
         pids = np.array(known, dtype=np.int64)
@@ -170,7 +179,7 @@ class Sysu(DataSet):
                 )
             unknown = np.full(len(own), -1, np.int64)
             lists.append(ImageList(root, (), pids[own], unknown, modality, cache=file))
-        return TrainSet(*lists, *labels, pids, f"{self.title} (caches)")
+        return TrainSet(*lists, *labels, pids, f"{self.title} (caches, {found})")
 
 
 def _ids(role: str) -> str:
@@ -201,10 +210,25 @@ def _read_official_draw(root: Path) -> dict[int, np.ndarray]:
     try:
         if os.path.getsize(real) > OFFICIAL_DRAW_LIMIT:  # before scipy takes memory for it
             raise ValueError(f"{os.path.getsize(real)} bytes, over {OFFICIAL_DRAW_LIMIT}")
+        _check_unpacked(Path(real).read_bytes())
         cells = loadmat(real, variable_names=["rand_perm_cam"])["rand_perm_cam"].ravel()
         return {camera: np.ravel(cells[camera - 1]) for camera in VISIBLE_CAMERAS}
     except Exception as error:  # a damaged file makes scipy raise nearly anything
         raise DataError(f"{file} cannot be read ({error!r}); {OFFICIAL_HELP}") from error
+
+
+def _check_unpacked(data: bytes) -> None:
+    """Raises ValueError where a .mat file's variables are too large once they are unpacked."""
+    order = "<" if data[126:128] == b"IM" else ">"
+    at, left = 128, OFFICIAL_DRAW_LIMIT
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        at += 8
+        if kind == MAT_COMPRESSED:
+            left -= len(zlib.decompressobj().decompress(data[at : at + size], left + 1))
+            if left < 0:
+                raise ValueError(f"over {OFFICIAL_DRAW_LIMIT} bytes unpacked")
+        at += size
 
 
 def _official_draw(
@@ -236,8 +260,8 @@ def cache_files(folder: Path, modality: str) -> tuple[Path, Path]:
     return folder / f"{stem}_img.npy", folder / f"{stem}_label.npy"
 
 
-def _cached_labels(root: Path, modality: str) -> np.ndarray:
-    """Checks one modality's cache; returns its (n,) int64 labels.
+def _cached_labels(root: Path, modality: str) -> tuple[np.ndarray, tuple[int, int]]:
+    """Checks one modality's cache; returns its (n,) int64 labels and its images' height and width.
 
     Caches may be links to faster storage: no list names them, and loading runs nothing in them.
     """
@@ -253,7 +277,7 @@ def _cached_labels(root: Path, modality: str) -> np.ndarray:
             f"{where} is wrong: {pixels.dtype} {pixels.shape} and {labels.dtype} {labels.shape};"
             f" expected uint8 (n, H, W, 3) and integers (n,), n > 0. {_rebuild(root)}"
         )
-    return np.asarray(labels, dtype=np.int64)
+    return np.asarray(labels, dtype=np.int64), pixels.shape[1:3]
 
 
 def _rebuild(root: Path) -> str:

@@ -6,7 +6,6 @@ them to `engine.fit.fit`. Everything that can be checked is checked before an im
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -108,7 +107,8 @@ class Run:
         """Lists the images to train and to evaluate on; none is decoded."""
         args = self.args
         fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
-        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit)
+        caches = {"use_cache": not args.no_cache, "size": (args.img_h, args.img_w)}
+        train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit, **caches)
         return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
@@ -342,7 +342,8 @@ def _run_files(args: argparse.Namespace, method: str, distinction: str) -> RunFi
 def _check_folders(args: argparse.Namespace, files: RunFiles) -> None:
     """Raises where the run would overwrite another one."""
     report = files.output_dir / "options.json"
-    if files.prefix and report.exists() and json.loads(report.read_text()).get("run") != files.name:
+    others = files.prefix and report.exists()
+    if others and utils.read_json(report, {"run?": str}).get("run") != files.name:
         raise ValueError(
             f"{files.output_dir} holds another run than {files.name}; runs can share --model_path, "
             f"but each needs an --output-dir of its own: name another, or leave it out"

@@ -6,7 +6,6 @@ Expected counts are the data set's own (`DataSet.expected`); of stand-in data no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from data_manager import (
     train_set,
 )
 from datasets.folders import IMAGE_SUFFIXES
+from utils import read_json
 
 MIN_SIDE = 16  # pixels; a smaller image of a person is no use
 SHOWN = 8  # findings of a kind that are listed; the others are counted
@@ -109,9 +109,9 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
 def _stand_in_trials(marker: Path) -> int:
     """Returns how many splits or gallery draws stand-in data has, at most 10."""
     try:
-        return min(json.loads(marker.read_text())["trials"], 10)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{marker} cannot be read ({error!r}): draw the data anew") from error
+        return min(read_json(marker, {"trials": int})["trials"], 10)
+    except ValueError as error:
+        raise DataError(f"{error}: draw the data anew") from error
 
 
 def _check_split(

@@ -15,6 +15,7 @@ import options
 from data_manager import DATASETS, EvalOptions, eval_set, train_set
 from networks.settings import VARIANTS
 from options import flags_of
+from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 # Of a data set: the methods under all its protocols.
@@ -230,7 +231,7 @@ class Step:
         file = self.folder / ("options.json" if self.trains else "results.json")
         if not file.exists():
             return False
-        saved = read_json(file, "options")
+        saved = read_json(file, {"options": {}})["options"]
         changed = [
             f"{name} {saved[name]!r} there, {value!r} here"
             for name, value in self.resolved.items()
@@ -248,18 +249,8 @@ class Step:
         report = self.folder / "training.json"
         if not report.exists() or not (self.folder / "last.pt").exists():
             return False
-        last = read_json(report, "last")
-        return bool(last) and last["epoch"] == saved["epochs"]
-
-
-def read_json(path: Path, entry: str) -> Any:
-    """Returns an entry of a JSON file that a run has written; a ValueError where there is none."""
-    try:
-        return json.loads(path.read_text())[entry]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} cannot be used, {entry!r} cannot be read ({error!r}); remove it and run again"
-        ) from error
+        last = read_json(report, {"last": (None, {"epoch": int})})["last"]
+        return bool(last) and last["epoch"] == saved.get("epochs")
 
 
 def evaluations(

@@ -8,18 +8,21 @@ in ``published.csv``.
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_manager import DATASETS
-from eval_metrics import METRICS, mean_and_std
+from eval_metrics import LOG_LINE, METRICS, RESULT, mean_and_std
 from networks.settings import HEALTH, LEVELS
 from reproduction.plan import MEMORY_ABLATIONS, Row
+from utils import read_json
 
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
+ENTRY = {**RESULT, "test_feat": str, "dataset": str, "selection": str, "tta?": str}
+ENTRY["per_trial"] = [dict.fromkeys(METRICS, float)]
+RESULTS = {"rows": [ENTRY], "versions": {"commit": str}}  # of results.json, as `utils.parse_json`
 PUBLISHED = Path(__file__).with_name("published.csv")  # percent
 
 
@@ -78,14 +81,14 @@ def measure(row: Row) -> Result:
 def _read_result(file: Path, row: Row) -> dict[str, Any]:
     feat = row.setting.test.get("test_feat")  # None: the first, which is the method's headline
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file, RESULTS)
         wanted = (row.re_rank, feat or content["rows"][0]["test_feat"])
         found = [r for r in content["rows"] if (r["re_rank"], r["test_feat"]) == wanted]
         return {"tta": "no", **found[0], "commit": content["versions"]["commit"]}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, IndexError) as error:
         raise ValueError(
             f"{file} has no result with re-ranking {row.re_rank!r} and feature "
-            f"{feat or 'of the method'!r} ({error!r}); remove it and run again"
+            f"{feat or 'of the method'!r} ({error}); remove it and run again"
         ) from error
 
 
@@ -192,11 +195,11 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         if row.setting.group in (*MEMORY_ABLATIONS, "study") and row.checkpoint == "last":
-            try:
-                logs = [(folder / "log.jsonl").read_text().splitlines() for folder in row.training]
-                epochs = [json.loads(log[-1]) for log in logs]
-            except (OSError, IndexError, ValueError):
+            files = [folder / "log.jsonl" for folder in row.training]
+            logs = [read_json(file, LOG_LINE) if file.exists() else [] for file in files]
+            if not all(logs):
                 continue
+            epochs = [log[-1] for log in logs]
             numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
             cells = (f"{numbers[name]:.3g}" if name in numbers else "-" for name in names)
             if numbers:

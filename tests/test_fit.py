@@ -143,7 +143,7 @@ def test_the_backbone_is_compiled_in_place(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **how: compiled.append(how) or call)
     short_fit(tmp_path, how={"compiled": True})
     assert compiled == [{"dynamic": False}] * 3
-    names = torch.load(tmp_path / "last.pt", weights_only=True)["net"].keys()
+    names = load_checkpoint(tmp_path / "last.pt")["net"].keys()
     assert names == small().state_dict().keys()
 
 

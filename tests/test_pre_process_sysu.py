@@ -142,6 +142,17 @@ def test_a_broken_image_ends_with_its_name_and_keeps_what_is_done(tiny_sysu, cap
     assert run(tiny_sysu) == 0
 
 
+def test_two_at_once_both_succeed(tiny_sysu, monkeypatch):
+    (tiny_sysu / ".train_rgb_resized_img.npy.1.tmp").touch()  # of one that was killed
+    command = [sys.executable, SCRIPT, "--data_path", tiny_sysu]
+    others = [subprocess.Popen([*map(str, command), *SIZE]) for _ in range(2)]
+    assert [other.wait(60) for other in others] == [0, 0]
+    assert leftovers(tiny_sysu) == [] and not list(tiny_sysu.glob(".*"))
+    built = contents(tiny_sysu)
+    assert run(tiny_sysu, "--overwrite") == 0
+    assert contents(tiny_sysu) == built
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import random
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +162,31 @@ def test_a_file_far_too_large_for_permutations_is_not_read(tiny_sysu, monkeypatc
     monkeypatch.setattr(sysu_mm01, "OFFICIAL_DRAW_LIMIT", 100)
     with pytest.raises(DataError, match=r"rand_perm_cam.mat cannot be read .*bytes, over 100"):
         eval_set("sysu", tiny_sysu, gallery="official")
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_not_unpacked(tiny_sysu):
+    write_permutations(tiny_sysu, SYSU_COUNTS["test"])
+    file = tiny_sysu / "exp/rand_perm_cam.mat"
+    good = file.read_bytes()
+    packer = zlib.compressobj(9)
+    bomb = b"".join(packer.compress(bytes(2**24)) for _ in range(64)) + packer.flush()
+    file.write_bytes(good + struct.pack("<II", 15, len(bomb)) + bomb)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"cannot be read .*over 16777216 bytes unpacked"):
+        eval_set("sysu", tiny_sysu, gallery="official")
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+
+
+def test_caches_of_another_size_are_left_for_the_jpgs(tiny_sysu, caplog):
+    write_caches(tiny_sysu)
+    cached = train_set("sysu", tiny_sysu)
+    shape = np.load(cached.visible.cache, mmap_mode="r").shape[1:3]
+    assert f"(caches, {shape[0]} x {shape[1]})" in cached.description
+    assert train_set("sysu", tiny_sysu, size=shape).visible.cache is not None
+    assert caplog.messages == []
+    assert train_set("sysu", tiny_sysu, size=(96, 48)).visible.cache is None
+    assert "--img_h x --img_w is 96 x 48: taking the jpgs" in caplog.text
 
 
 def test_official_numbers_count_files_in_sorted_order(tiny_sysu):

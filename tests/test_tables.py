@@ -178,7 +178,9 @@ def test_re_ranked_rows_stand_apart_and_carry_their_name(tmp_path):
 
 
 def test_trainings_without_a_memory_have_no_row_of_its_health(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"memory/part/used": 0.25}\n{"memory/part/used": 0.5}\n')
+    (tmp_path / "log.jsonl").write_text(
+        '{"epoch": 1, "memory/part/used": 0.25}\n{"epoch": 2, "memory/part/used": 0.5}\n'
+    )
     (tmp_path / "hct").mkdir()
     (tmp_path / "hct/log.jsonl").write_text('{"epoch": 1}\n')
     file = write(tmp_path / "a.json")

@@ -19,6 +19,7 @@ from short_run import NARROW, arguments, write_data
 import options
 import stand_in
 import train_MGMRA
+import visualize
 from data_manager import DataError, eval_set, train_set
 from engine import resume
 from engine.checkpoints import TrainedOn, load_network, open_network
@@ -29,7 +30,10 @@ from model import TwoStreamNet
 from networks import checkpoint_file
 from networks.backbone import BACKBONES
 from networks.checkpoint_file import CheckpointError, load_checkpoint, save_checkpoint
+from reproduction.plan import Row, Setting, Step
+from reproduction.tables import _read_result
 from test import describe
+from test import main as evaluate
 from utils import JSON_LIMIT
 
 SETTINGS = {
@@ -86,6 +90,8 @@ class Place:
         folder = root / "run"
         train_MGMRA.main(arguments(self.regdb, folder, "--epochs", 1))
         self.checkpoint = folder / "last.pt"
+        place = ("--data-path", self.regdb, "--output-dir", folder, "--resume", self.checkpoint)
+        evaluate([*map(str, ("--dataset", "regdb", *place, "--gpu", "cpu", "--quiet"))])
         self.content = load_checkpoint(self.checkpoint)
         self.identities = self.content["identities"]
 
@@ -341,6 +347,33 @@ def test_a_former_checkpoint_is_evaluated_but_not_resumed(place):
     assert info == {k: content[k] for k in checkpoint_file.OF_FORMER}
     with pytest.raises(CheckpointError, match=r"without optimizer, .*; to start from its weights"):
         resume.read(file, fall_back=False)
+
+
+READERS = {
+    "log.jsonl": visualize.read_log,
+    "options.json": lambda file: visualize.read_log(file.parent),
+    "results.json": visualize.read_result,
+}
+
+
+@cases(100, 3000)
+@given(st.data())
+def test_reports_of_a_run(place, data):
+    folder = place.checkpoint.parent
+    name = data.draw(st.sampled_from((*READERS, "training.json")))
+    file, texts = folder / name, st.binary(max_size=9) | st.sampled_from((b"[" * 10**5, b"1e999"))
+    before = file.read_bytes()
+    changes = changed(json.loads(before), nested(PLAIN)).map(lambda x: json.dumps(x).encode())
+    text = data.draw(mutated(before) | texts | changes)
+    with replaced(file, text), contextlib.suppress(ValueError):
+        try:
+            Step("train_MGMRA.py", {"dataset": "regdb"}, folder).is_done()
+            row = Row("regdb", "v2i", Setting("MG-MRA"), "last", [folder / "results.json"], 1)
+            _read_result(*row.files, row)
+            READERS.get(name, str)(file)
+        except ValueError as error:
+            assert str(folder) in str(error)
+            raise
 
 
 def resumed(place, **entries):

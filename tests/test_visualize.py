@@ -168,8 +168,8 @@ def test_a_log_is_drawn_and_titled_with_its_data(tmp_path, monkeypatch):
 REFUSALS = {
     "no checkpoint": (("ranked",), "name the checkpoint"),
     "no such checkpoint": (("ranked", "--resume", "nowhere.pt"), "no checkpoint at nowhere.pt"),
-    "no such log": (("curves", "nowhere"), "nowhere is no log of a training"),
-    "no such results": (("cmc", "nowhere.json"), "nowhere.json cannot be read"),
+    "no such log": (("curves", "nowhere"), "nowhere cannot be used"),
+    "no such results": (("cmc", "nowhere.json"), "nowhere.json cannot be used"),
     "another kind of file": (("curves", ".", "--out", "a.jpg"), ".png or .pdf"),
     "no such folder": (("curves", ".", "--out", "nowhere/a.png"), "folder to write into"),
 }
@@ -285,7 +285,7 @@ def test_a_log_is_read(tmp_path):
     lines = [{"epoch": e, "total": t} for e, t in ((1, 1.0), (2, 2.0))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert visualize.read_log(tmp_path)[0] == lines
-    for text, message in (("", "is empty"), ('{"epoch": 1}\n{"ep', "is no log of a training")):
+    for text, message in (("", "is empty"), ('{"epoch": 1}\n{"ep', "log.jsonl cannot be used")):
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             visualize.read_log(file)
@@ -318,8 +318,8 @@ def test_results_that_cannot_be_drawn(tmp_path, capsys):
     draw("cmc", run, "--names", "a", "b", code=2)
     assert "2 --names for 1 results" in capsys.readouterr().err
     for text, message in (
-        ("{", "cannot be read"),
-        ("[]", "is no eval"),
+        ("{", "cannot be used"),
+        ("[]", "expected dict"),
         ('{"cmc": 1}', "lacks 'mAP'"),
     ):
         (run / "results.json").write_text(text)
