@@ -39,17 +39,7 @@ ABOUT = {  # what the JSON text says, as `utils.parse_json` takes it
     "optimizer?": {"param_groups": [{"params": [int]}], "state": {}},
     **dict.fromkeys(("method?", "run?", "data?", "selection?"), str),
 }
-OF_FORMER = (
-    "config",
-    "options",
-    "epoch",
-    "identities",
-    "identities_before",
-    "method",
-    "data",
-    "selection",
-    "versions",
-)
+OF_FORMER = ("config", "options", "epoch", "identities", "method", "data", "selection", "versions")
 # The NumPy types in earlier releases' checkpoints: scalars and arrays beside the weights.
 NUMPY_TYPES = [
     *(np.dtype, np.ndarray, multiarray.scalar, multiarray._reconstruct, codecs.encode),

@@ -13,6 +13,7 @@ from data_manager import EvalSet, ImageList
 from engine.checkpoints import SEEN_BEFORE, TrainedOn
 from engine.evaluate import RE_RANKINGS, distances, embed, evaluate, format_result, score
 from eval_metrics import METRICS
+from networks.checkpoint_file import save_checkpoint
 from utils import CheckpointError
 
 
@@ -202,8 +203,9 @@ def test_a_checkpoint_s_own_data_are_its_defaults(tmp_path):
     assert defaults(**known, data_path="not/there") == known
     assert defaults(**known, data_path=str(tmp_path)) == {**known, "data_path": tmp_path}
     for damaged in ({"dataset": ["regdb"]}, {"trial": "2"}, {"data_path": 3}):
+        save_checkpoint(tmp_path / "a.pt", {"net": {}, "options": damaged})
         with pytest.raises(CheckpointError, match="a.pt"):
-            defaults(**damaged)
+            TrainedOn.read(tmp_path / "a.pt")
 
 
 def test_printed_results_name_protocol_and_re_ranking():
