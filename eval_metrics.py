@@ -2,9 +2,7 @@
 
     cmc, mAP, mINP = eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids)
 
-All three follow from the ranks of the true matches, and a rank is the number of smaller distances
-in the row. So the values of a row are sorted (not its indices), and each true match is looked up
-among them. Gallery order matters only where a true match ties with another image.
+Of images at equal distance the first in the gallery ranks first.
 """
 
 import os
@@ -14,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.typing import ArrayLike
 
-BLOCK_ENTRIES = 1 << 18  # distances per block, about what fits a core's cache
+BLOCK_ENTRIES = 1 << 17  # distances per block, about what fits a core's cache
 MAX_THREADS = 4  # NumPy holds the interpreter lock too often for more to help
 REPORTED_RANKS = (1, 5, 10, 20)
 METRICS = (*(f"rank{k}" for k in REPORTED_RANKS), "mAP", "mINP")  # of every result
@@ -117,9 +115,7 @@ def evaluate_rule(
             f"distmat has shape {distmat.shape}, expected (queries, gallery), neither 0, as the "
             f"identities {pids} and the cameras {camids}"
         )
-    _, labels = np.unique(np.concatenate([q_pids, g_pids]), return_inverse=True)
-    labels = labels.astype(np.min_scalar_type(labels.max()))  # identities as small numbers
-    q_labels, g_labels = labels[: len(q_pids)], labels[len(q_pids) :]  # (Q,), (G,)
+    identities = np.arange(len(g_pids)) if rule in COUNT_IMAGES else g_pids
     dtype = np.promote_types(distmat.dtype, np.float32)  # float16 compares slowly
     block_size = max(1, BLOCK_ENTRIES // len(g_pids))
 
@@ -129,25 +125,22 @@ def evaluate_rule(
         if np.isnan(values.min()):
             row, column = np.argwhere(np.isnan(values))[0]
             raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
-        matches = q_labels[block, None] == g_labels  # (n, G)
+        matches = q_pids[block, None] == g_pids  # (n, G)
         mask = excluded(rule, q_pids[block], g_pids, q_camids[block], g_camids)
         if mask is not None:
-            values = np.where(mask, np.nan, values)  # NaN is sorted last and precedes nothing
-            matches &= ~mask
-        return _query_metrics(values, matches, None if rule in COUNT_IMAGES else g_labels)
+            values, matches = np.where(mask, np.nan, values), matches & ~mask
+        return _query_metrics(values, matches, identities)
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
-        first_hits, ap, inp = np.concatenate(list(blocks), axis=1)  # (Q,) each
-    valid = first_hits >= 0
-    if not valid.any():
+        ahead, ap, inp = np.concatenate(list(blocks), axis=1)  # (V,) each
+    if not len(ap):
         raise ValueError(
             f"none of {len(q_pids)} queries has a true match among the gallery images that count "
             "for it, expected at least one: do query and gallery share identities?"
         )
-    hits = np.bincount(np.minimum(first_hits[valid], max_rank).astype(int), minlength=max_rank)
-    cmc = np.cumsum(hits[:max_rank]) / valid.sum()
-    return cmc, float(ap[valid].mean()), float(inp[valid].mean())
+    cmc = (ahead[:, None] <= np.arange(max_rank)).mean(axis=0)
+    return cmc, float(ap.mean()), float(inp.mean())
 
 
 def excluded(
@@ -182,71 +175,21 @@ def mean_and_std(results: Sequence[dict[str, float]]) -> tuple[dict[str, float],
     return mean, std
 
 
-def _query_metrics(
-    values: np.ndarray, matches: np.ndarray, g_labels: np.ndarray | None
-) -> np.ndarray:
-    """Returns the metrics of each of n queries.
+def _query_metrics(values: np.ndarray, matches: np.ndarray, identities: np.ndarray) -> np.ndarray:
+    """Returns how many identities precede the first hit, AP and INP: (3, V), of V queries.
 
     Args:
         values: (n, G) distances, NaN where an image does not count.
-        matches: (n, G) bool, True where identities agree and the image counts.
-        g_labels: (G,) identities 0, 1, ... to count identities; None to count images.
-
-    Returns:
-        (3, n): how many identities or images precede the first hit, AP, INP; -1 for queries without
-        a true match.
+        matches: (n, G) bool, True where identities agree and the image counts; the V queries are
+            those with one.
+        identities: (G,) identity of each image, or its number where the CMC counts images.
     """
-    num_queries, num_images = values.shape
-    rows, columns = np.divmod(np.flatnonzero(matches), num_images)  # (M,) each, true matches
-    result = np.full((3, num_queries), -1.0)
-    if not len(rows):
-        return result
-    ranks, tied = _ranks(values, rows, columns)  # (M,) each
-    uncertain = np.flatnonzero(tied)
-    for start in range(0, len(uncertain), num_queries):  # (at most n, G) at a time
-        some = uncertain[start : start + num_queries]
-        ahead = _precede(values, rows[some], columns[some])
-        ranks[some] = [np.count_nonzero(row) for row in ahead]  # faster than ahead.sum(axis=1)
-    order = np.argsort(rows * num_images + ranks)  # by query, then by rank
-    ranks, columns = ranks[order], columns[order]
-    counts = np.bincount(rows, minlength=num_queries)
-    queries = np.flatnonzero(counts)  # (V,) those with a true match
-    counts = counts[queries]  # (V,) true matches of each
-    ends = np.cumsum(counts)
-    firsts = ends - counts  # (V,) place of each query's first hit in `ranks`
-    result[0, queries] = ranks[firsts]
-    if g_labels is not None:
-        ahead = _precede(values, queries, columns[firsts])  # (V, G)
-        row, column = np.divmod(np.flatnonzero(ahead), num_images)
-        seen = np.zeros((len(queries), int(g_labels.max()) + 1), bool)  # (V, identities)
-        seen[row, g_labels[column]] = True
-        result[0, queries] = seen.sum(axis=1)
-    found = np.arange(len(rows)) - np.repeat(firsts, counts) + 1  # (M,) 1, 2, ... in each query
-    result[1, queries] = np.add.reduceat(found / (ranks + 1), firsts) / counts
-    result[2, queries] = counts / (ranks[ends - 1] + 1)
-    return result
-
-
-def _ranks(
-    values: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (M,) how many of its row's values precede an entry, (M,) whether another may tie."""
-    width = values.shape[1]
-    wanted = values[rows, columns]  # (M,)
-    ordered = np.sort(values, axis=1).ravel()  # (n * G,)
-    base = rows * width  # (M,) start of each entry's row in `ordered`
-    ranks = np.zeros_like(rows)
-    step = 1 << (width.bit_length() - 1)
-    while step:  # binary search of all entries at once
-        further = np.minimum(ranks + step, width)
-        ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
-        step >>= 1
-    following = np.minimum(ranks + 1, width - 1)
-    return ranks, ordered[base + following] == wanted
-
-
-def _precede(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Tells which images a stable sort of its row puts before each of m entries: (m, G) bool."""
-    candidates, own = values[rows], values[rows, columns][:, None]  # (m, G), (m, 1)
-    earlier = np.arange(values.shape[1]) < columns[:, None]  # (m, G)
-    return (candidates < own) | ((candidates == own) & earlier)
+    valid = matches.any(axis=1)
+    order = np.argsort(values[valid], axis=1, kind="stable")  # (V, G), NaN last
+    hits = np.take_along_axis(matches[valid], order, axis=1)  # (V, G)
+    firsts = hits.argmax(axis=1)  # (V,) place of the first hit
+    ahead = [len(set(identities[row[:n]].tolist())) for row, n in zip(order, firsts, strict=True)]
+    counts, ranks = hits.sum(axis=1), np.arange(1, hits.shape[1] + 1)  # (V,), (G,)
+    ap = np.sum(hits * hits.cumsum(axis=1) / ranks, axis=1) / counts
+    inp = counts / np.max(hits * ranks, axis=1)
+    return np.stack([ahead, ap, inp])

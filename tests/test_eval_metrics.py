@@ -166,12 +166,6 @@ def test_ties_that_only_float32_makes():
     assert eval_regdb(np.array([[1e300, 1e290]]), [5], [1, 5])[0][0] == 1
 
 
-def test_sparse_ties_in_long_rows():
-    rng = np.random.default_rng(8)
-    case = random_case(rng, 30, 3000, 40, levels=20_000, dtype=np.float32)
-    assert_same(eval_sysu(*case), naive_sysu(*case))
-
-
 def test_infinite_distances_rank_last_and_excluded_images_nowhere():
     inf = np.inf
     distmat = np.array([[inf, 1.0, inf, inf, inf], [-inf, inf, 2.0, -inf, 0.0]])
@@ -206,14 +200,6 @@ def test_cmc_ends_with_its_last_value():
     cmc, _, _ = eval_sysu(np.array([[1.0, 0.0]]), [1], [1, 2], [6], [1, 1], max_rank=5)
     assert cmc.tolist() == [0, 1, 1, 1, 1]
     assert cmc.dtype == np.float64
-
-
-def test_identities_are_counted_whatever_their_number():
-    rng = np.random.default_rng(4)
-    for ids in (255, 256, 257):  # where the labels' type changes
-        distmat, pids = rng.random((ids, ids)), np.arange(ids)
-        case = distmat, rng.permutation(pids), pids, [6] * ids, [1] * ids
-        assert_same(eval_sysu(*case), naive_sysu(*case))
 
 
 def test_order_of_queries_does_not_matter():
