@@ -5,6 +5,7 @@
 Of images at equal distance the first in the gallery ranks first.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,65 +36,6 @@ CAMERA_RULES: dict[str, Callable[..., np.ndarray] | None] = {
 COUNT_IMAGES = ("none",)  # rules whose CMC counts images, the others' counts identities
 
 
-def eval_sysu(
-    distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    q_camids: ArrayLike,
-    g_camids: ArrayLike,
-    max_rank: int = 20,
-) -> Metrics:
-    """Returns the metrics of the SYSU-MM01 protocol.
-
-    The CMC counts each gallery identity once, at its first hit; AP and INP use every image that
-    counts. Queries left without a true match are part of no mean.
-
-    Args:
-        distmat: (Q, G) real numbers of any type, smaller is closer; ties keep gallery order.
-        q_pids: (Q,) query identities.
-        g_pids: (G,) gallery identities.
-        q_camids: (Q,) query cameras, 1..6.
-        g_camids: (G,) gallery cameras, 1..6.
-        max_rank: Length of the CMC, which repeats its last value past the last identity.
-
-    Returns:
-        cmc (max_rank,) float64, mAP, mINP; all fractions.
-
-    Raises:
-        ValueError: Shapes disagree, a side is empty, a distance is NaN, or no query has a true
-            match.
-
-    Source: the data set authors' evaluation (CMC and mAP); mINP as in AGW (arXiv 2001.04193).
-    """
-    return evaluate_rule("sysu", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
-
-
-def eval_llcm(
-    distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    q_camids: ArrayLike,
-    g_camids: ArrayLike,
-    max_rank: int = 20,
-) -> Metrics:
-    """Returns the metrics of the LLCM protocol: as `eval_sysu`, with LLCM's camera rule.
-
-    Source: the data set's protocol for the exclusion; the CMC is SYSU-MM01's, as the field runs it.
-    """
-    return evaluate_rule("same", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
-
-
-def eval_regdb(
-    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
-) -> Metrics:
-    """Returns the metrics of the RegDB protocol: as `eval_sysu`, but every image counts.
-
-    Source: the AGW family's evaluation of RegDB.
-    """
-    cameras = np.zeros(np.shape(q_pids)), np.zeros(np.shape(g_pids))  # no rule reads them
-    return evaluate_rule("none", distmat, q_pids, g_pids, *cameras, max_rank)
-
-
 def evaluate_rule(
     rule: str,
     distmat: np.ndarray,
@@ -103,9 +45,30 @@ def evaluate_rule(
     g_camids: ArrayLike,
     max_rank: int = 20,
 ) -> Metrics:
-    """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`.
+    """Returns the metrics under a rule of `CAMERA_RULES`.
 
+    The CMC counts each gallery identity once, at its first hit, or under `COUNT_IMAGES` each image;
+    AP and INP use every image that counts. Queries left without a true match are part of no mean.
     Blocks of queries are evaluated in threads, so that no second array of distmat's size is needed.
+
+    Args:
+        rule: A name in `CAMERA_RULES`.
+        distmat: (Q, G) real numbers of any type, smaller is closer; ties keep gallery order.
+        q_pids: (Q,) query identities.
+        g_pids: (G,) gallery identities.
+        q_camids: (Q,) query cameras.
+        g_camids: (G,) gallery cameras.
+        max_rank: Length of the CMC, which repeats its last value past the last identity.
+
+    Returns:
+        cmc (max_rank,) float64, mAP, mINP; all fractions.
+
+    Raises:
+        ValueError: Shapes disagree, a side is empty, a distance is NaN, or no query has a true
+            match.
+
+    Source: the SYSU-MM01 authors' evaluation and the AGW family's of RegDB (CMC and mAP); mINP as
+    in AGW (arXiv 2001.04193). LLCM's CMC is SYSU-MM01's, as the field runs it.
     """
     distmat, q_pids, g_pids = np.asarray(distmat), np.asarray(q_pids), np.asarray(g_pids)
     q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
@@ -141,6 +104,18 @@ def evaluate_rule(
         )
     cmc = (ahead[:, None] <= np.arange(max_rank)).mean(axis=0)
     return cmc, float(ap.mean()), float(inp.mean())
+
+
+eval_sysu = functools.partial(evaluate_rule, "sysu")
+eval_llcm = functools.partial(evaluate_rule, "same")
+
+
+def eval_regdb(
+    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
+) -> Metrics:
+    """Returns the metrics of the RegDB protocol, which knows no cameras; see `evaluate_rule`."""
+    cameras = np.zeros(np.shape(q_pids)), np.zeros(np.shape(g_pids))
+    return evaluate_rule("none", distmat, q_pids, g_pids, *cameras, max_rank)
 
 
 def excluded(

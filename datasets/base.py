@@ -263,19 +263,14 @@ def rows_by_camera(images: ImageList) -> dict[tuple[int, int], list[int]]:
 def seeded_draw(gallery: ImageList, trial: int, shots: int) -> list[int]:
     """Draws rows of a gallery, which is sorted by identity, camera and path.
 
-    `random.Random(trial)` chooses one image of each identity and camera in turn, or with `shots`
-    above 1 samples so many, all where there are fewer.
+    `random.Random(trial)` samples `shots` images of each identity and camera in turn, all where
+    there are fewer.
 
-    Source: the AGW code base.
+    Source: the AGW code base, which draws a single one by `choice`: the same draw.
     """
     generator = random.Random(trial)
-    drawn: list[int] = []
-    for rows in rows_by_camera(gallery).values():
-        if shots == 1:
-            drawn.append(generator.choice(rows))
-        else:
-            drawn += generator.sample(rows, min(shots, len(rows)))
-    return drawn
+    groups = rows_by_camera(gallery).values()
+    return [row for rows in groups for row in generator.sample(rows, min(shots, len(rows)))]
 
 
 def drawn_gallery(

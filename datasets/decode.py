@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,15 +95,9 @@ class ImageCache:
     def __init__(
         self, height: int, width: int, *, workers: int = 4, progress: bool = False
     ) -> None:
-        self._settings = {"height": height, "width": width, "workers": workers}
-        self._settings["progress"] = progress
-        self._held: dict[tuple, np.ndarray] = {}
+        how = {"height": height, "width": width, "workers": workers, "progress": progress}
+        self._load = functools.lru_cache(maxsize=2)(lambda images: load_images(images, **how))
 
     def __call__(self, images: ImageList) -> np.ndarray:
         """Returns the list's images, (n, H, W, 3) uint8."""
-        rows = None if images.cache_rows is None else images.cache_rows.tobytes()
-        key = (images.root, images.paths, images.cache, rows)
-        found = self._held.pop(key, None)
-        self._held = dict(list(self._held.items())[-1:])  # the other one; the last is the newest
-        self._held[key] = load_images(images, **self._settings) if found is None else found
-        return self._held[key]
+        return self._load(images)

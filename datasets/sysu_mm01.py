@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 import struct
 import zlib
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +115,7 @@ class Sysu(DataSet):
 
     def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
         """Returns which training labels, (L,) bool, are the data set's validation identities."""
-        return np.isin(pids, sorted(read_ids(root, _ids("val"))))
+        return np.isin(pids, list(read_ids(root, _ids("val"))))
 
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes the infrared images the queries and draws the galleries from the visible ones."""
@@ -145,17 +144,6 @@ class Sysu(DataSet):
         if found and len(found) < len(files):
             log.warning("%s has only %s of the four caches; taking the jpgs", path, found)
         if len(found) < len(files):
-            beside = os.path.abspath(path)  # AGW's and HCT's pre-processing forgets the slash
-            moves = [
-                shlex.join(("mv", beside + file.name, str(file)))
-                for file in files
-                if os.path.exists(beside + file.name) and not file.exists()
-            ]
-            if moves:
-                log.warning(
-                    "caches of an earlier release lie beside %s, not in it; to use them: %s",
-                    *(path, "; ".join(moves)),
-                )
             return None
         root = path.resolve()
         cached = [_cached_labels(root, modality) for modality in ("visible", "infrared")]
@@ -188,11 +176,10 @@ def _ids(role: str) -> str:
 
 def _train_pids(root: Path) -> list[int]:
     """Returns the sorted training and validation identities; no test identity is among them."""
-    ids = {role: read_ids(root, _ids(role)) for role in ("train", "val")}
-    if (root / _ids("test")).exists():
-        ids["test"] = read_ids(root, _ids("test"))
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
-        shared = ids[one] & ids.get(other, set())
+    roles = ("train", "val", "test") if (root / _ids("test")).exists() else ("train", "val")
+    ids = {role: read_ids(root, _ids(role)) for role in roles}
+    for one, other in combinations(roles, 2):
+        shared = ids[one] & ids[other]
         if shared:
             raise DataError(
                 f"identity {min(shared)} is in {_ids(one)} and in {_ids(other)} of {root}; expected"
@@ -239,11 +226,11 @@ def _official_draw(
     groups = rows_by_camera(gallery)
     for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):
         rows = groups[pid, camera]
-        cell = cells[camera][pid - 1] if 1 <= pid <= len(cells[camera]) else None
-        matrix, count = np.asarray(cell), min(shots, len(rows))
+        matrix = np.asarray(cells[camera][pid - 1] if 1 <= pid <= len(cells[camera]) else None)
         order = matrix[trial] if matrix.ndim == 2 and len(matrix) > trial else np.zeros(0)
-        legal = order.dtype.kind in "iuf" and set(order.tolist()) <= set(range(1, len(rows) + 1))
-        if not legal or len(order) < count or len(np.unique(order)) < len(order):
+        count, different = min(shots, len(rows)), set(order.tolist())
+        legal = order.dtype.kind in "iuf" and different <= set(range(1, len(rows) + 1))
+        if not (legal and len(order) == len(different) >= count):
             raise DataError(
                 f"{gallery.root / OFFICIAL_DRAW} has {order[:12].tolist()} for camera {camera},"
                 f" identity {pid}, trial {trial + 1}; expected at least {count} different numbers"
