@@ -23,25 +23,17 @@ from typing import Any, NoReturn
 
 from data_manager import DATASETS, TTA
 from eval_metrics import RE_RANKINGS
-from networks.settings import (
-    ADDRESSINGS,
-    INSTANCES_PER_ID,
-    LABEL_SMOOTHING,
-    LEVELS,
-    MARGIN,
-    PARTS_PER_INSTANCE,
-    SHRINK,
-    TEMPERATURE,
-    VARIANTS,
-)
+from networks import settings
 
 log = logging.getLogger(__name__)
 
 # --- Kinds of values ------------------------------------------------------------------------------
 
 
-def _checked(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """Returns a parser of numbers, for argparse, whose errors say what was expected."""
+def _checked(
+    kind: Callable[[str], Any], expected: str, legal: Callable[[Any], bool]
+) -> Callable[[str], Any]:
+    """Returns a parser of values, for argparse, whose errors say what was expected."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -53,19 +45,17 @@ def _checked(kind: type, expected: str, legal: Callable[[Any], bool]) -> Callabl
     return parse
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers above 0, for argparse."""
-    return _checked(kind, "a number above 0", lambda value: 0 < value < math.inf)
-
-
-def non_negative(kind: type) -> Callable[[str], Any]:
-    """Returns a parser of numbers from 0 on, for argparse."""
-    return _checked(kind, "0 or more", lambda value: 0 <= value < math.inf)
-
-
-COUNT, COUNT_OR_0 = positive(int), non_negative(int)
-FACTOR, WEIGHT = positive(float), non_negative(float)
+COUNT, FACTOR = (_checked(k, "a number above 0", lambda n: 0 < n < math.inf) for k in (int, float))
+COUNT_OR_0, WEIGHT = (_checked(k, "0 or more", lambda n: 0 <= n < math.inf) for k in (int, float))
 PROBABILITY = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+AMPS = {"auto": True, "bf16": "bf16", "fp16": "fp16"}
+AMP = _checked(AMPS.get, "no value, auto, bf16 or fp16", bool)
+TRUTHS = {"true": True, "false": False}
+TRUTH = _checked(
+    lambda text: TRUTHS.get(text.lower()),
+    "no value, True or False",
+    lambda value: value is not None,
+)
 
 
 def _shrink(text: str) -> float | str:
@@ -79,21 +69,11 @@ def _class(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"expected MODULE.CLASS, got {text} ({error})") from error
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected no value, True or False, got {text}")
-    return text.lower() == "true"
-
-
-def _amp(text: str) -> str | bool:
-    if text not in ("auto", "bf16", "fp16"):
-        raise argparse.ArgumentTypeError(f"expected no value, auto, bf16 or fp16, got {text}")
-    return text if text != "auto" else True
-
-
 def _method(text: str) -> str:
     return "agw" if text == "awg" else text  # AGW's scripts spell it so too
 
+
+# --- The presets ----------------------------------------------------------------------------------
 
 PRESETS: dict[str, Mapping[str, Any]] = {
     **{name: data.preset for name, data in DATASETS.items()},
@@ -114,99 +94,52 @@ PRESET_SOURCES["strong"] = (
     "the data set's, and 384 x 144 as DEEN, IDKL, RLE; erasing at torchvision's default 0.5; CAJ's "
     "channels at this project's 0.8, all kinds and unchanged as likely; flips as CAJ, DEEN, CSDN"
 )
+# AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
+# it trains and on what, a preset that is asked for by its name wins.
+AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
+AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
+METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
+NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
+NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
-# --- The flags of the training scripts ------------------------------------------------------------
+# --- The flags ------------------------------------------------------------------------------------
 
 
 class Flag:
-    """A flag; a default of False without a parser makes it a switch.
+    """A flag: with a default of None its text says what happens; of False it is a switch.
 
-    With None the help text says what happens.
+    The kind is a parser of its value, or the legal values.
     """
 
     def __init__(
-        self, name: str, default: Any, text: str, kind: Any = str, *short: str, **settings: Any
+        self, name: str, default: Any, text: str, kind: Any = str, *short: str, **more: Any
     ) -> None:
-        self.name, self.default, self.text, self.short = name, default, text, short
+        self.name, self.default, self.text = name.replace("-", "_"), default, text
+        spellings = (f"--{name}", f"--{name.replace('_', '-')}", f"--{self.name}", *short)
+        self.spellings = tuple(dict.fromkeys(spellings))
         if default is False and kind is str:
-            self.settings = {"action": "store_true"}
+            self.argparse = {"action": "store_true"}
         elif callable(kind):
-            self.settings = {"type": kind, **settings}
+            self.argparse = {"type": kind, **more}
         else:
-            self.settings = {"type": type(kind[0]), "choices": kind}
+            self.argparse = {"type": type(kind[0]), "choices": kind}
 
 
 RESUME_LAST = ""  # --resume without a value
 ON_OFF = ("on", "off")
-# The longer help texts of the table below.
+FEATS = ("pcb", "neck", "pool", "memory", "both")  # the last two run the memory
+# The longer texts of the table below.
 FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
-FEAT = "retrieval feature; memory and both run the memory (default: pcb; without stripes: neck)"
-FLIP = "flip: features of image and mirror image summed, then normalised; named in every row"
-READ = (
-    "granularity whose read is added to the map; none is a control: the memory branch without a "
-    "memory (default: the method's coarsest)"
-)
-ADDRESSING = (
-    "the memory's weights are a softmax of prototype @ query (dot, the published method), or of "
-    "their cosine / T (cosine)"
-)
-BANK_INIT = (
-    "first values of the prototypes: random, or features of the training images, each of its own "
-    "identity, image and stripe, once --bank-init-epoch epochs are trained"
-)
-VARIANT = "MG-MRA: the paper's figure, or the release's first or later upload (released)"
-MEMORY_IDS = (
-    "identities that the memory has prototypes for; the releases' has 206 on every data set "
-    "(default: the training identities)"
-)
+BANK_INIT = "first prototypes: random, or each a feature of its identity's training images"
+READ = "granularity whose read is added; none: a control without memory (default: the coarsest)"
+PRESET = "values of flags not given (default: the data set's); if named, wins over --method agw's"
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
-PROTOCOL_OF_LLCM = (
-    "LLCM, visible to infrared: as in the CVPR 2023 paper, or as in its authors' repository, where "
-    "drawn infrared images query all visible ones; their numbers do not compare"
-)
-MODEL_PATH = (
-    "folder of checkpoints, which runs may share: RUN_last.pt, RUN_best.pt, RUN being the name of "
-    "the default output folder (default: last.pt, best.pt in the output folder)"
-)
-OUTPUT_DIR = (
-    "folder of a run's files (default: runs/NAME, of method, data set, trial, seed and the flags "
-    "that differ from the preset)"
-)
-METHOD = "baseline network and its training: base is HCT, agw (also spelled awg) is AGW"
-FEATURES = (
-    ".npz with image paths and their features (--save-features writes one; see the README); with "
-    "{trial} in it, RegDB's of trials 1 to N; --tta flip says that they are flip-averaged"
-)
-CHANNEL_AUG = (
-    "probability that a visible image is made one of its channels, or grey (CAJ, ICCV 2021); above "
-    "0, --erase fills its rectangle with a random value in each channel, not with the mean"
-)
-PRESET = (
-    "values of flags not given (default: the data set's); one that is named here also decides "
-    "AGW's --epochs, --batch-size, --num_pos and --share_net, as far as it has them"
-)
 RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
-SELECT = (
-    "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training "
-    "(the releases chose their best SYSU-MM01 epoch on gallery draw 0 of the test identities "
-    "alone: --trials 1)"
-)
-AMP = (
-    "run the network in bf16 or fp16 (autocast; fp16 with loss scaling); without a value, or auto: "
-    "fp16 on a GPU below compute capability 8.0, which has no bf16, and bf16 elsewhere"
-)
-PRECISION = "CUDA, float32 products and convolutions: high uses TF32, highest does not"
-COMPILE = "compile the backbone's training for a GPU (Inductor): minutes at the start, then faster"
-SAVE_LAST = "epochs between saves of last.pt, for epochs as short as a save; the end always has one"
-RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
-GPU = "CUDA device index, or cpu; torchrun assigns one per process (default: 0, if there is one)"
-OPTIONS = "options.json of a run, whose options are used; flags given beside it win (default: none)"
+CHANNEL_AUG = "probability that a visible image is made one channel, or grey (CAJ, ICCV 2021)"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
-
-TOP = (
-    "nearest gallery images per query in ranks.csv and ranks.json; their score is the cosine "
-    "similarity of the features, -1 to 1, or minus the re-ranked distance"
-)
+RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
+SELECT = "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training"
+AUTOCAST = "run the network in bf16 or fp16; without a value, or auto: bf16 if the GPU has it"
 
 # By the headings of --help. The defaults are the releases' settings.
 TRAIN = {
@@ -214,19 +147,19 @@ TRAIN = {
         Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
         Flag("data-path", None, f"data folder (default: {FOLDERS})", Path),
         Flag("trial", 1, "RegDB: split, 1 to 10", int),
-        Flag("protocol", "paper", PROTOCOL_OF_LLCM, ("paper", "repository")),
+        Flag("protocol", "paper", "LLCM v2i: see docs/protocols.md", ("paper", "repository")),
         Flag("mode", "all", "SYSU-MM01: gallery from all or indoor cameras", ("all", "indoor")),
         Flag("gallery", "seeded", "SYSU-MM01: seeded or published draws", ("seeded", "official")),
         Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
         Flag("trials", 10, "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1 to N", COUNT),
         Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
-        Flag("tvsearch", False, "same as --direction i2v", _truth, nargs="?", const=True),
+        Flag("tvsearch", False, "same as --direction i2v", TRUTH, nargs="?", const=True),
         Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
-        Flag("tta", "no", FLIP, tuple(TTA)),
-        Flag("test-feat", None, FEAT, ("pcb", "neck", "pool", "memory", "both")),
+        Flag("tta", "no", "flip: features of image and mirror image are summed", tuple(TTA)),
+        Flag("test-feat", None, "retrieval feature (default: pcb; without stripes: neck)", FEATS),
     ),
     "model": (
-        Flag("method", "base", METHOD, _method, choices=("base", "agw")),
+        Flag("method", "base", "HCT (base) or AGW (agw, awg)", _method, choices=("base", "agw")),
         Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
         Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
         Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
@@ -234,21 +167,23 @@ TRAIN = {
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
-        Flag("memory-variant", "paper", VARIANT, VARIANTS),
-        Flag("shrink", SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
+        Flag("memory-variant", "paper", "MG-MRA: paper, or first, later upload", settings.VARIANTS),
+        Flag("shrink", settings.SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
-        Flag("addressing", "dot", ADDRESSING, ADDRESSINGS),
-        Flag("temperature", TEMPERATURE, "T of --addressing cosine", FACTOR),
+        Flag(
+            "addressing", "dot", "of prototypes: dot product, or cosine / T", settings.ADDRESSINGS
+        ),
+        Flag("temperature", settings.TEMPERATURE, "T of --addressing cosine", FACTOR),
         Flag("bank-init", "uniform", BANK_INIT, ("uniform", "features")),
         Flag("bank-init-epoch", 4, "epochs before --bank-init features", COUNT_OR_0),
-        Flag("memory-levels", None, READ, ("none", *LEVELS)),
-        Flag("instances-per-id", INSTANCES_PER_ID, "instance prototypes per identity, T", COUNT),
-        Flag("parts-per-instance", PARTS_PER_INSTANCE, "part prototypes per instance, R", COUNT),
-        Flag("memory-ids", None, MEMORY_IDS, COUNT),
+        Flag("memory-levels", None, READ, ("none", *settings.LEVELS)),
+        Flag("instances-per-id", settings.INSTANCES_PER_ID, "instances per identity, T", COUNT),
+        Flag("parts-per-instance", settings.PARTS_PER_INSTANCE, "parts per instance, R", COUNT),
+        Flag("memory-ids", None, "identities it is built for (default: all; releases: 206)", COUNT),
     ),
     "losses": (
-        Flag("margin", MARGIN, "margin of the triplet losses (feature distance)", WEIGHT),
-        Flag("label_smooth", "off", f"identity losses: label smoothing {LABEL_SMOOTHING}", ON_OFF),
+        Flag("margin", settings.MARGIN, "margin of the triplet losses (feature distance)", WEIGHT),
+        Flag("label_smooth", "off", f"label smoothing, {settings.LABEL_SMOOTHING}", ON_OFF),
         Flag("w_id", 1.0, "weight of the identity loss", WEIGHT),
         Flag("w_triplet", 1.0, "weight of the concatenated feature's triplet loss", WEIGHT),
         Flag("w_center", 1.0, "weight of the stripes' hetero-centre triplet losses", WEIGHT),
@@ -279,16 +214,17 @@ TRAIN = {
         Flag("grey", 0.0, "probability that a visible image is made grey", PROBABILITY),
         Flag("tone", 0.0, "random gamma and gain from exp(-TONE) to exp(TONE)", WEIGHT),
         Flag("erase", 0.0, "probability that a rectangle is erased", PROBABILITY),
+        # Above 0, --erase fills with a random value in each channel, not with the mean.
         Flag("channel-aug", 0.0, CHANNEL_AUG, PROBABILITY),
         Flag("seed", 0, "seed of all random numbers", COUNT_OR_0),
         Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
-        Flag("compile", False, COMPILE),
+        Flag("compile", False, "compile the backbone for a GPU: minutes at the start, then faster"),
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
     ),
     "run": (
-        Flag("options", None, OPTIONS, Path),
-        Flag("output-dir", None, OUTPUT_DIR, Path),
-        Flag("model_path", None, MODEL_PATH, Path),
+        Flag("options", None, "options.json of a run to use; flags win (default: none)", Path),
+        Flag("output-dir", None, "folder of a run's files (default: runs/NAME)", Path),
+        Flag("model_path", None, "folder of RUN_last.pt, ... (default: the output folder)", Path),
         Flag("log_path", None, "folder of RUN.log (default: train.log in the output folder)", Path),
         Flag("vis_log_path", None, "folder of RUN's events (default: OUTPUT/tensorboard)", Path),
         Flag("overwrite", False, "start anew in a folder that holds a run; deletes its files"),
@@ -297,34 +233,63 @@ TRAIN = {
         Flag("resident", "auto", RESIDENT, ("auto", *ON_OFF)),
         Flag("no-cache", False, "SYSU-MM01: train from the jpgs, not from caches"),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
-        Flag("save-last-every", 1, SAVE_LAST, COUNT),
+        Flag("save-last-every", 1, "epochs between saves of last.pt; the end has one", COUNT),
         Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
         Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
         Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
-        Flag("gpu", None, GPU),
-        Flag("amp", False, AMP, _amp, nargs="?", const=True),
-        Flag("float32-precision", "high", PRECISION, ("highest", "high")),
+        Flag("gpu", None, "CUDA index, or cpu; torchrun: one per process (default: 0, if any)"),
+        Flag("amp", False, AUTOCAST, AMP, nargs="?", const=True),
+        Flag("float32-precision", "high", "CUDA: high uses TF32", ("highest", "high")),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
         Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
         Flag("quiet", False, "no progress bars"),
     ),
 }
 DEFAULTS: dict[str, Any] = {
-    flag.name.replace("-", "_"): flag.default
-    for flags in TRAIN.values()
-    for flag in flags
-    if flag.default is not None
+    f.name: f.default for f in itertools.chain(*TRAIN.values()) if f.default is not None
 }
 
-# AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
-# it trains and on what, a preset that is asked for by its name wins.
-AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
-AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
-METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
-NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
-NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
+AS_TRAINED = "as trained"
+CHECKPOINT = "checkpoint, or a folder with last.pt; {trial} in it stands for RegDB's trials 1 to N"
+MEMORY = "MODULE.CLASS of a memory of your own, for --test-feat memory and both"
+FEATURES = ".npz with image paths and features (see the README); {trial} in it as in --resume"
+TOP = "gallery images per query in ranks.csv, ranks.json, by cosine similarity or re-ranked"
+# Of ``test.py`` and of the figures of a checkpoint.
+EVALUATION = {
+    "checkpoint": (
+        Flag("resume", None, CHECKPOINT, str, "-r"),
+        Flag("model_path", Path("save_model"), "folder to look for --resume in, too", Path),
+        Flag("img_h", AS_TRAINED, "image height in pixels", COUNT),
+        Flag("img_w", AS_TRAINED, "image width in pixels", COUNT),
+        Flag("gem-p", AS_TRAINED, "GeM exponent; earlier releases' files: 3", FACTOR),
+        Flag("memory-variant", AS_TRAINED, "of MG-MRA; earlier files: released", settings.VARIANTS),
+        Flag("memory", None, MEMORY, _class),
+    ),
+    "data and protocol": TRAIN["data and protocol"],
+    "identities": (
+        Flag("subset", "test", "test identities, or --select-on val's", ("test", "val")),
+        Flag("seen-ids", False, "admit identities that were trained on; every result says so"),
+    ),
+    "machine": TRAIN["machine"],
+}
+MODALITY = ("visible", "infrared")
+TEST = {
+    "output": (
+        Flag("output-dir", None, "folder of results.json (default: beside the checkpoint)", Path),
+        Flag("figures", False, "draw ranked lists, CMC, distances and an embedding"),
+        Flag("save-features", None, "write features, identities and paths to this .npz", Path),
+    ),
+    "features of any method, in place of a checkpoint": (Flag("features", None, FEATURES),),
+    "your own images, in place of a data set": (
+        Flag("query-dir", None, "folder of query images; subfolders are searched too", Path),
+        Flag("query-modality", None, "theirs (default: as --direction says)", MODALITY),
+        Flag("gallery-dir", None, "folder of gallery images, likewise", Path),
+        Flag("gallery-modality", None, "theirs (default: as --direction says)", MODALITY),
+        Flag("top", 20, TOP, COUNT),
+    ),
+}
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
 PROTOCOL = ("dataset", "data_path", "trial", "direction", "protocol", "mode", "gallery", "shots")
@@ -339,7 +304,7 @@ INCIDENTAL = (
 IN_NAME = ("dataset", "trial", "method", "pcb", "preset")
 UNNAMED = (*IN_NAME, *INCIDENTAL, "data_path", "deterministic", "epochs")
 LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
-AS_TRAINED_FLAGS = ("img_h", "img_w", "gem_p", "memory_variant")  # of an evaluation, unless given
+AS_TRAINED_FLAGS = tuple(f.name for f in EVALUATION["checkpoint"] if f.default == AS_TRAINED)
 # The ancestors' test scripts take these too; here the checkpoint knows them.
 CHECKPOINT_KNOWS = (
     *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
@@ -358,12 +323,9 @@ FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ValueErrors, as those found later are (see `utils.user_errors`)."""
 
-    def __init__(self, description: str = "", **settings: Any) -> None:
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(
-            **{"description": description, "formatter_class": form, "allow_abbrev": False},
-            **settings,
-        )
+    def __init__(self, description: str = "", **more: Any) -> None:
+        more |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **more)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Returns the flags; a value behind a switch and a space in a flag have their own error."""
@@ -395,101 +357,43 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 
-class Flags:
-    """Adds flags to a group of a parser, in both spellings; absent ones stay None until resolved.
+def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]]) -> None:
+    """Adds flags by the headings of --help; those in `DEFAULTS` stay None until they are resolved.
 
     The help of each ends with its default, and with the values that presets and AGW give it.
     """
-
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
-
-    def __call__(
-        self, name: str, text: str, *short: str, default: Any = None, **settings: Any
-    ) -> None:
-        """Adds one flag; a `default` stands in place of that in `DEFAULTS`."""
-        key = name.replace("-", "_")
-        spellings = dict.fromkeys([f"--{name}", f"--{key.replace('_', '-')}", f"--{key}", *short])
-        if settings.get("action") != "store_true" and text != argparse.SUPPRESS:
-            layers = {"default": DEFAULTS, **PRESETS, **METHOD_VALUES}
-            values = {origin: layer[key] for origin, layer in layers.items() if key in layer}
-            if default is not None:
-                values = {"default": default}
-            shown = "; ".join(f"{origin}: {_words(value)}" for origin, value in values.items())
-            text += f" ({shown})" if shown else ""
-            settings["default"] = None if default == AS_TRAINED else default
-        self._group.add_argument(*spellings, dest=key, help=text.replace("%", "%%"), **settings)
-
-
-AS_TRAINED = "as trained"
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            text, name, more = flag.text, flag.name, flag.argparse
+            if "action" not in more and flag.default is not None:
+                values = {"default": flag.default}
+                if flag.default == DEFAULTS.get(name):
+                    layers = {**PRESETS, **METHOD_VALUES}
+                    values |= {k: layer[name] for k, layer in layers.items() if name in layer}
+                text += f" ({'; '.join(f'{k}: {_words(value)}' for k, value in values.items())})"
+                more = {"default": None if name in DEFAULTS else flag.default, **more}
+            group.add_argument(*flag.spellings, dest=name, help=text.replace("%", "%%"), **more)
 
 
 def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
-def _add_group(parser: argparse.ArgumentParser, title: str) -> None:
-    add = Flags(parser, title)
-    for flag in TRAIN[title]:
-        add(flag.name, flag.text, *flag.short, **flag.settings)
-
-
 def train_parser(description: str) -> Parser:
     """Returns the parser of the three training scripts."""
     parser = Parser(description)
-    for title in TRAIN:
-        _add_group(parser, title)
+    add_flags(parser, TRAIN)
     return parser
 
 
 def test_parser(description: str) -> Parser:
     """Returns the parser of ``test.py``."""
     parser = Parser(description)
-    evaluation_flags(parser)
-    add = Flags(parser, argparse.SUPPRESS)
-    for name in CHECKPOINT_KNOWS:
-        add(name, argparse.SUPPRESS, nargs="?", const=True)
-    parser.set_defaults(ignored=[name.replace("-", "_") for name in CHECKPOINT_KNOWS])
-    add = Flags(parser, "output")
-    add("output-dir", "folder of results.json (default: beside the checkpoint)", type=Path)
-    add("figures", "draw ranked lists, CMC, distances and an embedding", action="store_true")
-    add("save-features", "write all features, identities and paths to this .npz", type=Path)
-    add = Flags(parser, "features of any method, in place of a checkpoint")
-    add("features", FEATURES)
-    add = Flags(parser, "your own images, in place of a data set")
-    for role in ("query", "gallery"):
-        add(f"{role}-dir", f"folder of {role} images; subfolders are searched too", type=Path)
-        text = f"modality of the {role} images (default: as --direction says)"
-        add(f"{role}-modality", text, choices=("visible", "infrared"))
-    add("top", TOP, type=COUNT, default=20)
+    hidden = [Flag(k, None, argparse.SUPPRESS, nargs="?", const=True) for k in CHECKPOINT_KNOWS]
+    add_flags(parser, {**EVALUATION, argparse.SUPPRESS: hidden, **TEST})
+    parser.set_defaults(ignored=[flag.name for flag in hidden])
     return parser
-
-
-def evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that ``test.py`` and the figures of a checkpoint share."""
-    add = Flags(parser, "checkpoint")
-    text = "checkpoint, or a folder with last.pt; with {trial} in it, RegDB's of trials 1 to N"
-    add("resume", text, "-r")
-    text = "folder in which --resume is looked for where there is no such path"
-    add("model_path", text, type=Path, default=Path("save_model"))  # as in the ancestors' scripts
-    add("img_h", "image height in pixels", type=COUNT, default=AS_TRAINED)
-    add("img_w", "image width in pixels", type=COUNT, default=AS_TRAINED)
-    text = "GeM exponent; the earlier releases' files store none: 3 unless given"
-    add("gem-p", text, type=FACTOR, default=AS_TRAINED)
-    text = "MG-MRA variant; the earlier releases' files store none: released unless given"
-    add("memory-variant", text, choices=VARIANTS, default=AS_TRAINED)
-    add(
-        "memory",
-        "MODULE.CLASS of a memory of your own, for --test-feat memory and both",
-        type=_class,
-    )
-    _add_group(parser, "data and protocol")
-    add = Flags(parser, "identities")
-    text = "test identities, or those that --select-on val held out"
-    add("subset", text, choices=("test", "val"), default="test")
-    text = "evaluate on identities that were trained on all the same; every result says so"
-    add("seen-ids", text, action="store_true")
-    _add_group(parser, "machine")
 
 
 # --- Resolving ------------------------------------------------------------------------------------
@@ -500,9 +404,7 @@ def resolve(
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """Fills in the flags of a training that were not given.
 
-    Returns:
-        The resolved flags, and for each flag with a value where it came from: "flag", a preset's
-        name, "default".
+    Returns the resolved flags, and where each value came from: "flag", "default", a preset, ...
 
     Raises:
         ValueError: When flags contradict each other, or have no effect.
@@ -541,29 +443,34 @@ def resolve(
     return argparse.Namespace(**values), sources
 
 
+NEEDS = {  # flags that have an effect with one value of another flag
+    "shrink_scale": ("shrink", "auto"),
+    "temperature": ("addressing", "cosine"),
+    "bank_init_epoch": ("bank_init", "features"),
+}
+OF_STRIPES = ("w_center", "local_feat_dim")
+OF_LEVELS = ("memory_variant", "w_alignment", "w_decorrelation")
+OF_MEMORY = (*NEEDS, "shrink", "addressing", "bank_init")
+OF_MEMORY += ("instances_per_id", "parts_per_instance", "memory_ids")
+OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
+
+
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a training with those `given`, and why."""
-    of_levels = ("memory_variant", "w_alignment", "w_decorrelation")
-    of_memory = ("shrink", "shrink_scale", "instances_per_id", "parts_per_instance", "memory_ids")
-    of_memory += ("addressing", "temperature", "bank_init", "bank_init_epoch")
-    of_branch = ("memory_levels", "w_memory_id", "w_memory_triplet")
     flags = {}
-    if given.get("shrink") != "auto":
-        flags["shrink_scale"] = f"--shrink is {given.get('shrink', SHRINK)}, not auto"
-    if given.get("addressing") != "cosine":
-        flags["temperature"] = "--addressing is dot, not cosine"
-    if given.get("bank_init") != "features":
-        flags["bank_init_epoch"] = "--bank-init is uniform, not features"
+    for name, (other, needed) in NEEDS.items():
+        value = given.get(other, DEFAULTS[other])
+        if value != needed:
+            flags[name] = f"--{other.replace('_', '-')} is {value}, not {needed}"
     for flag, value in (("pcb", "off"), ("method", "agw")):
         if given.get(flag) == value:
-            reason = f"--{flag} {value} has no stripes"
-            flags |= dict.fromkeys(("w_center", "local_feat_dim"), reason)
+            flags |= dict.fromkeys(OF_STRIPES, f"--{flag} {value} has no stripes")
     if given.get("memory_levels") == "none":
-        flags |= dict.fromkeys((*of_levels, *of_memory), "--memory-levels none has no memory")
+        flags |= dict.fromkeys(OF_LEVELS + OF_MEMORY, "--memory-levels none has no memory")
     if script == "train_SGMRA.py":
-        flags |= dict.fromkeys(of_levels, f"{script} has no multi-granularity memory")
+        flags |= dict.fromkeys(OF_LEVELS, f"{script} has no multi-granularity memory")
     if script == "train_HCT.py":
-        flags |= dict.fromkeys((*of_levels, *of_memory, *of_branch), f"{script} has no memory")
+        flags |= dict.fromkeys(OF_LEVELS + OF_MEMORY + OF_BRANCH, f"{script} has no memory")
     return flags
 
 
@@ -618,7 +525,7 @@ def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
         names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
         return dict.fromkeys(names, "your own images have no protocol")
     flags = dict.fromkeys(("query_modality", "gallery_modality"), "there is no --query-dir")
-    choices = {name for settings in data.protocols.values() for name in settings}
+    choices = set().union(*data.protocols.values())
     for name in ("direction", "tvsearch", "protocol", "mode", "gallery", "shots"):
         if name.replace("tvsearch", "direction") not in choices:
             flags[name] = f"{data.title} has no such choice"
@@ -678,15 +585,6 @@ def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
     differing = "these options differ" if lines else "no option differs"
     source = PRESET_SOURCES[args.preset]
     return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
-
-
-def evaluation_of(args: argparse.Namespace) -> list[str]:
-    """Returns the flags with which ``test.py`` evaluates what a training evaluated."""
-    default = {**DEFAULTS, "data_path": DATASETS[args.dataset].default_folder, "dataset": None}
-    unused = unused_in_evaluation(vars(args))
-    names = [name for name in (*PROTOCOL, "re_rank", "test_feat") if name not in unused]
-    values = {name: getattr(args, name) for name in names}
-    return flags_of({k: v for k, v in values.items() if v != default.get(k)})
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ from figures.page import FORMATS, save
 from figures.prototypes import addressing_weights, alike, fired, prototype_patches
 from model import TwoStreamNet
 from networks.settings import LEVELS
+from options import COUNT, COUNT_OR_0, Flag
 from utils import (
     amp_dtype,
     check_form,
@@ -223,45 +224,46 @@ def figure_parser(description: str) -> options.Parser:
     """Returns the parser of ``visualize.py``: one command per figure."""
     parser = options.Parser(description)
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    count, number = options.positive(int), options.non_negative(int)
+    most = charts.MAX_CURVES
 
-    def command(draw: Callable[..., Figure]) -> argparse.ArgumentParser:
+    def command(draw: Callable[..., Figure], *flags: Flag) -> argparse.ArgumentParser:
         name, text = draw.__name__, draw.__doc__
         figure = commands.add_parser(name, help=text, description=text)
         figure.set_defaults(draw=draw)
-        add = options.Flags(figure, "file")
-        add("out", f"file, .png or .pdf (default: {name}.png beside the input)", type=Path)
-        add("no-title", "without title and note, for a paper's caption", action="store_true")
+        out = f"file, .png or .pdf (default: {name}.png beside the input)"
+        no_title = Flag("no-title", False, "without title and note, for a paper's caption")
+        options.add_flags(figure, {"file": (Flag("out", None, out, Path), no_title)})
+        options.add_flags(figure, {"figure": flags})
         return figure
 
-    def checkpoint_command(draw: Callable[..., Figure]) -> options.Flags:
-        figure = command(draw)
-        options.evaluation_flags(figure)
-        add = options.Flags(figure, "figure")
-        add("seed", "seed of the figure's random choices", type=number, default=0)
-        return add
+    def checkpoint_command(draw: Callable[..., Figure], *flags: Flag) -> None:
+        seed = Flag("seed", 0, "seed of the figure's random choices", COUNT_OR_0)
+        options.add_flags(command(draw, seed, *flags), options.EVALUATION)
 
-    add = checkpoint_command(ranked)
-    add("num-queries", "queries", type=count, default=8)
-    add("top", "gallery images per query", type=count, default=10)
-    add = checkpoint_command(distances)
-    add("before", "weights before training: imagenet, none or a file (default: those trained from)")
-    add = checkpoint_command(embedding)
-    most = charts.MAX_CURVES
+    checkpoint_command(
+        ranked,
+        Flag("num-queries", 8, "queries", COUNT),
+        Flag("top", 10, "gallery images per query", COUNT),
+    )
+    text = "weights before training: imagenet, none or a file (default: those trained from)"
+    checkpoint_command(distances, Flag("before", None, text))
     text = f"identities, 1..{most}, which can be told apart"
-    add("ids", text, type=int, choices=range(1, most + 1), default=most)
-    add = checkpoint_command(addressing)
-    add("ids", "identities, two images each", type=count, default=3)
-    add("top", "prototypes per image and level", type=count, default=3)
-    add = checkpoint_command(prototypes)
-    add("level", "granularity", choices=LEVELS, default="part")
-    add("count", "prototypes, the most addressed ones", type=count, default=8)
-    add("top", "patches per prototype and modality", type=count, default=6)
-    add("images", "images per modality to look through", type=count, default=200)
-    figure = command(cmc)
+    checkpoint_command(embedding, Flag("ids", most, text, range(1, most + 1)))
+    checkpoint_command(
+        addressing,
+        Flag("ids", 3, "identities, two images each", COUNT),
+        Flag("top", 3, "prototypes per image and level", COUNT),
+    )
+    checkpoint_command(
+        prototypes,
+        Flag("level", "part", "granularity", LEVELS),
+        Flag("count", 8, "prototypes, the most addressed ones", COUNT),
+        Flag("top", 6, "patches per prototype and modality", COUNT),
+        Flag("images", 200, "images per modality to look through", COUNT),
+    )
+    names = Flag("names", None, "names of the curves (default: the folders)", nargs="+")
+    figure = command(cmc, names)
     figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
-    text = "names of the curves (default: the folders)"
-    options.Flags(figure, "figure")("names", text, nargs="+")
     for draw in (curves, health):
         command(draw).add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
     return parser

@@ -271,8 +271,8 @@ class Run:
                 log.info("%s (%s): %s", label, chosen, format_result(result))
         last = self.files.checkpoint(LAST)
         script = os.path.relpath(Path(utils.__file__).with_name("test.py"))
-        words = [script, *options.evaluation_of(self.args), "--resume", str(last)]
-        log.info("%s is complete. Evaluate it with: python %s", last, shlex.join(words))
+        command = shlex.join([script, "--resume", str(last)])
+        log.info("%s is complete. Evaluate it with: python %s", last, command)
 
 
 @contextlib.contextmanager

@@ -297,27 +297,6 @@ def test_a_file_that_holds_no_options_is_named(content, expected, tmp_path):
         resolved(f"--options {file}")
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("--lr 0.2", "--dataset regdb"),
-        ("--dataset sysu --shots 10 --data-path d", "--dataset sysu --data-path d --shots 10"),
-        ("--dataset llcm --tvsearch --trials 2", "--dataset llcm --direction i2v --trials 2"),
-    ],
-)
-def test_the_flags_of_an_evaluation_ask_for_what_the_training_evaluated(line, expected):
-    args, _ = resolved(line)
-    words = options.evaluation_of(args)
-    assert words == expected.split()
-    found = options.resolve_evaluation(options.test_parser("").parse_args(words))
-    assert options.protocol(found) == options.protocol(args)
-
-
-def test_the_flags_of_an_evaluation_have_an_effect_there():
-    args, _ = resolved("--trials 1 --mode indoor")  # RegDB
-    assert options.evaluation_of(args) == ["--dataset", "regdb"]
-
-
 def test_resolving_changes_nothing_that_was_given():
     given = options.train_parser("").parse_args(["--method", "agw", "--tvsearch"])
     before = dict(vars(given))
