@@ -62,11 +62,10 @@ class IdentitySampler:
                 f"a batch asks for {ids_per_batch} identities and there are {self.num_ids}; lower"
                 f" --batch-size to {self.num_ids} or less"
             )
-        self._modalities = []  # rows sorted by label; how many of each, and where its first is
-        for labels in (visible_labels, infrared_labels):
-            counts = np.bincount(labels, minlength=self.num_ids)  # (L,)
-            rows = np.argsort(labels, kind="stable")
-            self._modalities.append((rows, counts, np.cumsum(counts) - counts))
+        self._rows_of = [  # each label's rows, by modality
+            [np.flatnonzero(labels == label) for label in range(self.num_ids)]
+            for labels in (visible_labels, infrared_labels)
+        ]
         self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
         most = max(len(visible_labels), len(infrared_labels))
         self.steps_per_epoch = most // (ids_per_batch * images_per_id) + 1
@@ -91,9 +90,10 @@ class IdentitySampler:
         ids = rng.choice(self.num_ids, self.ids_per_batch, replace=False)  # (P,)
         shape = (self.ids_per_batch, self.images_per_id)
         drawn = []
-        for rows, counts, starts in self._modalities:
-            number = rng.integers(counts[ids, None], size=shape)  # (P, K), among the label's own
-            drawn.append(rows[starts[ids, None] + number].reshape(-1))
+        for rows_of in self._rows_of:
+            rows = [rows_of[label] for label in ids]  # P arrays
+            numbers = rng.integers([[len(own)] for own in rows], size=shape)  # (P, K)
+            drawn.append(np.concatenate([own[n] for own, n in zip(rows, numbers, strict=True)]))
         return IdentityBatch(*drawn, np.repeat(ids, self.images_per_id))
 
 

@@ -5,6 +5,7 @@ Every path read lies inside the data folder, links resolved; every error names f
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -186,7 +187,7 @@ def read_list(
     expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
     parent = rf"{folder}/([0-9]{{1,9}})" if folder else "(.+)"
     legal = re.compile(rf"\s*({parent}/([^/\\]+?))\s+([0-9]{{1,9}})\s*")
-    listings: dict[str, set[str]] = {}  # folders seen so far
+    listing = functools.cache(functools.partial(files_in, root))
     items: dict[str, Item] = {}
     labels = []
     for number, line in enumerate(read_text(root, name).split("\n"), start=1):
@@ -196,10 +197,7 @@ def read_list(
         if not found:
             raise DataError(f"{name}:{number} of {root} is {line.strip()[:200]!r}; {expected}")
         path, pid, file, label = found.groups()
-        parent = path.removesuffix(f"/{file}")
-        if parent not in listings:
-            listings[parent] = files_in(root, parent)
-        if file not in listings[parent]:
+        if file not in listing(path.removesuffix(f"/{file}")):
             raise DataError(
                 f"{name}:{number} names {path}, and there is no such file in {root}; is the data"
                 " set complete, and the list its own?"
@@ -237,11 +235,11 @@ def paired_lists(
                     f"{images.root / path} has label {label} and identity {pid}, an image before it"
                     f" has label {known[1]} and identity {known[0]}; {hint}"
                 )
-    missing = min(set(range(len(pid_of))) - set(pid_of), default=None)
-    if missing is not None:
+    missing = set(range(len(pid_of))) - set(pid_of)
+    if missing:
         raise DataError(
-            f"{len(pid_of)} labels up to {max(pid_of)}, and label {missing} is not among them in"
-            f" {visible[0].root}; {hint}"
+            f"{len(pid_of)} labels up to {max(pid_of)}, and label {min(missing)} is not among them"
+            f" in {visible[0].root}; {hint}"
         )
     pids = np.array([pid_of[label] for label in range(len(pid_of))], dtype=np.int64)
     return TrainSet(visible[0], infrared[0], visible[1], infrared[1], pids, description)
