@@ -33,7 +33,8 @@ def fill(rows, value):
             file.parent.mkdir(parents=True)
             own = dict.fromkeys(METRICS, number)
             entry = {**own, "per_trial": [own], "re_rank": "no", "test_feat": "pcb"}
-            entry |= {"dataset": row.dataset, "stand_in": True, "selection": "last epoch"}
+            entry |= {"dataset": row.dataset, "stand_in": True, "protocol": "p"}
+            entry["selection"] = "last epoch"
             content = {"rows": [entry], "versions": {"commit": "c"}, "options": {}}
             file.write_text(json.dumps(content))
 

@@ -359,8 +359,8 @@ def test_identities_that_were_trained_on_are_no_test(data, tiny, tmp_path):
     assert error.count("every result of this run says: ") == error.count("WARNING") == 1
     assert "identities were trained on" in log_lines(tmp_path / "fine")[0]["eval"]["protocol"]
     train("train_HCT.py", tiny, tmp_path / "fine", *fine, "--epochs", 2, "--resume")
-    saved = torch.load(tmp_path / "fine/last.pt", weights_only=True)
-    assert saved["identities_before"] == torch.load(run_dir / "last.pt")["identities"]
+    saved = load_checkpoint(tmp_path / "fine/last.pt")
+    assert saved["identities_before"] == load_checkpoint(run_dir / "last.pt")["identities"]
     for command in (
         ("test.py", *own, "--resume", tmp_path / "fine"),
         ("train_HCT.py", *QUICK, "--data-path", tiny / "regdb", "--trial", 2, "--test-only")
@@ -611,12 +611,12 @@ def test_bad_input_ends_the_process_with_its_code(tiny, tmp_path):
 
 def test_gpu_0_without_cuda_falls_back_and_says_so(tiny, tmp_path):
     _, error = train("train_HCT.py", tiny, tmp_path / "run", "--epochs", 1, "--gpu", 0, start=run)
-    warning = "no CUDA device on this machine, running on the CPU"
+    warning = "running on the CPU: no CUDA device on this machine"
     text = (tmp_path / "run/train.log").read_text()
     assert error.count(warning) == text.count(warning) == 1  # though it is older than the file
     assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d", text)
     folder = tmp_path / "run"
-    for words in ("command: python ", "--epochs 1 --gpu 0", "device: CPU; torch ", "; commit "):
+    for words in ("command: python ", "--epochs 1 --gpu 0", "device: ", "; torch ", ", commit "):
         assert words in text, words
     assert f": writing into {folder}\n" in text
     command = shlex.split(re.search(r"Evaluate it with: python \S+/test.py (.*)", text)[1])

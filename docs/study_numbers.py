@@ -1,0 +1,118 @@
+"""Keeps the numbers of the study, and writes the tables and the figure of `study.md` from them.
+
+python docs/study_numbers.py --runs runs/reproduce    # adds what `reproduce.py --table study` ran
+python docs/study_numbers.py                          # tables and figure from study.csv alone
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from docs.memory_numbers import replace_block, table  # noqa: E402
+from eval_metrics import METRICS, mean_and_std  # noqa: E402
+from figures import charts, page  # noqa: E402
+from networks.settings import HEALTH, LEVELS  # noqa: E402
+from reproduction.paired import differences, paired_table  # noqa: E402
+from reproduction.plan import REFERENCES, STUDY_SPLITS, Row, plan  # noqa: E402
+from reproduction.tables import Result  # noqa: E402
+
+NUMBERS = ROOT / "docs/study.csv"
+PAGE = ROOT / "docs/study.md"
+FIGURE = ROOT / "docs/study.png"
+HEALTH_NAMES = [f"{level}/{name}" for level in LEVELS for name in HEALTH if name != "entropy"]
+COLUMNS = ["method", "split", "direction", *METRICS, *HEALTH_NAMES, "data", "commit"]
+
+
+def rows_of(runs: Path) -> list[Row]:
+    """The study's rows, whether they have been run or not."""
+    return plan("study", dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
+
+
+def collect(runs: Path) -> list[dict[str, str]]:
+    """One line for each result in a folder of runs, with the memory's health in the last epoch."""
+    lines = []
+    for row in rows_of(runs):
+        for split, (file, training) in enumerate(zip(row.files, row.training, strict=True), 1):
+            if not file.exists():
+                continue
+            result = json.loads(file.read_text())
+            health = json.loads((training / "log.jsonl").read_text().splitlines()[-1])
+            about = json.loads((training / "options.json").read_text())
+            line = {"method": row.setting.name, "split": split, "direction": row.protocol}
+            line |= {metric: f"{result[metric]:.4f}" for metric in METRICS}
+            known = {name: health.get(f"memory/{name}") for name in HEALTH_NAMES}
+            line |= {k: "" if v is None else f"{v:.3g}" for k, v in known.items()}
+            line |= {"data": result["dataset"], "commit": about["versions"]["commit"]}
+            lines.append({name: str(value) for name, value in line.items()})
+    return lines
+
+
+def results(lines: list[dict[str, str]], direction: str) -> list[Result]:
+    """The study's rows with what the lines say of them, in one direction."""
+    found = []
+    for row in rows_of(Path()):
+        if row.protocol != direction:
+            continue
+        own = [x for x in lines if (x["method"], x["direction"]) == (row.setting.name, direction)]
+        per_trial = {int(x["split"]): {m: float(x[m]) for m in METRICS} for x in own}
+        mean, std = mean_and_std(list(per_trial.values())) if own else ({}, {})
+        missing = [t for t in range(1, row.trials + 1) if t not in per_trial]
+        found.append(Result(row, missing, per_trial, mean, std, []))
+    return found
+
+
+def main() -> int:
+    """Runs the script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, help="folder of runs, whose results are added")
+    args = parser.parse_args()
+    lines = []
+    if NUMBERS.exists():
+        lines = list(csv.DictReader(NUMBERS.read_text().splitlines()))
+    if args.runs:
+        key = ("method", "split", "direction")
+        known = {tuple(line[k] for k in key): line for line in [*lines, *collect(args.runs)]}
+        lines = list(known.values())
+        with NUMBERS.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    text = PAGE.read_text()
+    panels = {}
+    for direction, words in (("v2i", "visible to infrared"), ("i2v", "infrared to visible")):
+        own = [result for result in results(lines, direction) if result.per_trial]
+        panels[words] = differences(own, REFERENCES[1], "mAP")
+        paired = {row[0]: row[2:] for row in paired_table(own, REFERENCES).rows}
+        cells = []
+        for result in own:
+            name = result.row.setting.name
+            numbers = [
+                f"{100 * result.mean[m]:.1f} ± {100 * result.std[m]:.1f}" for m in ("rank1", "mAP")
+            ]
+            gained = [cell.replace("+-", "±") for cell in paired.get(name, ("-",) * 4)]
+            cells.append([name, str(len(result.per_trial)), *numbers, *gained])
+        header = ["method", "splits", "Rank-1", "mAP", "Rank-1 - HCT", "mAP - HCT"]
+        header += ["Rank-1 - control", "mAP - control"]
+        text = replace_block(text, direction, table(header, cells))
+    health = []
+    for name in dict.fromkeys(line["method"] for line in lines):
+        own = [x for x in lines if x["method"] == name and x["direction"] == "v2i"]
+        own = [x for x in own if x["part/zero_reads"]]
+        if own:
+            means = ([float(x[column]) for x in own if x[column]] for column in HEALTH_NAMES)
+            health.append([name, *(f"{sum(v) / len(v):.2g}" if v else "-" for v in means)])
+    heads = ["method", *(name.replace("_", " ") for name in HEALTH_NAMES)]
+    text = replace_block(text, "health", table(heads, health))
+    PAGE.write_text(text)
+    title = "What each row gains over the control, in points of mAP (stand-in data)"
+    page.save(charts.differences(panels, title=title), FIGURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
