@@ -91,9 +91,10 @@ def main() -> int:
         cells = []
         for result in own:
             name = result.row.setting.name
-            numbers = [
-                f"{100 * result.mean[m]:.1f} ± {100 * result.std[m]:.1f}" for m in ("rank1", "mAP")
-            ]
+            numbers = [f"{100 * result.mean[m]:.1f}" for m in ("rank1", "mAP")]
+            if len(result.per_trial) > 1:
+                spread = [f"{100 * result.std[m]:.1f}" for m in ("rank1", "mAP")]
+                numbers = [f"{a} ± {b}" for a, b in zip(numbers, spread, strict=True)]
             gained = [cell.replace("+-", "±") for cell in paired.get(name, ("-",) * 4)]
             cells.append([name, str(len(result.per_trial)), *numbers, *gained])
         header = ["method", "splits", "Rank-1", "mAP", "Rank-1 - HCT", "mAP - HCT"]

@@ -1,7 +1,10 @@
 """Differences split by split, and the study's table and figure."""
 
+import csv
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +84,25 @@ def test_unseen_data_sets_are_evaluated_in_their_own_folders_and_draws(tmp_path)
     arrange("t", [measure(row) for row in rows])
     _, rows = plan("unseen", dataset="sysu", trials=3, runs=tmp_path, extra={})
     assert {(row.dataset, row.trials) for row in rows} == {("regdb", 1), ("llcm", 3)}
+
+
+def test_the_page_of_the_study_is_made_of_its_numbers():
+    docs = Path(__file__).parents[1] / "docs"
+    with (docs / "study.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    runs = {(line["method"], line["split"], line["direction"]) for line in lines}
+    assert len(runs) == len(lines)
+    assert {line["method"] for line in lines} <= {setting.name for setting in STUDY}
+    page = (docs / "study.md").read_text()
+    for name in {line["method"] for line in lines}:
+        values = [
+            float(line["mAP"])
+            for line in lines
+            if (line["method"], line["direction"]) == (name, "v2i")
+        ]
+        assert re.search(
+            rf"^\| {re.escape(name)} \| {len(values)} \| [^|]* \| {100 * np.mean(values):.1f}",
+            page,
+            re.M,
+        ), name
+    assert (docs / "study.png").stat().st_size < 300_000
