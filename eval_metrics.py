@@ -6,15 +6,11 @@ Of images at equal distance the first in the gallery ranks first.
 """
 
 import functools
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-BLOCK_ENTRIES = 1 << 17  # distances per block, about what fits a core's cache
-MAX_THREADS = 4  # NumPy holds the interpreter lock too often for more to help
 REPORTED_RANKS = (1, 5, 10, 20)
 METRICS = (*(f"rank{k}" for k in REPORTED_RANKS), "mAP", "mINP")  # of every result
 RESULT = {**dict.fromkeys(METRICS, float), "re_rank": str, "protocol": str}  # as `utils.parse_json`
@@ -49,7 +45,6 @@ def evaluate_rule(
 
     The CMC counts each gallery identity once, at its first hit, or under `COUNT_IMAGES` each image;
     AP and INP use every image that counts. Queries left without a true match are part of no mean.
-    Blocks of queries are evaluated in threads, so that no second array of distmat's size is needed.
 
     Args:
         rule: A name in `CAMERA_RULES`.
@@ -78,32 +73,28 @@ def evaluate_rule(
             f"distmat has shape {distmat.shape}, expected (queries, gallery), neither 0, as the "
             f"identities {pids} and the cameras {camids}"
         )
-    identities = np.arange(len(g_pids)) if rule in COUNT_IMAGES else g_pids
-    dtype = np.promote_types(distmat.dtype, np.float32)  # float16 compares slowly
-    block_size = max(1, BLOCK_ENTRIES // len(g_pids))
-
-    def evaluate_block(start: int) -> np.ndarray:
-        block = slice(start, start + block_size)
-        values = distmat[block].astype(dtype, copy=False)  # (n, G)
-        if np.isnan(values.min()):
-            row, column = np.argwhere(np.isnan(values))[0]
-            raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
-        matches = q_pids[block, None] == g_pids  # (n, G)
-        mask = excluded(rule, q_pids[block], g_pids, q_camids[block], g_camids)
+    if np.isnan(distmat.min()):
+        row, column = np.argwhere(np.isnan(distmat))[0]
+        raise ValueError(f"distmat[{row}, {column}] is NaN, expected a distance")
+    mask = excluded(rule, q_pids, g_pids, q_camids, g_camids)
+    ahead, ap, inp = [], [], []  # of each query that has a true match
+    for query, pid in enumerate(q_pids):
+        order = np.argsort(distmat[query], kind="stable")  # (G,)
         if mask is not None:
-            values, matches = np.where(mask, np.nan, values), matches & ~mask
-        return _query_metrics(values, matches, identities)
-
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
-        ahead, ap, inp = np.concatenate(list(blocks), axis=1)  # (V,) each
-    if not len(ap):
+            order = order[~mask[query, order]]  # the images that count
+        hits = np.flatnonzero(g_pids[order] == pid)  # (M,) places of the true matches, from 0
+        if len(hits):
+            before = g_pids[order[: hits[0]]]
+            ahead.append(len(before) if rule in COUNT_IMAGES else len(np.unique(before)))
+            ap.append(np.mean(np.arange(1, len(hits) + 1) / (hits + 1)))
+            inp.append(len(hits) / (hits[-1] + 1))
+    if not ahead:
         raise ValueError(
             f"none of {len(q_pids)} queries has a true match among the gallery images that count "
             "for it, expected at least one: do query and gallery share identities?"
         )
-    cmc = (ahead[:, None] <= np.arange(max_rank)).mean(axis=0)
-    return cmc, float(ap.mean()), float(inp.mean())
+    cmc = np.mean(np.array(ahead)[:, None] <= np.arange(max_rank), axis=0)
+    return cmc, float(np.mean(ap)), float(np.mean(inp))
 
 
 eval_sysu = functools.partial(evaluate_rule, "sysu")
@@ -148,23 +139,3 @@ def mean_and_std(results: Sequence[dict[str, float]]) -> tuple[dict[str, float],
     mean = {name: float(np.mean(values)) for name, values in trials.items()}
     std = {name: float(np.std(values)) for name, values in trials.items()}
     return mean, std
-
-
-def _query_metrics(values: np.ndarray, matches: np.ndarray, identities: np.ndarray) -> np.ndarray:
-    """Returns how many identities precede the first hit, AP and INP: (3, V), of V queries.
-
-    Args:
-        values: (n, G) distances, NaN where an image does not count.
-        matches: (n, G) bool, True where identities agree and the image counts; the V queries are
-            those with one.
-        identities: (G,) identity of each image, or its number where the CMC counts images.
-    """
-    valid = matches.any(axis=1)
-    order = np.argsort(values[valid], axis=1, kind="stable")  # (V, G), NaN last
-    hits = np.take_along_axis(matches[valid], order, axis=1)  # (V, G)
-    firsts = hits.argmax(axis=1)  # (V,) place of the first hit
-    ahead = [len(set(identities[row[:n]].tolist())) for row, n in zip(order, firsts, strict=True)]
-    counts, ranks = hits.sum(axis=1), np.arange(1, hits.shape[1] + 1)  # (V,), (G,)
-    ap = np.sum(hits * hits.cumsum(axis=1) / ranks, axis=1) / counts
-    inp = counts / np.max(hits * ranks, axis=1)
-    return np.stack([ahead, ap, inp])
