@@ -16,18 +16,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from data_loader import load_images
-from data_manager import DATASETS, DataError, ImageList, TrainSet, train_set
+from data_manager import DATASETS, DataError, TrainSet, train_set
 from datasets.sysu_mm01 import cache_files
 from options import COUNT, Parser
 from utils import lock, user_errors, write_atomic
-
-CHUNK = 500  # images decoded and written at once
 
 
 def build_caches(args: argparse.Namespace) -> None:
@@ -57,20 +53,10 @@ def fill(folder: Path, train: TrainSet, args: argparse.Namespace) -> None:
         )
     for images, labels, shape in todo:
         image_file, label_file = cache_files(folder, images.modality)
+        pixels = load_images(images, height=shape[1], width=shape[2], workers=args.workers)
         write_atomic(label_file, partial(np.save, arr=labels))
         # The images last: the pair is complete once they are there.
-        write = partial(write_images, images=images, shape=shape, workers=args.workers)
-        write_atomic(image_file, write)
-
-
-def write_images(stream: BinaryIO, images: ImageList, shape: tuple[int, ...], workers: int) -> None:
-    """Writes a .npy file in chunks; a stream, as a full disk kills a process with a memory map."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(stream, header)
-    size = {"height": shape[1], "width": shape[2]}
-    for start in tqdm(range(0, len(images), CHUNK), f"cache {images.modality}", unit="chunk"):
-        chunk = images.take(range(start, min(start + CHUNK, len(images))))
-        stream.write(load_images(chunk, **size, workers=workers, progress=False).data)
+        write_atomic(image_file, partial(np.save, arr=pixels))
 
 
 def is_built(folder: Path, modality: str, shape: tuple[int, ...], labels: np.ndarray) -> bool:

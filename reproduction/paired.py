@@ -9,7 +9,6 @@ from scipy import stats
 from reproduction.tables import Result, Table
 
 LEVEL = 0.95  # of the intervals
-METRICS = ("rank1", "mAP")
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,21 @@ def differences(results: Sequence[Result], reference: str, metric: str) -> list[
 
 def paired_table(results: Sequence[Result], references: Sequence[str]) -> Table:
     """Lays out the differences of one protocol's rows to each reference."""
-    columns, header = [], ["method", "splits"]
+    columns: dict[str, dict[str, Difference]] = {}
     for reference in references:
-        for metric in METRICS:
+        for metric, title in (("rank1", "Rank-1"), ("mAP", "mAP")):
             found = differences(results, reference, metric)
-            columns.append({difference.name: difference for difference in found})
-            header.append(f"{'Rank-1' if metric == 'rank1' else metric} minus {reference}")
-    names = [r.row.setting.name for r in results if any(r.row.setting.name in c for c in columns)]
+            columns[f"{title} minus {reference}"] = {each.name: each for each in found}
     rows = []
-    for name in names:
-        own = [column.get(name) for column in columns]
-        count = max(len(difference.values) for difference in own if difference)
-        rows.append([name, str(count), *(str(difference or "-") for difference in own)])
+    for name in (result.row.setting.name for result in results):
+        own = [column.get(name) for column in columns.values()]
+        if any(own):
+            count = max(len(difference.values) for difference in own if difference)
+            rows.append([name, str(count), *(str(difference or "-") for difference in own)])
     caption = (
         "Differences in points on the same splits and seeds: mean +- half the width of its "
         f"{LEVEL:.0%} interval (Student's t)."
     )
-    return Table(f"{results[0].row.title}, split by split", caption, header, rows)
+    return Table(
+        f"{results[0].row.title}, split by split", caption, ["method", "splits", *columns], rows
+    )

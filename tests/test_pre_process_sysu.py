@@ -15,11 +15,6 @@ NAMES = [f"train_{word}_resized_{kind}.npy" for word in ("rgb", "ir") for kind i
 SIZE = ["--img_h", "16", "--img-w", "8"]
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    monkeypatch.setattr(pre_process_sysu, "CHUNK", 5)
-
-
 def run(root, *flags):
     try:
         return main(["--data-path", str(root), *SIZE, "--workers", "1", *map(str, flags)])
@@ -70,8 +65,8 @@ def test_finished_caches_are_kept(tiny_sysu, monkeypatch, capsys):
     assert {name: (tiny_sysu / name).stat().st_mtime_ns for name in NAMES} == times
 
 
-def count_chunks(monkeypatch, stop_after=None, error=KeyboardInterrupt):
-    """Notes each chunk that is decoded; fails after some."""
+def count_calls(monkeypatch, stop_after=None, error=KeyboardInterrupt):
+    """Notes each modality that is decoded; fails after some."""
     seen = []
 
     def load(images, **settings):
@@ -84,20 +79,20 @@ def count_chunks(monkeypatch, stop_after=None, error=KeyboardInterrupt):
     return seen
 
 
-@pytest.mark.parametrize("stop_after", [0, 3, 5, 7])  # 5 chunks of 22 visible, 3 of 15 infrared
+@pytest.mark.parametrize("stop_after", [0, 1])
 def test_an_interrupted_run_leaves_whole_caches_only(
     tiny_sysu, tmp_path, monkeypatch, stop_after, capsys
 ):
     run(tiny_sysu, "--output-dir", tmp_path / "unbroken")
     with monkeypatch.context() as patch:
-        assert len(count_chunks(patch, stop_after)) == 0
+        count_calls(patch, stop_after)
         assert run(tiny_sysu) == 130
     assert "the same command" in capsys.readouterr().err
     assert train_set("sysu", tiny_sysu).visible.cache is None  # no half cache is ever taken
     assert not list(tiny_sysu.glob(".*"))
-    rest = count_chunks(monkeypatch)
+    rest = count_calls(monkeypatch)
     assert run(tiny_sysu) == 0
-    assert len(rest) == (8 if stop_after < 5 else 3)
+    assert len(rest) == 2 - stop_after
     assert contents(tiny_sysu) == contents(tmp_path / "unbroken")
     assert leftovers(tiny_sysu) == []
 
@@ -163,14 +158,14 @@ def test_two_at_once_both_succeed(tiny_sysu, monkeypatch):
     ],
 )
 def test_bad_requests_end_before_any_work(tiny_sysu, capsys, monkeypatch, flags, message):
-    seen = count_chunks(monkeypatch)
+    seen = count_calls(monkeypatch)
     assert run(tiny_sysu, *flags) == 2
     assert message in capsys.readouterr().err and not seen
 
 
 def test_a_bad_training_list_ends_before_any_work(tiny_sysu, capsys, monkeypatch):
     (tiny_sysu / "exp/train_id.txt").write_text("1,x")
-    seen = count_chunks(monkeypatch)
+    seen = count_calls(monkeypatch)
     assert run(tiny_sysu) == 2
     assert "train_id.txt holds 'x'" in capsys.readouterr().err and not seen
     assert not list(tiny_sysu.glob("train_*"))
@@ -179,14 +174,14 @@ def test_a_bad_training_list_ends_before_any_work(tiny_sysu, capsys, monkeypatch
 def test_a_full_disk_is_noticed_first(tiny_sysu, capsys, monkeypatch):
     usage = pre_process_sysu.shutil.disk_usage(tiny_sysu)
     monkeypatch.setattr(pre_process_sysu.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    seen = count_chunks(monkeypatch)
+    seen = count_calls(monkeypatch)
     assert run(tiny_sysu) == 2
     assert "GB free" in capsys.readouterr().err and not seen
 
 
 def test_a_disk_that_fills_up_on_the_way(tiny_sysu, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        count_chunks(patch, 2, OSError(28, "No space left on device"))
+        count_calls(patch, 1, OSError(28, "No space left on device"))
         assert run(tiny_sysu) == 2
     assert "No space left" in capsys.readouterr().err
     assert run(tiny_sysu) == 0
