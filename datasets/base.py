@@ -163,6 +163,7 @@ class DataSet:
     has_stand_in: bool = False  # whether `stand_in.py` writes this layout
     preset: Mapping[str, Any] = {}  # values of training options, in place of the defaults
     preset_source: str = "the defaults"
+    test_lists: str = ""  # where the test identities are named, for the error when there is none
     train_pids_are_labels = False  # where the training lists name no raw identities
     splits: int = 1  # into training and test identities, each with a training of its own
     gallery_draws: int = 1  # galleries drawn at random for one evaluation, at most; 1: none is
@@ -220,7 +221,8 @@ class DataSet:
             visible, infrared = people.visible, people.infrared
         forth = options.direction == "v2i"
         query, gallery = (visible, infrared) if forth else (infrared, visible)
-        check_not_empty(query, gallery, f"the {options.subset} identities")
+        lists = self.test_lists if options.subset == "test" else ""
+        check_not_empty(query, gallery, f"the {options.subset} identities{lists}")
         title = f"{self.title} trial {options.trial}" if self.splits > 1 else self.title
         protocol = f"{title}, {self.describe(options)}"
         protocol += ", validation identities" if options.subset == "val" else ""

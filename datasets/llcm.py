@@ -14,7 +14,6 @@ from datasets.base import (
     EvalSet,
     Item,
     TrainSet,
-    check_not_empty,
     drawn_gallery,
     seeded_draw,
 )
@@ -51,6 +50,7 @@ class Llcm(DataSet):
     lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
     has_stand_in = True
     train_pids_are_labels = True
+    test_lists = " (idx/test_id.txt in test_vis/, test_nir/)"
     # SYSU-MM01 too has several cameras, and one image per camera in the gallery.
     preset = Sysu.preset
     preset_source = (
@@ -103,18 +103,13 @@ class Llcm(DataSet):
             raise DataError(
                 "LLCM has one protocol from infrared to visible: leave out --protocol repository"
             )
+        whole = super().evaluate(root, options)
         if options.subset == "val":
-            return super().evaluate(root, options)
-        visible, infrared = self.images(root, "test", 1)
-        forth = options.direction == "v2i"
-        query, drawn = (visible, infrared) if forth else (infrared, visible)
-        people = "the identities in idx/test_id.txt in test_vis/, test_nir/"
-        check_not_empty(query, drawn, people)
-        draws = [seeded_draw(drawn, trial, 1) for trial in range(options.trials)]
-        protocol = f"{self.title}, {self.describe(options)}, single-shot, seeded draws"
-        protocol += f", {len(draws)} trials"
-        drawn, rows = drawn_gallery(drawn, draws)
+            return whole
+        draws = [seeded_draw(whole.gallery, trial, 1) for trial in range(options.trials)]
+        drawn, rows = drawn_gallery(whole.gallery, draws)
+        protocol = f"{whole.protocol}, single-shot, seeded draws, {len(draws)} trials"
         if turned:
-            everything = (np.arange(len(query)),) * len(draws)
-            return EvalSet(self.name, drawn, query, everything, "same", protocol, rows)
-        return EvalSet(self.name, query, drawn, rows, "same", protocol)
+            all_rows = (np.arange(len(whole.query)),) * len(draws)
+            return EvalSet(self.name, drawn, whole.query, all_rows, "same", protocol, rows)
+        return EvalSet(self.name, whole.query, drawn, rows, "same", protocol)

@@ -53,13 +53,7 @@ class Sysu(DataSet):
     Training lists are identity-major, then camera, then file name; labels are the sorted training
     and validation pids renumbered from 0. Queries: all of camera 3, then all of camera 6.
 
-    Gallery draws, over the sorted file list of each identity and camera:
-        seeded: trial t has a `random.Random(t)`; ids ascending, within an id cameras ascending, one
-            `choice` each (single-shot) or `sample` of min(10, n) (ten-shot).
-        official: the first 1 or 10 entries of row t of `exp/rand_perm_cam.mat`; cameras ascending,
-            within a camera ids ascending, then permutation order.
-
-    Source: the AGW code base (seeded), the data set authors' evaluation (official).
+    Galleries are drawn by `seeded_draw`, or as the data set's authors drew them, `_official_draw`.
     """
 
     name = "sysu"
@@ -221,7 +215,12 @@ def _check_unpacked(data: bytes) -> None:
 def _official_draw(
     cells: dict[int, np.ndarray], gallery: ImageList, trial: int, shots: int
 ) -> list[int]:
-    """Draws rows of one of the authors' galleries: by camera, within each by identity."""
+    """Returns the first `shots` entries of each permutation's row `trial`: 1-based sorted files.
+
+    Cameras ascend, within a camera identities, within these the order is the permutation's.
+
+    Source: the data set authors' evaluation.
+    """
     drawn: list[int] = []
     groups = rows_by_camera(gallery)
     for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):

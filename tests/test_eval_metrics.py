@@ -1,7 +1,6 @@
 """eval_metrics.py against a per-query loop, golden numbers and the official SYSU evaluation."""
 
 import json
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -181,16 +180,6 @@ def test_cmc_ends_with_its_last_value():
     assert cmc.dtype == np.float64
 
 
-def test_order_of_queries_does_not_matter():
-    rng = np.random.default_rng(5)
-    distmat, q_pids, g_pids, q_camids, g_camids = random_case(rng, 80, 70, 20, levels=30)
-    order = rng.permutation(80)
-    assert_same(
-        eval_sysu(distmat[order], q_pids[order], g_pids, q_camids[order], g_camids),
-        eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids),
-    )
-
-
 def test_layout_and_lists_are_accepted_and_left_alone():
     case = random_case(np.random.default_rng(6), 30, 40, 9)
     before = case[0].copy()
@@ -200,17 +189,6 @@ def test_layout_and_lists_are_accepted_and_left_alone():
     names = [np.array([f"id {pid}" for pid in pids]) for pids in case[1:3]]
     assert_same(eval_sysu(case[0], *names, *case[3:]), expected)
     np.testing.assert_array_equal(case[0], before)
-
-
-def test_memory_stays_bounded():
-    rng = np.random.default_rng(0)
-    for levels in (None, 300):
-        case = random_case(rng, 200, 40_000, 150, levels, np.float32)
-        tracemalloc.start()
-        eval_sysu(*case)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 32e6, f"{peak / 1e6:.0f} MB beyond the distances"
 
 
 def bad_calls():
