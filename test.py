@@ -33,7 +33,7 @@ from data_manager import (
     folder_images,
     is_stand_in,
 )
-from engine import distributed
+from engine import devices, distributed
 from engine.checkpoints import TrainedOn, describe, open_network
 from engine.evaluate import distances, evaluate, score_kinds
 from engine.feature_files import read_features, save_features
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trained = TrainedOn.read(args.resume.replace("{trial}", "1"))
         args = options.resolve_evaluation(args, trained.defaults)
         with distributed.processes(args.gpu) as device:
-            utils.set_up(device, float32_precision=args.float32_precision)
+            devices.set_up(device, args.float32_precision)
             if args.query_dir or args.gallery_dir:
                 rank_folders(args, device)
             else:
@@ -112,7 +112,7 @@ def evaluate_checkpoints(
             test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
             rankings=tuple(dict.fromkeys(("no", args.re_rank))),
             batch_size=args.test_batch,
-            amp=utils.amp_dtype(args.amp, device),
+            amp=devices.amp_dtype(args.amp, device),
             progress=shows_bars(args),
         )
         if not distributed.is_main():
@@ -326,7 +326,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         test_feats=(feat,),
         rankings=(),
         batch_size=args.test_batch,
-        amp=utils.amp_dtype(args.amp, device),
+        amp=devices.amp_dtype(args.amp, device),
         progress=shows_bars(args),
     )
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)

@@ -1,18 +1,16 @@
-"""Files, seeds, devices, logging: what every script needs and no part of the method.
+"""Files, signals, logging: what every script needs and no part of the method.
 
 Files are written atomically (a temporary file in the same folder, flushed to disk, then renamed):
 an interruption leaves either the former file or the new one. JSON files are read against a schema.
 """
 
 import contextlib
-import ctypes
 import json
 import logging
 import logging.handlers
 import math
 import os
 import platform
-import re
 import reprlib
 import secrets
 import signal
@@ -89,139 +87,6 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno and error.filename is None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds torch's global generators, from which model initialisation alone draws."""
-    torch.manual_seed(seed)
-
-
-def make_deterministic() -> None:
-    """Restricts torch to operations with the same bits in each run; call it before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True)
-
-
-def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.device:
-    """Returns the device of ``--gpu``, or of torchrun's `local_rank`; CUDA's current one from then.
-
-    None is device 0, or the CPU where torch can use no GPU. Raises ValueError where there is no
-    such device, or `gpu` asks for one that is there and that torch cannot use.
-    """
-    if gpu in ("cpu", "-1"):
-        return torch.device("cpu")
-    index = local_rank or gpu or "0"
-    first, *others = index.split(",")
-    if others and all(number.isdigit() for number in (first, *others)):
-        log.warning(
-            "--gpu %s: one process uses one GPU, here the first of these; for several start it "
-            "with torchrun --nproc_per_node=%d",
-            *(index, 1 + len(others)),
-        )
-        index = first
-    if not index.isdigit():
-        raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {index!r}")
-    if torch.cuda.is_available() and int(index) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--gpu {index}: this machine has {torch.cuda.device_count()} CUDA device(s), "
-            f"numbered from 0; list them with nvidia-smi"
-        )
-    problem = _why_unusable(int(index))
-    if problem and gpu is not None:
-        raise ValueError(f"--gpu {gpu}: {problem}, or run on the CPU with --gpu cpu")
-    if problem or not torch.cuda.is_available():
-        log.warning("running on the CPU: %s", problem or "no CUDA device on this machine")
-        return torch.device("cpu")
-    device = torch.device("cuda", int(index))
-    torch.cuda.set_device(device)  # for what takes no device: events, autocast, object exchange
-    return device
-
-
-def _why_unusable(index: int) -> str:
-    """Why torch cannot use an NVIDIA card that this machine has, and what to do; "" if it can."""
-    build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
-    install = "install a PyTorch that does, for example from https://download.pytorch.org/whl/cu126"
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(index)
-        # Compiled kernels serve later cards of their generation, PTX ("compute") all later ones.
-        kernels = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
-        for kind, *version in kernels:
-            first = tuple(map(int, version))
-            last = (first[0], 9) if kind == "sm" else (major, minor)
-            if first <= (major, minor) <= last:
-                return ""
-        if not kernels:  # no NVIDIA card
-            return ""
-        card = f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
-        return f"{build} has no kernels for {card}: {install}"
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # no NVIDIA driver here
-        return ""
-    if found.returncode or not found.stdout.strip():
-        return ""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides every GPU: unset it"
-    cards = found.stdout.strip().replace("\n", "; ")
-    return f"{build} cannot use {cards} (card, driver): update the driver, or {install}"
-
-
-def set_up(
-    device: torch.device, *, float32_precision: str = "high", deterministic: bool = False
-) -> None:
-    """Sets torch up for the device: a CPU's allocator; a GPU's precision and choice of kernels.
-
-    With the precision "high" a GPU's float32 products and convolutions use TF32 where it has it.
-    """
-    if device.type == "cpu":
-        keep_freed_memory()
-        return
-    tf32 = float32_precision == "high"
-    torch.set_float32_matmul_precision(float32_precision)
-    torch.backends.cudnn.allow_tf32 = tf32  # torch's default
-    torch.backends.cudnn.benchmark = not deterministic
-    log.info(
-        "%s, CUDA %s; float32 products and convolutions %s",
-        *(torch.cuda.get_device_name(device), torch.version.cuda),
-        "in TF32 (--float32-precision highest: without)" if tf32 else "without TF32",
-    )
-
-
-def amp_dtype(amp: str | bool, device: torch.device) -> torch.dtype | None:
-    """The network's precision under ``--amp`` ("bf16", "fp16", True: what the device has), or None.
-
-    Below compute capability 8.0 torch emulates bf16: its convolutions are slower than in float32.
-    """
-    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    if amp == "bf16" and not native:
-        log.warning("--amp bf16: this GPU has no bf16, which is slow; --amp fp16 is faster")
-    if not amp:
-        return None
-    return torch.bfloat16 if amp == "bf16" or (amp is True and native) else torch.float16
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """A GPU's memory in GiB at most since the last call, allocated and reserved; else nothing."""
-    if device.type != "cuda":
-        return {}
-    peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    names = ("allocated_gib", "reserved_gib")
-    return {name: peak / 2**30 for name, peak in zip(names, peaks, strict=True)}
-
-
-def keep_freed_memory() -> None:
-    """Lets glibc's allocator keep freed memory for later use instead of returning it at once.
-
-    A training step on the CPU frees and allocates gigabytes; got from the system anew, each page of
-    them is mapped and zeroed first, a third of the step's time. The process keeps its peak.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are not mapped one by one
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
-        libc.mallopt(1, 0)  # M_MXFAST: a freed block takes in the slivers cut off for alignment
 
 
 def setup_logging() -> None:

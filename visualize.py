@@ -28,6 +28,7 @@ import options
 from data_loader import EvalLoader, ImageCache
 from data_manager import ImageList, data_name, eval_set
 from engine.checkpoints import TrainedOn, open_network
+from engine.devices import amp_dtype, resolve_device, set_up
 from engine.evaluate import evaluate
 from eval_metrics import LOG_LINE
 from figures import charts, evaluation, image_grids
@@ -36,17 +37,7 @@ from figures.prototypes import addressing_weights, alike, fired, prototype_patch
 from model import TwoStreamNet
 from networks.settings import LEVELS
 from options import COUNT, COUNT_OR_0, Flag
-from utils import (
-    amp_dtype,
-    check_form,
-    find_checkpoint,
-    read_json,
-    resolve_device,
-    seed_everything,
-    set_up,
-    setup_logging,
-    user_errors,
-)
+from utils import check_form, find_checkpoint, read_json, setup_logging, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +52,7 @@ class Subject:
     def __init__(self, args: argparse.Namespace) -> None:
         """Raises ValueError when the checkpoint or the data cannot be used."""
         self.args, self.device = args, resolve_device(args.gpu)
-        set_up(self.device, float32_precision=args.float32_precision)
+        set_up(self.device, args.float32_precision)
         settings = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, "memory")}
         self.net, self.info, size = open_network(args.resume, self.device, **settings)
         self.images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
@@ -102,7 +93,7 @@ def distances(args: argparse.Namespace) -> Figure:
     """Draws distances within and between identities, before and after training."""
     subject = Subject(args)
     weights = args.before or subject.info.get("options", {}).get("weights") or "imagenet"
-    seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     try:
         untrained = TwoStreamNet(**subject.net.config, weights=weights)
     except (ValueError, FileNotFoundError) as error:

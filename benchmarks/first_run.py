@@ -28,11 +28,12 @@ import torch
 import memory
 from benchmarks import train
 from benchmarks.common import setting
+from engine.devices import peak_memory, set_up
 from engine.evaluate import embed
 from networks import sparse_read
 from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from networks.memory_health import MemoryHealth
-from utils import peak_memory, set_up, write_json
+from utils import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ("HCT", "SG-MRA", "MG-MRA")

@@ -35,12 +35,12 @@ from benchmarks.common import finish, interleaved, table
 from benchmarks.plain import PlainNet, plain_training_step, term_weights
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
+from engine.devices import keep_freed_memory
 from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import Criterion
 from model import TwoStreamNet
 from networks.memory_health import MemoryHealth
 from networks.settings import LABEL_SMOOTHING
-from utils import keep_freed_memory
 
 MEMORIES = {"HCT": None, "SG-MRA": "sg", "MG-MRA": "mg"}
 # "kept": the plain rendering with the allocator's settings that our training runs under.

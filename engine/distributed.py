@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import resolve_device
+from engine.devices import resolve_device
 
 
 def size() -> int:

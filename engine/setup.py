@@ -22,22 +22,12 @@ import utils
 from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
 from data_manager import DATASETS, EvalSet, TrainSet, data_name, eval_set, train_set
 from datasets.transforms import Augmentation
-from engine import distributed, resume
+from engine import devices, distributed, resume
 from engine.bank_init import fill_bank
 from engine.checkpoints import SEEN_BEFORE, TrainedOn
 from engine.evaluate import evaluate, format_result
-from engine.fit import (
-    CHECKPOINTS,
-    DAMAGED,
-    LAST,
-    PREVIOUS,
-    Progress,
-    RunFiles,
-    threshold_in_words,
-    write_reports,
-)
+from engine.fit import CHECKPOINTS, DAMAGED, LAST, PREVIOUS, Progress, RunFiles, write_reports
 from engine.train import TrainSettings
-from memory import MultiGranularityMemory
 from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
@@ -92,7 +82,7 @@ class Run:
         return TrainSettings(
             seed=args.seed,
             num_strips=args.num_strips,
-            amp=utils.amp_dtype(args.amp, self.device),
+            amp=devices.amp_dtype(args.amp, self.device),
             compiled=args.compile,
             sync_bn=args.sync_bn,
             progress=self.shows_bars,
@@ -153,7 +143,6 @@ class Run:
         if changed:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
-            _warn_of_an_unread_memory(net)
             self._start_files(data, versions)
         return progress
 
@@ -285,7 +274,7 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
         if args.deterministic:
-            utils.make_deterministic()
+            devices.make_deterministic()
         files = _run_files(args, name, options.distinction(args, sources, f"train_{method}.py"))
         utils.setup_logging()
         try:
@@ -296,9 +285,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                     for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
                         held.enter_context(utils.lock(file))
                 _check_folders(args, files)
-                precision = args.float32_precision
-                utils.set_up(device, float32_precision=precision, deterministic=args.deterministic)
-                utils.seed_everything(args.seed)
+                devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
+                torch.manual_seed(args.seed)
                 checkpoint = _read_checkpoint(args, files)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv))
         except utils.Interrupted as stop:
@@ -308,19 +296,6 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
             command = _command(argv, without=former)
             sys.stderr.write(f"{stop}{kept}. Go on with: {command} --resume\n")
             raise SystemExit(stop.exit_code) from None
-
-
-def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
-    """Warns when MG-MRA's threshold is above the semantic level's uniform weight."""
-    memory, added = net.memory, net.memory_levels in (None, "semantic")
-    if isinstance(memory, MultiGranularityMemory) and added and memory.temperature is None:
-        size = memory.bank_sizes()["semantic"]
-        if 1 / size < memory.threshold("semantic", size):
-            log.warning(
-                "the memory has prototypes of %d identities: at their initial norms no semantic "
-                "read passes %s. Until one does, MG-MRA is its control, --memory-levels none",
-                *(size, threshold_in_words(memory, "semantic")),
-            )
 
 
 def _command(argv: Sequence[str] | None, without: Container[str | None] = ()) -> str:

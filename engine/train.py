@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import distributed
+from engine.devices import peak_memory
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from networks.memory_health import MemoryHealth
-from utils import peak_memory
 
 CHECK_EVERY = 10  # steps between two looks at the losses: a look waits for the device
 HEALTH_EVERY = 10  # steps between two looks at the memory's usage, from an epoch's first
