@@ -68,16 +68,10 @@ class HeteroCenterTripletLoss(nn.Module):
         self.margin, self.images_per_id = margin, images_per_id
 
     def forward(self, features: Tensor, labels: Tensor, modality: Tensor | None = None) -> Tensor:
-        """Computes the loss: a scalar, summed over stripes where there are any.
+        """Computes the loss of features (N, D), or of S stripes (N, S, D) the sum of theirs.
 
-        Args:
-            features: (N, D), or (N, S, D) for S stripes with a loss of their own each.
-            labels: Identity of each row, (N,).
-            modality: Whether each row is infrared, (N,). None: the first half of the rows is
-                visible, the second infrared.
-
-        Raises:
-            ValueError: Also when `modality` is None and N is odd.
+        `modality` (N,) says which rows are infrared. None: the second half of them, and a
+        ValueError where N is odd.
         """
         _check(features, labels)
         if modality is None:
@@ -157,10 +151,8 @@ def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
     """Part alignment: mean squared difference of the part reads of two halves of the stripes.
 
-    Args:
-        part_read: The part bank's read of the map, (N, C, H, W).
-        order: A random order of the S stripes, fresh each step; the first S // 2 stripes are
-            compared with the next S // 2.
+    Of the part bank's read of the map, (N, C, H, W), in a random `order` of the S stripes, fresh
+    each step: the first S // 2 stripes are compared with the next S // 2.
 
     Raises:
         ValueError: When H does not divide into the stripes, or there are fewer than two.
@@ -223,14 +215,9 @@ class Criterion(nn.Module):
         head: str = "pcb",
         images_per_id: int = 1,
     ) -> None:
-        """Sets the weight of each term; with the head "agw" ``triplet`` is AGW's own.
+        """Sets the weights, by terms' names; with the head "agw" ``triplet`` is AGW's own.
 
         `images_per_id`: see `HeteroCenterTripletLoss`; the sampler's batches are so ordered.
-
-        The heads "agw" and "global" have no stripes, and so no ``center_triplet``.
-
-        Raises:
-            ValueError: When a weight's name is no term.
         """
         super().__init__()
         for name in weights:

@@ -59,28 +59,21 @@ class TwoStreamNet(nn.Module):
         memory_ids: int | None = None,
         **memory_settings: Any,
     ) -> None:
-        """Builds the network.
+        """Builds the network for L = `num_ids` training identities.
 
-        Args:
-            num_ids: Training identities L.
-            head: "pcb" (HCT's stripes), "global" (HCT's baseline: AGW's head without its non-local
-                blocks) or "agw".
-            memory: None, "sg", "mg", or a module from a map (N, C, H, W) to a `MemoryRead`; a class
-                is built with the arguments of `memory.MultiGranularityMemory`.
-            memory_variant: Of a memory that is built here; see `memory.MultiGranularityMemory`.
-            share_net: First shared stage: 0 shares all, 1 all but the stem, ..., 5 nothing.
-            num_strips: Stripes S.
-            local_feat_dim: Channels d of a stripe's feature.
-            gem_p: Exponent of the generalised-mean pooling.
-            arch: A name in `networks.backbone.BACKBONES`.
-            weights: "imagenet"; a file with a torchvision backbone or any checkpoint; None (also
-                "none") for random weights.
-            memory_levels: Which read is added to the map: None is the method's own, SG-MRA's
-                "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
-                classifier and losses of the memory branch and drops the memory: a control.
-            memory_ids: Identities that a memory built here has prototypes for; None: `num_ids`. The
-                releases' bank has 206 whatever the data set.
-            **memory_settings: Of a memory that is built here, as in `MEMORY_SETTINGS`.
+        The head is "pcb" (HCT's stripes), "global" (HCT's baseline: AGW's head without its
+        non-local blocks) or "agw". Stages are shared from the `share_net`-th on: 0 shares all, 1
+        all but the stem, ..., 5 nothing. The `weights` are "imagenet", a file with a torchvision
+        backbone or any checkpoint, or None (also "none") for random ones.
+
+        The memory is "sg", "mg", a module from a map (N, C, H, W) to a `MemoryRead`, or a class,
+        built like `memory.MultiGranularityMemory`: `memory_variant` and `memory_settings` (see
+        `MEMORY_SETTINGS`) are of one that is built here, with prototypes for `memory_ids`
+        identities (None: L; the releases' has 206 whatever the data set).
+
+        `memory_levels` says which read is added to the map: None is the method's own, SG-MRA's
+        "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
+        classifier and losses of the memory branch and drops the memory: a control.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
@@ -115,9 +108,8 @@ class TwoStreamNet(nn.Module):
             self.part_reduce = StripeLinear(num_strips, self.dim, local_feat_dim)
             # One batch norm over S*d channels equals one over d channels for each stripe.
             self.part_norm = nn.BatchNorm1d(num_strips * local_feat_dim)
-            self.part_classifier = StripeLinear(
-                num_strips, local_feat_dim, num_ids, classifies=True
-            )
+            classifier = StripeLinear(num_strips, local_feat_dim, num_ids, classifies=True)
+            self.part_classifier = classifier
         else:
             self.neck = neck_norm(self.dim)
             self.classifier = linear_classifier(self.dim, num_ids)

@@ -81,6 +81,11 @@ def shows_bars(args: argparse.Namespace) -> bool:
     return distributed.is_main() and not args.quiet
 
 
+def rankings(args: argparse.Namespace) -> tuple[str, ...]:
+    """What results are ranked by: the distance, and what --re_rank asks for."""
+    return tuple(dict.fromkeys(("no", args.re_rank)))
+
+
 # --- A data set -----------------------------------------------------------------------------------
 
 
@@ -100,8 +105,7 @@ def evaluate_checkpoints(
         protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
         which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
         protocols.append(known.admit(protocol, data, **which))
-    output = args.output_dir or default_output(args, trained.options)
-    utils.check_writable(output)
+    output = utils.make_writable_dir(args.output_dir or default_output(args, trained.options))
     results: list[list[dict[str, Any]]] = []
     for (_, path), (protocol, remark), target in zip(paths, protocols, feature_files, strict=True):
         net, info, images = open_checkpoint(args, path, device)
@@ -110,19 +114,17 @@ def evaluate_checkpoints(
             protocol,
             images,
             test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-            rankings=tuple(dict.fromkeys(("no", args.re_rank))),
+            rankings=rankings(args),
             batch_size=args.test_batch,
             amp=devices.amp_dtype(args.amp, device),
             progress=shows_bars(args),
         )
         if not distributed.is_main():
             continue
-        utils.make_writable_dir(output)
         about = {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
         about |= describe(path, info, net)
         results.append([{**row, **about} for row in rows])
         if target:
-            utils.make_writable_dir(target.parent)
             save_features(target, protocol, features, results[-1][-1])
             log.info("wrote %s", target)
         if args.figures and len(results) == 1:
@@ -133,8 +135,7 @@ def evaluate_checkpoints(
             files = evaluation_figures(output, protocol, images, drawn, results[0])
             log.info("wrote %s", ", ".join(files))
     if distributed.is_main():
-        files = [path for _, path in paths]
-        write_results(output, args, over_checkpoints(results), files, device)
+        write_results(output, args, results, device)
 
 
 def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
@@ -180,18 +181,18 @@ def over_checkpoints(per_checkpoint: list[list[dict[str, Any]]]) -> list[dict[st
 def write_results(
     output: Path,
     args: argparse.Namespace,
-    rows: Sequence[dict[str, Any]],
-    paths: Sequence[str],
+    results: list[list[dict[str, Any]]],
     device: torch.device,
 ) -> None:
-    """Prints the table and writes results.json."""
+    """Prints the table and writes results.json: the mean over checkpoints, of rows of each."""
+    rows = over_checkpoints(results)
     sys.stdout.write(table(rows) + "\n")
     # The headline is what was asked for: re-ranked only where --re_rank says so.
     headline = next(row for row in rows if row["re_rank"] == args.re_rank)
     content = {
         **{k: v for k, v in headline.items() if k not in ("per_trial", "std")},
         "rows": rows,
-        "checkpoints": paths,
+        "checkpoints": [own[0]["checkpoint"] for own in results],
         "options": options.to_json(args),
         "versions": utils.versions(device),
     }
@@ -219,23 +220,22 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path:
     """A folder beside the checkpoint, named by the protocol and what differs from the training."""
-    data = DATASETS[args.dataset]
-    asked = {  # what the data set's protocols in this direction differ in
-        name: getattr(args, name)
+    data, given = DATASETS[args.dataset], vars(args)
+    asked = dict.fromkeys(  # what the data set's protocols in this direction differ in
+        name
         for settings in data.protocols.values()
         if settings.get("direction", args.direction) == args.direction
         for name in settings
-    }
-    words = [f"{value}shot" if name == "shots" else value for name, value in asked.items()]
+    )
+    words = [f"{given[name]}shot" if name == "shots" else given[name] for name in asked]
     if data.splits > 1:
         words.append("trials" if "{trial}" in args.resume else f"trial{args.trial}")
     if args.trials != options.DEFAULTS["trials"]:
         words.append(f"first{args.trials}")
-    own = ("amp", "float32_precision", "seen_ids")
-    told = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, *own)}
-    usual = {**trained, **{name: options.DEFAULTS.get(name) for name in own}}
-    told = {k: v for k, v in told.items() if v not in (None, False, usual.get(k))}
-    words += [name if value is True else f"{name}{value}" for name, value in told.items()]
+    usual = {**trained, "amp": False, "float32_precision": "high"}
+    for name in (*options.AS_TRAINED_FLAGS, "amp", "float32_precision", "seen_ids"):
+        if given[name] not in (None, False, usual.get(name)):
+            words.append(name if given[name] is True else f"{name}{given[name]}")
     rare = (args.test_feat, args.subset, args.re_rank, args.tta)
     words += [word for word in rare if word not in (None, "test", "no")]
     parent = Path(args.resume.replace("{trial}", "1")).parent
@@ -254,7 +254,7 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
         return None
     if path.suffix != ".npz":
         raise ValueError(f"--save-features {path}: expected a name that ends with .npz")
-    utils.check_writable(path.parent)
+    utils.make_writable_dir(path.parent)
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
 
 
@@ -271,15 +271,13 @@ def score_features(args: argparse.Namespace) -> int:
     args = options.resolve_evaluation(args)
     about = {"dataset": data_name(args.dataset, args.data_path), "remark": ""}
     about |= {"stand_in": is_stand_in(args.data_path), "selection": "unknown: features of a file"}
-    results, paths = [], checkpoint_paths(args)
-    for trial, path in paths:
+    results = []
+    for trial, path in checkpoint_paths(args):
         protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
-        rankings = tuple(dict.fromkeys(("no", args.re_rank)))
-        rows = score_kinds(protocol, read_features(path, protocol), rankings)
+        rows = score_kinds(protocol, read_features(path, protocol), rankings(args))
         results.append([{**row, **about, "checkpoint": path} for row in rows])
     output = utils.make_writable_dir(args.output_dir or default_output(args, {}))
-    files = [path for _, path in paths]
-    write_results(output, args, over_checkpoints(results), files, torch.device("cpu"))
+    write_results(output, args, results, torch.device("cpu"))
     return 0
 
 
@@ -298,22 +296,18 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     from figures.image_grids import ranked_lists  # matplotlib takes a second to import
     from figures.page import save
 
-    if not (args.query_dir and args.gallery_dir):
+    if not (args.query_dir and args.gallery_dir) or "{trial}" in args.resume:
         raise ValueError(
             "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
-            "--resume CHECKPOINT"
+            "--resume CHECKPOINT, which names one"
         )
-    if "{trial}" in args.resume:
-        raise ValueError("--query-dir does not go with several checkpoints: name one")
     target = feature_file(args, args.trial)
-    visible_first = args.direction == "v2i"
-    sides = ("visible", "infrared") if visible_first else ("infrared", "visible")
+    sides = ("visible", "infrared") if args.direction == "v2i" else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
     net, _, images = open_checkpoint(args, args.resume, device)
     name = f"search_{args.query_dir.resolve().name}_{args.gallery_dir.resolve().name}"
-    output = args.output_dir or Path(args.resume).parent / name
-    utils.check_writable(output)
+    output = utils.make_writable_dir(args.output_dir or Path(args.resume).parent / name)
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
@@ -330,19 +324,11 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         progress=shows_bars(args),
     )
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)
-    about = {
-        "checkpoint": args.resume,
-        "query": str(args.query_dir),
-        "gallery": str(args.gallery_dir),
-        "query_modality": query.modality,
-        "gallery_modality": gallery.modality,
-        "test_feat": feat,
-        "re_rank": args.re_rank,
-        "tta": args.tta,
-    }
-    write_ranks(utils.make_writable_dir(output), query, gallery, distmat, about, top=args.top)
+    about = {"checkpoint": args.resume, "query": args.query_dir, "gallery": args.gallery_dir}
+    about |= {"query_modality": query.modality, "gallery_modality": gallery.modality}
+    about |= {"test_feat": feat, "re_rank": args.re_rank, "tta": args.tta}
+    write_ranks(output, query, gallery, distmat, about, top=args.top)
     if target:
-        utils.make_writable_dir(target.parent)
         save_features(target, protocol, features, {**about, **vars(protocol)})
         log.info("wrote %s", target)
     figure = ranked_lists(

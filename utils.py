@@ -137,20 +137,14 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def make_writable_dir(path: Path) -> Path:
     """Creates a folder; raises ValueError, with the system's reason, when it is not writable."""
-    check_writable(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def check_writable(path: Path) -> None:
-    """Raises ValueError unless a folder, or the one that it would be made in, can be written to."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(
             f"cannot write into {path}: {error.strerror}; choose another folder with --output-dir"
         ) from error
+    return path
 
 
 @contextlib.contextmanager

@@ -32,14 +32,9 @@ def fill_bank(
     Prototype (l, t, r) becomes one position, in horizontal part r, of the last map of one image of
     identity l; instances are images of the two modalities in turn. Images and positions are drawn
     from the seed, images are not augmented, and the network is in evaluation mode. What the
-    optimiser had accumulated for the bank is zeroed.
-
-    Args:
-        net: With a memory of `memory.SingleGranularityMemory`'s kind.
-        optimizer: That trains the bank.
-        loader: Whose images are taken.
-        labels: Of its visible and of its infrared images, (n,) each, 0..L-1.
-        seed: Of the draws.
+    optimiser had accumulated for the bank is zeroed. The memory is of the kind of
+    `memory.SingleGranularityMemory`; `labels` are of the loader's visible and of its infrared
+    images, (n,) each, 0..L-1.
     """
     memory = net.memory
     num_ids, num_parts = memory.num_ids, memory.parts_per_instance

@@ -32,16 +32,10 @@ def load_network(
 ) -> tuple[TwoStreamNet, dict[str, Any]]:
     """Builds the network of a checkpoint, this project's or an earlier release's, on the CPU.
 
-    Args:
-        path: This project's checkpoint, or an earlier release's (dictionary with ``net``).
-        gem_p: Pooling exponent in place of the stored one; an earlier release's file stores none,
-            and takes 3.0 without it, with a warning.
-        memory_variant: Likewise; an earlier release's file takes "released" without it.
-        memory: The class of a memory of the user's own. Without it such a checkpoint is loaded
-            without its memory, which the method's own retrieval feature does not need.
-
-    Returns:
-        The network, and the checkpoint's other entries.
+    `gem_p` and `memory_variant` stand in place of the stored ones; an earlier release's file stores
+    none, and takes 3.0, with a warning, and "released". A memory of the user's own needs its class;
+    without it such a checkpoint is loaded without its memory, which the method's own retrieval
+    feature does not need. Returns the network, and the checkpoint's other entries.
 
     Raises:
         CheckpointError: When the file cannot be used.

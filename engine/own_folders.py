@@ -25,13 +25,8 @@ def write_ranks(
 ) -> None:
     """Writes each query's nearest gallery images, nearest first: ``ranks.csv``, ``ranks.json``.
 
-    Args:
-        folder: Where to.
-        query: Q images.
-        gallery: G images.
-        distmat: (Q, G), smaller is closer; ties keep gallery order. A rank's ``score`` is minus it.
-        about: What the JSON says beside the ranks, ``re_rank`` among it.
-        top: Gallery images per query.
+    A rank's ``score`` is minus `distmat` (Q, G), of which ties keep gallery order; `top` are the
+    gallery images per query, `about` what the JSON says beside the ranks, ``re_rank`` among it.
     """
     ranks = []
     lines = [("query", "rank", "gallery", "score")]

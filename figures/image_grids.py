@@ -53,20 +53,9 @@ def ranked_lists(
     """Draws random queries, each with its nearest gallery images, right and wrong told apart.
 
     Beside a query stand its name, the rank of its first right answer and its average precision,
-    over the whole gallery.
-
-    Args:
-        query_images: (Q, H, W, 3) uint8.
-        gallery_images: (G, H, W, 3) uint8.
-        distmat: (Q, G), smaller is closer; ties keep gallery order. Infinite where the protocol
-            ignores a gallery image for a query.
-        names: (Q,) of the queries.
-        same: (Q, G) bool, True where identities agree; None where they are not known, which
-            leaves frames and scores out.
-        num_queries: How many to draw.
-        top: Gallery images per query.
-        title: What was measured.
-        seed: Of the random choice.
+    over the whole gallery. Images are (n, H, W, 3) uint8. Smaller `distmat` (Q, G) is closer;
+    infinite ones are of gallery images that the protocol ignores for a query. `same` (Q, G) says
+    where identities agree; None, where they are not known, leaves frames and scores out.
 
     Raises:
         ValueError: No query has a right answer to find.

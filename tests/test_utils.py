@@ -21,7 +21,6 @@ from engine import devices
 from networks.checkpoint_file import CheckpointError, load_checkpoint, save_checkpoint
 from utils import (
     Interrupted,
-    check_writable,
     find_checkpoint,
     lock,
     log_to,
@@ -178,12 +177,9 @@ def test_a_lock_ends_with_its_process_and_may_be_waited_for(tmp_path, caplog):
 
 def test_folders_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--output-dir"):
-        make_writable_dir(tmp_path / "file")
-    with pytest.raises(ValueError, match="--output-dir"):
-        check_writable(tmp_path / "file" / "in it")
-    check_writable(tmp_path / "a" / "b")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    for path in (tmp_path / "file", tmp_path / "file" / "in it"):
+        with pytest.raises(ValueError, match="cannot write into .*--output-dir"):
+            make_writable_dir(path)
     assert make_writable_dir(tmp_path / "a" / "b").is_dir()
     assert not list((tmp_path / "a" / "b").iterdir())
 
