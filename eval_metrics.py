@@ -122,8 +122,8 @@ def excluded(
     excludes = CAMERA_RULES[rule]
     if excludes is None:
         return None
-    queries = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
-    mask = excludes(queries[0], np.asarray(g_pids), queries[1], np.asarray(g_camids))  # (Q, G)
+    q_pids, q_camids = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
+    mask = excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))  # (Q, G)
     return mask if mask.any() else None
 
 

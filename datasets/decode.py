@@ -38,9 +38,9 @@ def load_images(
     n, out = len(images), np.empty((len(images), height, width, 3), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         decoded = pool.map(lambda index: _decode(images, index, out[index]), range(n))
-        hidden = None if progress else True
         # Raises what a thread raised, and cancels the others.
-        deep = sum(tqdm(decoded, f"decode {images.modality}", n, unit="img", disable=hidden))
+        bar = {"unit": "img", "disable": None if progress else True}
+        deep = sum(tqdm(decoded, f"decode {images.modality}", n, **bar))
     if deep:
         log.warning(
             "%d of %d images of %s have more than 8 bits of grey: each is stretched from its "
@@ -64,15 +64,13 @@ def _decode(images: ImageList, index: int, out: np.ndarray) -> bool:
                 black, white = np.percentile(counts, PERCENTILES)
                 grey = (counts - black) / max(white - black, np.finfo(float).tiny)
                 image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
-            elif image.mode != "L":
-                image = image.convert("RGB")
-            pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+            image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            out[:] = np.asarray(image)
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
         raise DataError(
             f"cannot decode {file}: {error}; expected an intact {', '.join(FORMATS)} image: copy it"
             " again from its source"
         ) from error
-    out[:] = pixels if pixels.ndim == 3 else pixels[:, :, None]
     return deep
 
 
