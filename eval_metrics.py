@@ -80,8 +80,7 @@ def evaluate_rule(
     ahead, ap, inp = [], [], []  # of each query that has a true match
     for query, pid in enumerate(q_pids):
         order = np.argsort(distmat[query], kind="stable")  # (G,)
-        if mask is not None:
-            order = order[~mask[query, order]]  # the images that count
+        order = order[~mask[query, order]]  # the images that count
         hits = np.flatnonzero(g_pids[order] == pid)  # (M,) places of the true matches, from 0
         if len(hits):
             before = g_pids[order[: hits[0]]]
@@ -111,8 +110,8 @@ def eval_regdb(
 
 def excluded(
     rule: str, q_pids: ArrayLike, g_pids: ArrayLike, q_camids: ArrayLike, g_camids: ArrayLike
-) -> np.ndarray | None:
-    """Returns where a gallery image does not count for a query, (Q, G) bool; None where all count.
+) -> np.ndarray:
+    """Returns where a gallery image does not count for a query, (Q, G) bool.
 
     Raises:
         ValueError: The rule is unknown.
@@ -121,10 +120,9 @@ def excluded(
         raise ValueError(f"camera rule {rule!r}; expected one of {', '.join(CAMERA_RULES)}")
     excludes = CAMERA_RULES[rule]
     if excludes is None:
-        return None
+        return np.zeros((len(q_pids), len(g_pids)), bool)
     q_pids, q_camids = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
-    mask = excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))  # (Q, G)
-    return mask if mask.any() else None
+    return excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))
 
 
 def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:  # noqa: N803
