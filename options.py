@@ -90,10 +90,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 ON_TOP = ("strong",)  # change a few values of the data set's preset, in place of all
 PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
 PRESET_SOURCES["scratch"] = "this project, on stand-in data"
-PRESET_SOURCES["strong"] = (
-    "the data set's, and 384 x 144 as DEEN, IDKL, RLE; erasing at torchvision's default 0.5; CAJ's "
-    "channels at this project's 0.8, all kinds and unchanged as likely; flips as CAJ, DEEN, CSDN"
-)
+PRESET_SOURCES["strong"] = "the data set's, and what DEEN, IDKL, RLE, CSDN and CAJ add to theirs"
 # AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
 # it trains and on what, a preset that is asked for by its name wins.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
@@ -134,8 +131,6 @@ BANK_INIT = "first prototypes: random, or each a feature of its identity's train
 READ = "granularity whose read is added; none: a control without memory (default: the coarsest)"
 PRESET = "values of flags not given (default: the data set's); if named, wins over --method agw's"
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
-RAMP = "START END: epochs, counted from 0, over which the triplet weights rise from 0 to full"
-CHANNEL_AUG = "probability that a visible image is made one channel, or grey (CAJ, ICCV 2021)"
 RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
 RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
 SELECT = "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training"
@@ -202,7 +197,7 @@ TRAIN = {
         Flag("schedule", "step", "learning rate after the warm-up", ("step", "cosine")),
         Flag("warmup-epochs", 10, "epochs in which the rate rises linearly to --lr", COUNT_OR_0),
         Flag("milestones", (20, 50), MILESTONES, int, nargs="*"),
-        Flag("triplet-ramp", (0, 0), RAMP, int, nargs=2),
+        Flag("triplet-ramp", (0, 0), "START END: epochs of the triplet losses' rise", int, nargs=2),
         Flag("batch-size", 8, "identities per batch, P", COUNT),
         Flag("num_pos", 4, "images per identity and modality in a batch, K", COUNT),
         Flag("img_h", 288, "image height in pixels", COUNT),
@@ -213,7 +208,7 @@ TRAIN = {
         Flag("tone", 0.0, "random gamma and gain from exp(-TONE) to exp(TONE)", WEIGHT),
         Flag("erase", 0.0, "probability that a rectangle is erased", PROBABILITY),
         # Above 0, --erase fills with a random value in each channel, not with the mean.
-        Flag("channel-aug", 0.0, CHANNEL_AUG, PROBABILITY),
+        Flag("channel-aug", 0.0, "probability of one channel, or grey (CAJ)", PROBABILITY),
         Flag("seed", 0, "seed of all random numbers", COUNT_OR_0),
         Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
         Flag("compile", False, "compile the backbone for a GPU: minutes at the start, then faster"),
@@ -309,11 +304,6 @@ CHECKPOINT_KNOWS = (
     *("method", "margin", "num_pos", "seed", "share_net", "pcb", "w_center", "local_feat_dim"),
     *("num_strips", "label_smooth"),
 )
-# On --resume: what may differ without a remark, and what belongs to the run for good. Everything
-# else may change, and is reported.
-FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
-FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
-
 
 # --- Parsers --------------------------------------------------------------------------------------
 
@@ -550,26 +540,6 @@ def _resolve_protocol(values: dict[str, Any], direction_given: str | None) -> No
 def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
     """Returns the flags that `data_manager.eval_set` takes; `given` ones are added or replaced."""
     return {**{name: getattr(args, name) for name in PROTOCOL}, **given}
-
-
-def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Returns the options that changed since a run was saved: "lr 0.1 -> 0.05; ...".
-
-    Raises:
-        ValueError: When one of them cannot change.
-    """
-    changed = {
-        name: f"{name} {saved[name]} -> {value}"
-        for name, value in present.items()
-        if name in saved and name not in FREE_ON_RESUME and saved[name] != value
-    }
-    refused = [text for name, text in changed.items() if name in FIXED_ON_RESUME]
-    if refused:
-        raise ValueError(
-            f"a run cannot go on with a changed {'; '.join(refused)}: give the former value, or "
-            f"start a new run from these weights with --weights and another --output-dir"
-        )
-    return "; ".join(changed.values())
 
 
 def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:

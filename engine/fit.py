@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from engine import distributed
+from engine.run_files import BEST, LAST, PREVIOUS, RunFiles
 from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
 from loss import CLASSIFYING_TERMS, Criterion
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 COLLAPSED_SPREAD = 0.02  # below it, features of different images are as good as identical
 RECENT = 4  # epochs whose mean time says how long the rest will take
-LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
-DAMAGED = "last.damaged.pt"
-CHECKPOINTS = (LAST, PREVIOUS, BEST, DAMAGED, "epoch_*.pt")  # patterns of a run's files
 
 
 @dataclass
@@ -42,22 +39,6 @@ class Progress:
     last: dict[str, Any] | None = None  # results of the latest evaluation, with its ``epoch``
     log: list[dict[str, Any]] = field(default_factory=list)  # lines of log.jsonl, one an epoch
     scaler: dict[str, Any] = field(default_factory=dict)  # state of float16's loss scaling
-
-
-@dataclass
-class RunFiles:
-    """Where a run writes."""
-
-    output_dir: Path  # log.jsonl, results
-    checkpoint_dir: Path
-    tensorboard_dir: Path
-    name: str = ""  # the run's, which tells it from others
-    header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
-    prefix: str = ""  # of the checkpoints' names, in a folder that runs share
-
-    def checkpoint(self, name: str) -> Path:
-        """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
-        return self.checkpoint_dir / f"{self.prefix}{name}"
 
 
 def fit(
@@ -199,20 +180,15 @@ def _warn_of_unread_levels(lines: list[dict[str, Any]], memory: nn.Module | None
     *earlier, line = lines
     for key in [k for k in line if k.endswith("/zero_reads")]:
         if line[key] == 1 and all(former.get(key) != 1 for former in earlier):
-            level = key.split("/")[1]
-            text = threshold_in_words(memory, level)
+            level, text = key.split("/")[1], "the memory's threshold"
+            if isinstance(memory, SingleGranularityMemory):
+                size = memory.bank_sizes()[level]
+                remedy = "--shrink auto scales the threshold with the bank"
+                if memory.shrink_scale is not None:
+                    remedy = "a smaller --shrink-scale lowers the threshold"
+                text = f"lambda {memory.threshold(level, size):.2g} (uniform weight {1 / size:.2g})"
+                text += f"; {remedy}"
             log.warning("epoch %d: %s level: no read passed %s", line["epoch"], level, text)
-
-
-def threshold_in_words(memory: nn.Module | None, level: str) -> str:
-    """Returns a level's threshold beside its uniform weight, and the flag that changes it."""
-    if not isinstance(memory, SingleGranularityMemory):
-        return "the memory's threshold"
-    size = memory.bank_sizes()[level]
-    remedy = "--shrink auto scales the threshold with the bank"
-    if memory.shrink_scale is not None:
-        remedy = "a smaller --shrink-scale lowers the threshold"
-    return f"lambda {memory.threshold(level, size):.2g} (uniform weight {1 / size:.2g}); {remedy}"
 
 
 def _report(progress: Progress, epochs: int, writer: SummaryWriter) -> None:

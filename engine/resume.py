@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
-from engine.fit import LAST, PREVIOUS, Progress
+from engine.fit import Progress
+from engine.run_files import LAST, PREVIOUS, RunFiles
 from eval_metrics import RESULT
 from model import TwoStreamNet
 from networks.checkpoint_file import CheckpointError, load_checkpoint, shapes
+from options import INCIDENTAL, RESUME_LAST
 from utils import check_form
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,27 @@ log = logging.getLogger(__name__)
 RESULT_OF_RUN = {**RESULT, "epoch": int, "selection": str, "dataset": str}
 ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "options", "identities")
 ENTRIES += ("generators",)
+# On --resume: what may differ without a remark, and what belongs to the run for good. Everything
+# else may change, and is reported.
+FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
+FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
+
+
+def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] | None:
+    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
+    if given is None:
+        if not train:
+            raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
+        return None
+    folder = files.checkpoint_dir
+    path = Path(given or files.checkpoint(LAST))
+    if not path.exists() and (folder / path).exists():
+        path = folder / path
+    nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
+    if given == RESUME_LAST and nothing_yet and train:
+        log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
+        return None
+    return read(path, fall_back=train)
 
 
 def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
@@ -44,6 +67,26 @@ def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
             f"it test.py --resume {path}"
         )
     return {**content, "path": path}
+
+
+def changes(saved: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Returns the options that changed since a run was saved: "lr 0.1 -> 0.05; ...".
+
+    Raises:
+        ValueError: When one of them cannot change.
+    """
+    changed = {
+        name: f"{name} {saved[name]} -> {value}"
+        for name, value in present.items()
+        if name in saved and name not in FREE_ON_RESUME and saved[name] != value
+    }
+    refused = [text for name, text in changed.items() if name in FIXED_ON_RESUME]
+    if refused:
+        raise ValueError(
+            f"a run cannot go on with a changed {'; '.join(refused)}: give the former value, or "
+            f"start a new run from these weights with --weights and another --output-dir"
+        )
+    return "; ".join(changed.values())
 
 
 def restore(

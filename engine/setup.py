@@ -26,7 +26,8 @@ from engine import devices, distributed, resume
 from engine.bank_init import fill_bank
 from engine.checkpoints import SEEN_BEFORE, TrainedOn
 from engine.evaluate import evaluate, format_result
-from engine.fit import CHECKPOINTS, DAMAGED, LAST, PREVIOUS, Progress, RunFiles, write_reports
+from engine.fit import Progress, write_reports
+from engine.run_files import LAST, RunFiles
 from engine.train import TrainSettings
 from model import TwoStreamNet
 
@@ -118,7 +119,7 @@ class Run:
         identities, progress, changed = train.pids.tolist(), Progress(), ""
         if checkpoint is not None:
             if not args.test_only:
-                changed = options.changes(checkpoint["options"], options.to_json(args))
+                changed = resume.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
         if distributed.is_main():
             logs = args.log_path or files.output_dir
@@ -143,27 +144,10 @@ class Run:
         if changed:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
-            self._start_files(data, versions)
+            about = {"method": self.name, "run": files.name, "data": data}
+            about |= {"options": options.to_json(args), "versions": versions}
+            files.begin(about, overwrite=args.overwrite, resumed=checkpoint and checkpoint["path"])
         return progress
-
-    def _start_files(self, data: str, versions: dict[str, str]) -> None:
-        """Removes a former run's files or keeps a resumed one's; writes options.json."""
-        files = self.files
-        last, folder = files.checkpoint(LAST), files.checkpoint_dir
-        former = [p for name in CHECKPOINTS for p in folder.glob(f".{files.prefix}{name}.*.tmp")]
-        if self.args.overwrite:
-            former += [p for name in CHECKPOINTS for p in folder.glob(f"{files.prefix}{name}")]
-            former += files.output_dir.glob("*.json*")
-            former += files.tensorboard_dir.glob("events.*")
-        for file in former:
-            file.unlink()
-        fell_back = self.checkpoint and self.checkpoint["path"] == files.checkpoint(PREVIOUS)
-        if fell_back and last.exists():  # damaged: no save may put it over the good one
-            last.replace(files.checkpoint(DAMAGED))
-        about = {"method": self.name, "run": files.name, "data": data}
-        about |= {"options": options.to_json(self.args), "versions": versions}
-        utils.write_json(files.output_dir / "options.json", about)
-        files.header.update(about)
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
@@ -284,10 +268,10 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                 if distributed.is_main() and not args.test_only:
                     for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
                         held.enter_context(utils.lock(file))
-                _check_folders(args, files)
+                files.check(overwrite=args.overwrite, resumes=args.resume is not None)
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
-                checkpoint = _read_checkpoint(args, files)
+                checkpoint = resume.find(args.resume, files, train=not args.test_only)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv))
         except utils.Interrupted as stop:
             saved = files.checkpoint(LAST)
@@ -312,39 +296,3 @@ def _run_files(args: argparse.Namespace, method: str, distinction: str) -> RunFi
     events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
     prefix = f"{name}_" if args.model_path else ""
     return RunFiles(output, args.model_path or output, events, name, prefix=prefix)
-
-
-def _check_folders(args: argparse.Namespace, files: RunFiles) -> None:
-    """Raises where the run would overwrite another one."""
-    report = files.output_dir / "options.json"
-    others = files.prefix and report.exists()
-    if others and utils.read_json(report, {"run?": str}).get("run") != files.name:
-        raise ValueError(
-            f"{files.output_dir} holds another run than {files.name}; runs can share --model_path, "
-            f"but each needs an --output-dir of its own: name another, or leave it out"
-        )
-    if args.overwrite and args.resume is not None:
-        raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
-    existing = [path for path in map(files.checkpoint, (LAST, PREVIOUS)) if path.exists()]
-    if existing and args.resume is None and not args.overwrite:
-        raise ValueError(
-            f"{existing[0]} is there already: continue that run with --resume, start it afresh "
-            f"with --overwrite, or choose another --output-dir"
-        )
-
-
-def _read_checkpoint(args: argparse.Namespace, files: RunFiles) -> dict[str, Any] | None:
-    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
-    if args.resume is None:
-        if args.test_only:
-            raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
-        return None
-    folder = files.checkpoint_dir
-    path = Path(args.resume or files.checkpoint(LAST))
-    if not path.exists() and (folder / path).exists():
-        path = folder / path
-    nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
-    if args.resume == options.RESUME_LAST and nothing_yet and not args.test_only:
-        log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
-        return None
-    return resume.read(path, fall_back=not args.test_only)

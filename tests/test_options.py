@@ -8,6 +8,7 @@ import pytest
 
 import options
 from data_manager import EvalOptions
+from engine import resume
 
 ANCESTORS_FLAGS = {
     "dataset": "sysu",
@@ -451,17 +452,17 @@ def test_every_script_takes_its_own_flags():
 def test_changes_on_resume_are_listed_and_some_refused():
     saved = {"lr": 0.1, "epochs": 61, "workers": 4, "trial": 1, "seed": 0, "gone": 3}
     now = {"lr": 0.05, "epochs": 61, "workers": 8, "trial": 1, "seed": 1, "new": 2}
-    assert options.changes(saved, now) == "lr 0.1 -> 0.05; seed 0 -> 1"
+    assert resume.changes(saved, now) == "lr 0.1 -> 0.05; seed 0 -> 1"
     for words, value in (("", False), ("--amp", True), ("--amp auto", True)):
         assert resolved(words)[0].amp is value  # as in options saved when --amp was a switch
     assert resolved("--amp fp16")[0].amp == "fp16"
     with pytest.raises(ValueError, match="changed trial 1 -> 2"):
-        options.changes(saved, {**now, "trial": 2})
+        resume.changes(saved, {**now, "trial": 2})
 
 
 def test_flags_named_in_tables_exist():
     known = actions(options.train_parser(""), options.test_parser("")).keys()
-    for table in (options.PROTOCOL, options.FREE_ON_RESUME, options.FIXED_ON_RESUME):
+    for table in (options.PROTOCOL, resume.FREE_ON_RESUME, resume.FIXED_ON_RESUME):
         assert set(table) <= known
 
 

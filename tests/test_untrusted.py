@@ -218,7 +218,7 @@ def test_option_combinations(place, data):
         except (ValueError, SystemExit):
             return
     saved = options.to_json(args)
-    assert options.changes(saved, json.loads(json.dumps(saved))) == ""
+    assert resume.changes(saved, json.loads(json.dumps(saved))) == ""
     options.describe(args, sources)
     schedule = Schedule(
         lr=args.lr,

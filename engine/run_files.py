@@ -1,0 +1,61 @@
+"""Where a run writes, and what a former run has left there."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import read_json, write_json
+
+LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
+DAMAGED = "last.damaged.pt"
+CHECKPOINTS = (LAST, PREVIOUS, BEST, DAMAGED, "epoch_*.pt")  # patterns of a run's files
+
+
+@dataclass
+class RunFiles:
+    """Where a run writes."""
+
+    output_dir: Path  # log.jsonl, results
+    checkpoint_dir: Path
+    tensorboard_dir: Path
+    name: str = ""  # the run's, which tells it from others
+    header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
+    prefix: str = ""  # of the checkpoints' names, in a folder that runs share
+
+    def checkpoint(self, name: str) -> Path:
+        """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
+        return self.checkpoint_dir / f"{self.prefix}{name}"
+
+    def check(self, *, overwrite: bool, resumes: bool) -> None:
+        """Raises ValueError where the run would overwrite another one."""
+        report = self.output_dir / "options.json"
+        others = self.prefix and report.exists()
+        if others and read_json(report, {"run?": str}).get("run") != self.name:
+            raise ValueError(
+                f"{self.output_dir} holds another run than {self.name}; runs can share "
+                f"--model_path, but each needs an --output-dir of its own: name another, or leave "
+                f"it out"
+            )
+        if overwrite and resumes:
+            raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
+        existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
+        if existing and not resumes and not overwrite:
+            raise ValueError(
+                f"{existing[0]} is there already: continue that run with --resume, start it afresh "
+                f"with --overwrite, or choose another --output-dir"
+            )
+
+    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
+        """Removes a former run's files or keeps a resumed one's; writes options.json."""
+        folder, last = self.checkpoint_dir, self.checkpoint(LAST)
+        former = [p for name in CHECKPOINTS for p in folder.glob(f".{self.prefix}{name}.*.tmp")]
+        if overwrite:
+            former += [p for name in CHECKPOINTS for p in folder.glob(f"{self.prefix}{name}")]
+            former += self.output_dir.glob("*.json*")
+            former += self.tensorboard_dir.glob("events.*")
+        for file in former:
+            file.unlink()
+        if resumed == self.checkpoint(PREVIOUS) and last.exists():
+            last.replace(self.checkpoint(DAMAGED))  # no save may put it over the good one
+        write_json(self.output_dir / "options.json", about)
+        self.header.update(about)
