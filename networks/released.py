@@ -104,13 +104,12 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
 
 def _first_shared_stage(state: Iterable[str]) -> int:
     """`share_net` of a released checkpoint: the lowest stage among the shared entries."""
-    stages = {int(m[1]) for m in (re.match(r"base_resnet\.base\.layer(\d)", k) for k in state) if m}
-    return min(stages, default=5)
+    return min(map(int, _found(r"base_resnet\.base\.layer(\d)", state)), default=5)
 
 
 def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released per-stripe convolutions, batch norms and classifiers, stacked."""
-    stripes = _count(r"fc_list\.(\d+)\.bias$", state)
+    stripes = len(_found(r"fc_list\.(\d+)\.bias$", state))
     if not stripes:
         return {}
 
@@ -129,9 +128,9 @@ def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _count(pattern: str, names: Iterable[str]) -> int:
-    """How many different values a pattern's group has among names."""
-    return len({m[1] for m in (re.match(pattern, name) for name in names) if m})
+def _found(pattern: str, names: Iterable[str]) -> set[str]:
+    """The different values that a pattern's group has among names."""
+    return {m[1] for m in (re.match(pattern, name) for name in names) if m}
 
 
 def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
@@ -143,14 +142,14 @@ def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
         ValueError: When the entries are no released network's.
     """
     state = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    blocks = _count(r".*\.layer3\.(\d+)\.", state)
+    blocks = len(_found(r".*\.layer3\.(\d+)\.", state))
     bottleneck = any(k.endswith("layer4.0.conv3.weight") for k in state)
     if (blocks, bottleneck) not in DEPTHS:
         raise ValueError(f"unknown backbone: {blocks} blocks in layer3")
     config: dict[str, Any] = {"arch": DEPTHS[blocks, bottleneck], "memory": None}
     config["share_net"] = _first_shared_stage(state)
     if "fc_list.0.weight" in state:
-        config |= {"head": "pcb", "num_strips": _count(r"fc_list\.(\d+)\.bias$", state)}
+        config |= {"head": "pcb", "num_strips": len(_found(r"fc_list\.(\d+)\.bias$", state))}
         config["local_feat_dim"] = len(state["local_conv_list.0.0.weight"])
         config["num_ids"] = len(state["fc_list.0.weight"])
     else:  # AGW by its non-local blocks, without these HCT's baseline
