@@ -2,15 +2,20 @@
 
     cmc, mAP, mINP = eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids)
 
-Of images at equal distance the first in the gallery ranks first.
+All three follow from the ranks of the true matches, and a rank is the number of smaller distances
+in the row. So the values of a row are sorted (not its indices), and each true match is looked up
+among them. Gallery order matters only where a true match ties with another image.
 """
 
-import functools
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+BLOCK_ENTRIES = 1 << 18  # distances per block, about what fits a core's cache
+MAX_THREADS = 4  # NumPy holds the interpreter lock too often for more to help
 REPORTED_RANKS = (1, 5, 10, 20)
 METRICS = (*(f"rank{k}" for k in REPORTED_RANKS), "mAP", "mINP")  # of every result
 RESULT = {**dict.fromkeys(METRICS, float), "re_rank": str, "protocol": str}  # as `utils.parse_json`
@@ -32,8 +37,7 @@ CAMERA_RULES: dict[str, Callable[..., np.ndarray] | None] = {
 COUNT_IMAGES = ("none",)  # rules whose CMC counts images, the others' counts identities
 
 
-def evaluate_rule(
-    rule: str,
+def eval_sysu(
     distmat: np.ndarray,
     q_pids: ArrayLike,
     g_pids: ArrayLike,
@@ -41,18 +45,17 @@ def evaluate_rule(
     g_camids: ArrayLike,
     max_rank: int = 20,
 ) -> Metrics:
-    """Returns the metrics under a rule of `CAMERA_RULES`.
+    """Returns the metrics of the SYSU-MM01 protocol.
 
-    The CMC counts each gallery identity once, at its first hit, or under `COUNT_IMAGES` each image;
-    AP and INP use every image that counts. Queries left without a true match are part of no mean.
+    The CMC counts each gallery identity once, at its first hit; AP and INP use every image that
+    counts. Queries left without a true match are part of no mean.
 
     Args:
-        rule: A name in `CAMERA_RULES`.
         distmat: (Q, G) real numbers of any type, smaller is closer; ties keep gallery order.
         q_pids: (Q,) query identities.
         g_pids: (G,) gallery identities.
-        q_camids: (Q,) query cameras.
-        g_camids: (G,) gallery cameras.
+        q_camids: (Q,) query cameras, 1..6.
+        g_camids: (G,) gallery cameras, 1..6.
         max_rank: Length of the CMC, which repeats its last value past the last identity.
 
     Returns:
@@ -62,8 +65,49 @@ def evaluate_rule(
         ValueError: Shapes disagree, a side is empty, a distance is NaN, or no query has a true
             match.
 
-    Source: the SYSU-MM01 authors' evaluation and the AGW family's of RegDB (CMC and mAP); mINP as
-    in AGW (arXiv 2001.04193). LLCM's CMC is SYSU-MM01's, as the field runs it.
+    Source: the data set authors' evaluation (CMC and mAP); mINP as in AGW (arXiv 2001.04193).
+    """
+    return evaluate_rule("sysu", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
+
+
+def eval_llcm(
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    q_camids: ArrayLike,
+    g_camids: ArrayLike,
+    max_rank: int = 20,
+) -> Metrics:
+    """Returns the metrics of the LLCM protocol: as `eval_sysu`, with LLCM's camera rule.
+
+    Source: the data set's protocol for the exclusion; the CMC is SYSU-MM01's, as the field runs it.
+    """
+    return evaluate_rule("same", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
+
+
+def eval_regdb(
+    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
+) -> Metrics:
+    """Returns the metrics of the RegDB protocol: as `eval_sysu`, but every image counts.
+
+    Source: the AGW family's evaluation of RegDB.
+    """
+    cameras = np.zeros(np.shape(q_pids)), np.zeros(np.shape(g_pids))  # no rule reads them
+    return evaluate_rule("none", distmat, q_pids, g_pids, *cameras, max_rank)
+
+
+def evaluate_rule(
+    rule: str,
+    distmat: np.ndarray,
+    q_pids: ArrayLike,
+    g_pids: ArrayLike,
+    q_camids: ArrayLike,
+    g_camids: ArrayLike,
+    max_rank: int = 20,
+) -> Metrics:
+    """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`.
+
+    Blocks of queries are evaluated in threads, so that no second array of distmat's size is needed.
     """
     distmat, q_pids, g_pids = np.asarray(distmat), np.asarray(q_pids), np.asarray(g_pids)
     q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
@@ -73,45 +117,43 @@ def evaluate_rule(
             f"distmat has shape {distmat.shape}, expected (queries, gallery), neither 0, as the "
             f"identities {pids} and the cameras {camids}"
         )
-    if np.isnan(distmat.min()):
-        row, column = np.argwhere(np.isnan(distmat))[0]
-        raise ValueError(f"distmat[{row}, {column}] is NaN, expected a distance")
-    mask = excluded(rule, q_pids, g_pids, q_camids, g_camids)
-    ahead, ap, inp = [], [], []  # of each query that has a true match
-    for query, pid in enumerate(q_pids):
-        order = np.argsort(distmat[query], kind="stable")  # (G,)
-        order = order[~mask[query, order]]  # the images that count
-        hits = np.flatnonzero(g_pids[order] == pid)  # (M,) places of the true matches, from 0
-        if len(hits):
-            before = g_pids[order[: hits[0]]]
-            ahead.append(len(before) if rule in COUNT_IMAGES else len(np.unique(before)))
-            ap.append(np.mean(np.arange(1, len(hits) + 1) / (hits + 1)))
-            inp.append(len(hits) / (hits[-1] + 1))
-    if not ahead:
+    _, labels = np.unique(np.concatenate([q_pids, g_pids]), return_inverse=True)
+    labels = labels.astype(np.min_scalar_type(labels.max()))  # identities as small numbers
+    q_labels, g_labels = labels[: len(q_pids)], labels[len(q_pids) :]  # (Q,), (G,)
+    dtype = np.promote_types(distmat.dtype, np.float32)  # float16 compares slowly
+    block_size = max(1, BLOCK_ENTRIES // len(g_pids))
+
+    def evaluate_block(start: int) -> np.ndarray:
+        block = slice(start, start + block_size)
+        values = distmat[block].astype(dtype, copy=False)  # (n, G)
+        if np.isnan(values.min()):
+            row, column = np.argwhere(np.isnan(values))[0]
+            raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
+        matches = q_labels[block, None] == g_labels  # (n, G)
+        mask = excluded(rule, q_pids[block], g_pids, q_camids[block], g_camids)
+        if mask is not None:
+            values = np.where(mask, np.nan, values)  # NaN is sorted last and precedes nothing
+            matches &= ~mask
+        return _query_metrics(values, matches, None if rule in COUNT_IMAGES else g_labels)
+
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
+        first_hits, ap, inp = np.concatenate(list(blocks), axis=1)  # (Q,) each
+    valid = first_hits >= 0
+    if not valid.any():
         raise ValueError(
             f"none of {len(q_pids)} queries has a true match among the gallery images that count "
             "for it, expected at least one: do query and gallery share identities?"
         )
-    cmc = np.mean(np.array(ahead)[:, None] <= np.arange(max_rank), axis=0)
-    return cmc, float(np.mean(ap)), float(np.mean(inp))
-
-
-eval_sysu = functools.partial(evaluate_rule, "sysu")
-eval_llcm = functools.partial(evaluate_rule, "same")
-
-
-def eval_regdb(
-    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
-) -> Metrics:
-    """Returns the metrics of the RegDB protocol, which knows no cameras; see `evaluate_rule`."""
-    cameras = np.zeros(np.shape(q_pids)), np.zeros(np.shape(g_pids))
-    return evaluate_rule("none", distmat, q_pids, g_pids, *cameras, max_rank)
+    hits = np.bincount(np.minimum(first_hits[valid], max_rank).astype(int), minlength=max_rank)
+    cmc = np.cumsum(hits[:max_rank]) / valid.sum()
+    return cmc, float(ap[valid].mean()), float(inp[valid].mean())
 
 
 def excluded(
     rule: str, q_pids: ArrayLike, g_pids: ArrayLike, q_camids: ArrayLike, g_camids: ArrayLike
-) -> np.ndarray:
-    """Returns where a gallery image does not count for a query, (Q, G) bool.
+) -> np.ndarray | None:
+    """Returns where a gallery image does not count for a query, (Q, G) bool; None where all count.
 
     Raises:
         ValueError: The rule is unknown.
@@ -120,9 +162,10 @@ def excluded(
         raise ValueError(f"camera rule {rule!r}; expected one of {', '.join(CAMERA_RULES)}")
     excludes = CAMERA_RULES[rule]
     if excludes is None:
-        return np.zeros((len(q_pids), len(g_pids)), bool)
-    q_pids, q_camids = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
-    return excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))
+        return None
+    queries = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
+    mask = excludes(queries[0], np.asarray(g_pids), queries[1], np.asarray(g_camids))  # (Q, G)
+    return mask if mask.any() else None
 
 
 def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:  # noqa: N803
@@ -137,3 +180,73 @@ def mean_and_std(results: Sequence[dict[str, float]]) -> tuple[dict[str, float],
     mean = {name: float(np.mean(values)) for name, values in trials.items()}
     std = {name: float(np.std(values)) for name, values in trials.items()}
     return mean, std
+
+
+def _query_metrics(
+    values: np.ndarray, matches: np.ndarray, g_labels: np.ndarray | None
+) -> np.ndarray:
+    """Returns the metrics of each of n queries.
+
+    Args:
+        values: (n, G) distances, NaN where an image does not count.
+        matches: (n, G) bool, True where identities agree and the image counts.
+        g_labels: (G,) identities 0, 1, ... to count identities; None to count images.
+
+    Returns:
+        (3, n): how many identities or images precede the first hit, AP, INP; -1 for queries without
+        a true match.
+    """
+    num_queries, num_images = values.shape
+    rows, columns = np.divmod(np.flatnonzero(matches), num_images)  # (M,) each, true matches
+    result = np.full((3, num_queries), -1.0)
+    if not len(rows):
+        return result
+    ranks, tied = _ranks(values, rows, columns)  # (M,) each
+    uncertain = np.flatnonzero(tied)
+    for start in range(0, len(uncertain), num_queries):  # (at most n, G) at a time
+        some = uncertain[start : start + num_queries]
+        ahead = _precede(values, rows[some], columns[some])
+        ranks[some] = [np.count_nonzero(row) for row in ahead]  # faster than ahead.sum(axis=1)
+    order = np.argsort(rows * num_images + ranks)  # by query, then by rank
+    ranks, columns = ranks[order], columns[order]
+    counts = np.bincount(rows, minlength=num_queries)
+    queries = np.flatnonzero(counts)  # (V,) those with a true match
+    counts = counts[queries]  # (V,) true matches of each
+    ends = np.cumsum(counts)
+    firsts = ends - counts  # (V,) place of each query's first hit in `ranks`
+    result[0, queries] = ranks[firsts]
+    if g_labels is not None:
+        ahead = _precede(values, queries, columns[firsts])  # (V, G)
+        row, column = np.divmod(np.flatnonzero(ahead), num_images)
+        seen = np.zeros((len(queries), int(g_labels.max()) + 1), bool)  # (V, identities)
+        seen[row, g_labels[column]] = True
+        result[0, queries] = seen.sum(axis=1)
+    found = np.arange(len(rows)) - np.repeat(firsts, counts) + 1  # (M,) 1, 2, ... in each query
+    result[1, queries] = np.add.reduceat(found / (ranks + 1), firsts) / counts
+    result[2, queries] = counts / (ranks[ends - 1] + 1)
+    return result
+
+
+def _ranks(
+    values: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (M,) how many of its row's values precede an entry, (M,) whether another may tie."""
+    width = values.shape[1]
+    wanted = values[rows, columns]  # (M,)
+    ordered = np.sort(values, axis=1).ravel()  # (n * G,)
+    base = rows * width  # (M,) start of each entry's row in `ordered`
+    ranks = np.zeros_like(rows)
+    step = 1 << (width.bit_length() - 1)
+    while step:  # binary search of all entries at once
+        further = np.minimum(ranks + step, width)
+        ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
+        step >>= 1
+    following = np.minimum(ranks + 1, width - 1)
+    return ranks, ordered[base + following] == wanted
+
+
+def _precede(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Tells which images a stable sort of its row puts before each of m entries: (m, G) bool."""
+    candidates, own = values[rows], values[rows, columns][:, None]  # (m, G), (m, 1)
+    earlier = np.arange(values.shape[1]) < columns[:, None]  # (m, G)
+    return (candidates < own) | ((candidates == own) & earlier)

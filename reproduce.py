@@ -21,6 +21,7 @@ from pathlib import Path
 
 import options
 from data_manager import DATASETS
+from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from reproduction import paired, tables
 from reproduction.check_data import check
 from reproduction.plan import (
@@ -66,6 +67,10 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
                 f"this command ended with exit code {code}: python {command}; mend what it says "
                 f"and repeat: what is done is kept"
             )
+        if step.trains:  # half of last.pt is of no use to a complete run
+            content = load_checkpoint(step.folder / "last.pt")
+            content.pop("optimizer", None)
+            save_checkpoint(step.folder / "last.pt", content)
         sys.stdout.write(f"{mark} done in {(time.monotonic() - start) / 60:.1f} min\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import struct
 import zlib
 from itertools import combinations, product
@@ -138,6 +139,17 @@ class Sysu(DataSet):
         if found and len(found) < len(files):
             log.warning("%s has only %s of the four caches; taking the jpgs", path, found)
         if len(found) < len(files):
+            beside = os.path.abspath(path)  # AGW's and HCT's pre-processing forgets the slash
+            moves = [
+                shlex.join(("mv", beside + file.name, str(file)))
+                for file in files
+                if os.path.exists(beside + file.name) and not file.exists()
+            ]
+            if moves:
+                log.warning(
+                    "caches of an earlier release lie beside %s, not in it; to use them: %s",
+                    *(path, "; ".join(moves)),
+                )
             return None
         root = path.resolve()
         cached = [_cached_labels(root, modality) for modality in ("visible", "infrared")]

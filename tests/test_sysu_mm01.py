@@ -428,6 +428,24 @@ def test_incomplete_caches_are_reported_and_left(tiny_sysu, caplog):
     assert "of the four caches" in caplog.text
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_caches_beside_the_folder_are_found_and_said(tiny_sysu, monkeypatch, caplog, relative):
+    """AGW's and HCT's pre-processing joins folder and file without a slash."""
+    write_caches(tiny_sysu)
+    for file in tiny_sysu.glob("*.npy"):
+        file.rename(tiny_sysu.with_name(tiny_sysu.name + file.name))
+    monkeypatch.chdir(tiny_sysu)
+    assert train_set("sysu", "." if relative else tiny_sysu).visible.cache is None
+    (hint,) = caplog.messages
+    assert hint.startswith("caches of an earlier release lie beside")
+    for command in hint.partition("to use them: ")[2].split("; "):
+        word, old, new = command.split()
+        assert word == "mv"
+        os.rename(old, new)
+    assert train_set("sysu", tiny_sysu).visible.cache is not None
+    assert len(caplog.messages) == 1
+
+
 def resave(name, change):
     def apply(root):
         file = root / f"train_{name}.npy"
