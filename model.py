@@ -192,7 +192,7 @@ class TwoStreamNet(nn.Module):
     def forward(
         self, visible: Tensor | None, infrared: Tensor | None
     ) -> dict[str, Tensor | MemoryRead] | Tensor:
-        """Training: everything the losses need; evaluation: the headline of `embed`, (N, D).
+        """Training: everything the losses need; evaluation: the headline of `test_feats`, (N, D).
 
         In training mode a dict with N = all rows, visible first: with the pcb head ``feat``
         (N, S*d), ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the others ``feat``
@@ -200,7 +200,8 @@ class TwoStreamNet(nn.Module):
         (N, L), ``memory_read`` (a `MemoryRead`; none where `memory_levels` is "none").
         """
         if not self.training:
-            return self.embed(visible, infrared)
+            name = self.test_feats()[0]
+            return self.embed(visible, infrared, (name,))[name]
         x = self.feature_map(visible, infrared)  # (N, C, H, W)
         if self.head == "pcb":
             parts = self.part_features(x)
@@ -237,21 +238,14 @@ class TwoStreamNet(nn.Module):
         return tuple(name for name in self.test_feats() if name not in ("memory", "both"))
 
     def embed(
-        self, visible: Tensor | None, infrared: Tensor | None, test_feat: str | None = None
-    ) -> Tensor:
-        """Retrieval features (N, D), L2-normalised, of images (n, 3, H, W) in evaluation mode.
-
-        `test_feat` is "pcb": concatenated stripes; "neck" and "pool": the whole map's after and
-        before the neck; "memory": the memory feature after its neck; "both": the headline and the
-        memory feature, side by side with equal weight. None: the headline, pcb or neck.
-        """
-        name = test_feat or self.test_feats()[0]
-        return self.embed_all(visible, infrared, (name,))[name]
-
-    def embed_all(
         self, visible: Tensor | None, infrared: Tensor | None, test_feats: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Several kinds of retrieval features from one pass through the backbone; see `embed`."""
+        """Retrieval features (N, D), L2-normalised, of images (n, 3, H, W) in evaluation mode.
+
+        Their names are "pcb": concatenated stripes; "neck" and "pool": the whole map's after and
+        before the neck; "memory": the memory feature after its neck; "both": the headline, pcb or
+        neck, and the memory feature, side by side with equal weight.
+        """
         for name in test_feats:
             _check_choice("test feature", name, self.test_feats())
         x = self.feature_map(visible, infrared)

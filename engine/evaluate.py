@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from data_loader import EvalLoader
 from data_manager import EvalSet, ImageList
 from eval_metrics import METRICS, RE_RANKINGS, evaluate_rule, mean_and_std, summarize
-from re_rank import KReciprocal, random_walk
+from re_rank import k_reciprocal, random_walk
 
 Features = dict[str, dict[str, np.ndarray]]
 
@@ -94,7 +93,7 @@ def embed(
     def features(images: Tensor) -> dict[str, Tensor]:
         inputs = (images, None) if modality == "visible" else (None, images)
         with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            feats = net.embed_all(*inputs, test_feats)
+            feats = net.embed(*inputs, test_feats)
         return {name: feat.float() for name, feat in feats.items()}
 
     hidden = None if progress else True
@@ -114,18 +113,10 @@ def embed(
 
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
     """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer."""
-    return distance_to(query, ranking)(gallery)
-
-
-def distance_to(query: np.ndarray, ranking: str) -> Callable[[np.ndarray], np.ndarray]:
-    """`distances` of one set of queries to any gallery; what is the queries' own is done once."""
-    if ranking == "no":
-        return partial(negative_similarity, query)
-    if ranking == "k_reciprocal":
-        return KReciprocal(query).distances
-    if ranking == "random_walk":
-        return partial(random_walk, query)
-    raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
+    ways = {"no": negative_similarity, "k_reciprocal": k_reciprocal, "random_walk": random_walk}
+    if ranking not in ways:
+        raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
+    return ways[ranking](query, gallery)
 
 
 def negative_similarity(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
@@ -145,18 +136,10 @@ def score(
         by ranks 1 to 20; ``re_rank``; ``protocol``.
     """
     q, g = eval_set.query, eval_set.gallery
-    distance = distance_to(query, ranking)
-    # Trials share images: all distances once, unless a ranking depends on the gallery.
-    whole = distance(gallery) if ranking == "no" and len(eval_set.gallery_trials) > 1 else None
     asking = eval_set.query_trials or (slice(None),) * len(eval_set.gallery_trials)
     per_trial, curves = [], []
     for own, rows in zip(asking, eval_set.gallery_trials, strict=True):
-        if whole is not None:
-            distmat = whole[own][:, rows]
-        elif eval_set.query_trials:
-            distmat = distances(query[own], gallery[rows], ranking)
-        else:
-            distmat = distance(gallery[rows])
+        distmat = distances(query[own], gallery[rows], ranking)
         cameras = q.camids[own], g.camids[rows]
         pids = q.pids[own], g.pids[rows]
         result = evaluate_rule(eval_set.camera_rule, distmat, *pids, *cameras)

@@ -41,7 +41,10 @@ def test_agrees_with_the_released_network(name):
         for modality, inputs in (("visible", (visible, None)), ("infrared", (None, infrared))):
             if method == "AGW":
                 assert relative(net(*inputs), golden[f"eval/{modality}.bn"]) < 1e-3
-                assert relative(net.embed(*inputs, "pool"), golden[f"eval/{modality}.pool"]) < 1e-3
+                assert (
+                    relative(net.embed(*inputs, ("pool",))["pool"], golden[f"eval/{modality}.pool"])
+                    < 1e-3
+                )
             else:
                 assert relative(net(*inputs), golden[f"eval/{modality}"]) < 1e-3
         net.train()
@@ -126,8 +129,8 @@ def test_evaluation_does_not_run_the_memory_unless_asked():
     visible, _ = pictures()
     headline = net(visible, None)
     assert not calls
-    memory = net.embed(visible, None, "memory")
-    both = net.embed(visible, None, "both")
+    memory = net.embed(visible, None, ("memory",))["memory"]
+    both = net.embed(visible, None, ("both",))["both"]
     assert len(calls) == 2
     assert (headline.shape, memory.shape, both.shape) == ((4, 96), (4, 512), (4, 608))
     expected = torch.nn.functional.normalize(torch.cat([headline, memory], dim=1))
@@ -136,7 +139,7 @@ def test_evaluation_does_not_run_the_memory_unless_asked():
 
 def test_test_features_are_named_in_errors():
     with pytest.raises(ValueError, match="pcb; got 'memory'"):
-        small().eval().embed(*pictures(), "memory")
+        small().eval().embed(*pictures(), ("memory",))["memory"]
     assert small(head="agw", memory="sg").test_feats() == ("neck", "pool", "memory", "both")
 
 
@@ -182,7 +185,8 @@ def test_a_memory_of_ones_own_is_saved_by_name_and_loaded_by_its_class(tmp_path,
     again, _ = load_network(tmp_path / "x.pt", memory=Doubled)
     assert isinstance(again.memory, Doubled)
     torch.testing.assert_close(
-        again.eval().embed(visible, None, "memory"), net.embed(visible, None, "memory")
+        again.eval().embed(visible, None, ("memory",))["memory"],
+        net.embed(visible, None, ("memory",))["memory"],
     )
     without, _ = load_network(tmp_path / "x.pt")
     assert "loaded without it (--memory MODULE.CLASS)" in caplog.text
@@ -218,7 +222,7 @@ def test_the_control_keeps_the_memory_branch_and_drops_the_memory(head):
     x = torch.randn(2, control.dim, 6, 2)
     torch.testing.assert_close(control._memory_feature(x)[0], x.mean(dim=(2, 3)))
     assert control.test_feats() == full.test_feats()
-    assert torch.isfinite(control.eval().embed(pictures(2)[0], None, "both")).all()
+    assert torch.isfinite(control.eval().embed(pictures(2)[0], None, ("both",))["both"]).all()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,7 @@ def test_the_global_head_is_agw_s_without_non_local_blocks():
     agw.load_state_dict(ours.state_dict(), strict=False)  # non-local blocks start as identities
     with torch.no_grad():
         for name in ("neck", "pool"):
-            feats = [net.embed(*pictures(), test_feat=name) for net in (ours, agw)]
+            feats = [net.embed(*pictures(), (name,))[name] for net in (ours, agw)]
             torch.testing.assert_close(*feats)
     assert ours.test_feats() == ("neck", "pool")
 

@@ -39,7 +39,7 @@ def test_a_bank_of_206_beside_classifiers_of_395(method, legacy, tmp_path, caplo
     assert (net.config["num_ids"], net.config["memory_ids"]) == (395, 206)
     assert torch.equal(net.memory.part_bank, state["mem_rep.memory.weight"])
     assert torch.equal(net.memory_classifier.weight, state["classifier.weight"])
-    features = net.eval().embed_all(torch.randn(1, 3, 96, 48), None, ("pcb", "memory"))
+    features = net.eval().embed(torch.randn(1, 3, 96, 48), None, ("pcb", "memory"))
     assert all(feature.isfinite().all() for feature in features.values())
     # Fine-tuned on data with 395 identities: all fits, with a bank of its size.
     with caplog.at_level(logging.INFO):
