@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import shutil
+import subprocess
 import sys
 
 import torch
@@ -60,10 +61,15 @@ def _why_unusable(index: int) -> str:
         torch.ones(1, device=torch.device("cuda", index)).add(1)
     except (RuntimeError, AssertionError) as error:  # the second: a build without CUDA
         build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        cards = "this GPU"
+        if shutil.which("nvidia-smi"):
+            found = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
+            cards = "; ".join(filter(None, found)) + " (card, driver)"
         return (
-            f"{build} cannot use this GPU ({str(error).splitlines()[0]}): "
-            f"update the driver (nvidia-smi shows it), unset CUDA_VISIBLE_DEVICES, or install a "
-            f"PyTorch that can, for example from https://download.pytorch.org/whl/cu126"
+            f"{build} cannot use {cards}: {str(error).splitlines()[0]}. Update the driver, unset "
+            f"CUDA_VISIBLE_DEVICES, or install a PyTorch that can, for example from "
+            f"https://download.pytorch.org/whl/cu126"
         )
     return ""
 

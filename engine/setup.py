@@ -29,6 +29,7 @@ from engine.evaluate import evaluate, format_result
 from engine.fit import Progress, write_reports
 from engine.run_files import LAST, RunFiles
 from engine.train import TrainSettings
+from memory import MultiGranularityMemory
 from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class Run:
         if changed:
             log.warning("options changed since then: %s", changed)
         if distributed.is_main() and not args.test_only:
+            _warn_of_an_unread_memory(net)
             about = {"method": self.name, "run": files.name, "data": data}
             about |= {"options": options.to_json(args), "versions": versions}
             files.begin(about, overwrite=args.overwrite, resumed=checkpoint and checkpoint["path"])
@@ -280,6 +282,20 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
             command = _command(argv, without=former)
             sys.stderr.write(f"{stop}{kept}. Go on with: {command} --resume\n")
             raise SystemExit(stop.exit_code) from None
+
+
+def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
+    """Warns when MG-MRA's threshold is above the semantic level's uniform weight."""
+    memory, added = net.memory, net.memory_levels in (None, "semantic")
+    if isinstance(memory, MultiGranularityMemory) and added and memory.temperature is None:
+        size = memory.bank_sizes()["semantic"]
+        if 1 / size < memory.threshold("semantic", size):
+            log.warning(
+                "the memory has prototypes of %d identities: at their initial norms no semantic "
+                "read passes the threshold. Until one does, MG-MRA is its control, --memory-levels "
+                "none; --shrink auto scales the threshold with the bank",
+                size,
+            )
 
 
 def _command(argv: Sequence[str] | None, without: Container[str | None] = ()) -> str:

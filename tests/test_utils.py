@@ -208,19 +208,22 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch, tmp_path, caplog):
         )
 
     monkeypatch.setattr(torch, "ones", refuse)
-    message = r"cannot use this GPU \(no kernel image .* device\): update .*, or install .*cu126"
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho NVIDIA A100-PCIE-40GB, 535.104.05\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    message = r"cannot use .*A100-PCIE-40GB, 535.104.05 \(card, driver\): no kernel image .* device"
+    message += r"\. Update .*, or install .*cu126"
     for local_rank in (None, "1"):
         with pytest.raises(ValueError, match=f"^--gpu 0: PyTorch .*{message}.*--gpu cpu$"):
             devices.resolve_device("0", local_rank=local_rank)
     assert devices.resolve_device(None).type == "cpu"
     assert re.search(message, caplog.text)
-    monkeypatch.undo()
-    (tmp_path / "nvidia-smi").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch, "ones", refuse)
     with pytest.raises(ValueError, match=message):
         devices.resolve_device("0")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert devices.resolve_device("0").type == "cpu"  # a machine without NVIDIA's driver
 
 
 def test_devices(monkeypatch, caplog):
