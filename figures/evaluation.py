@@ -44,7 +44,8 @@ def first_rows(protocol: EvalSet) -> dict[str, np.ndarray]:
 def ignored(trial: EvalSet) -> np.ndarray:
     """Returns which gallery images the protocol ignores for a query: (Q, G) bool."""
     query, gallery = trial.query, trial.gallery
-    return excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
+    mask = excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
+    return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
 
 
 def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
