@@ -25,9 +25,9 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """Half the width of Student's interval of the mean; NaN with fewer than two splits."""
+        """Half the width of Student's interval of the mean; NaN with fewer than three splits."""
         n = len(self.values)
-        if n < 2:
+        if n < 3:  # two say next to nothing: their interval is 9 times as wide as their gap
             return float("nan")
         return float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * self.values.std(ddof=1) / np.sqrt(n))
 
