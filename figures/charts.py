@@ -106,7 +106,7 @@ def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figu
         chart.set(title=panel, xlabel="difference (points)")
         chart.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    note = "Circles: single splits. Diamonds: their mean, from three splits on with its 95 % interval (Student's t)."
+    note = "Circles: single splits. Diamonds: their mean, from three on with its 95 % interval."
     page.add_heading(figure, title, note)
     return figure
 
