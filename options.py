@@ -575,7 +575,7 @@ def read_options(path: Path) -> dict[str, Any]:
         known = {k: v for k, v in saved if k not in (*INCIDENTAL, "tvsearch")}
         words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
         return _given(train_parser("").parse_args(words))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"--options {path}: expected the options.json of a run ({error or error!r})"
         ) from error

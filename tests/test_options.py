@@ -283,6 +283,7 @@ def test_a_run_s_options_run_again_and_flags_beside_them_win(line, tmp_path):
         (None, "No such file"),
         ("no json", "Expecting value"),
         ("[]", "list indices"),
+        ("[" * 100_000, "recursion"),
         ('{"options": 3}', "no attribute 'items'"),
         ('{"options": {"lr": -1}}', "argument --lr: expected a number above 0"),
         ('{"options": {"rate": 1}}', "unrecognized arguments: --rate 1"),
