@@ -427,6 +427,8 @@ def resolve(
     start, end = values["triplet_ramp"]
     if not 0 <= start <= end:
         raise ValueError(f"--triplet-ramp takes two epochs, START <= END; got {start} {end}")
+    if values["bank_init"] == "features" and values["memory_ids"] is not None:
+        raise ValueError("--bank-init features has a bank size of its own: leave out --memory-ids")
     _resolve_protocol(values, direction_given=args.direction)
     return argparse.Namespace(**values), sources
 

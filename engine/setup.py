@@ -29,7 +29,7 @@ from engine.evaluate import evaluate, format_result
 from engine.fit import Progress, write_reports
 from engine.run_files import LAST, RunFiles
 from engine.train import TrainSettings
-from memory import MultiGranularityMemory
+from memory import MultiGranularityMemory, SingleGranularityMemory
 from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
@@ -194,9 +194,18 @@ class Run:
         loader: TrainLoader,
         train: TrainSet,
     ) -> Callable[[int], None] | None:
-        """Returns what `fit` calls before each epoch; None where the bank stays as it started."""
+        """Returns what `fit` calls before each epoch; None where the bank stays as it started.
+
+        Raises:
+            ValueError: The memory is the user's own, whose bank is not known here.
+        """
         if self.args.bank_init == "uniform":
             return None
+        if not isinstance(net.memory, SingleGranularityMemory):
+            name = type(net.memory).__name__
+            raise ValueError(f"--bank-init features cannot fill a {name}: leave it out")
+        if self.args.bank_init_epoch >= self.args.epochs:
+            log.warning("--bank-init features: no epoch has the number of --bank-init-epoch")
 
         def fill(epoch: int) -> None:
             if epoch == self.args.bank_init_epoch:

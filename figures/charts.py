@@ -210,8 +210,8 @@ def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     page.add_legend(figure, charts[0].lines, columns=3)
     note = (
         "Zero reads: positions at which no prototype is above lambda. Survivors: prototypes above "
-        "it at a position. Used: addressed at least once in the epoch. Entropy: of the positions "
-        "that read something."
+        "it at a position. Used: addressed at least once in the steps looked at. Entropy: of the "
+        "positions that read something."
     )
     page.add_heading(figure, title, note)
     return figure

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 from short_run import NARROW, arguments, differences, outcome, write_data
 
@@ -67,3 +68,18 @@ def test_a_run_fills_its_bank_once_and_resumes_exactly(tmp_path, monkeypatch):
     assert whole["last.pt: config"]["temperature"] == 0.02
     bank = whole["last.pt: net.memory.part_bank"]
     assert (bank < -0.01).float().mean() < 0.05  # as features after a ReLU; half of random ones
+
+
+def test_what_cannot_be_filled_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
+    data = write_data(tmp_path / "data")
+    flags = arguments(data, tmp_path / "run", "--bank-init", "features", "--epochs", "1")
+    assert train_MGMRA.main(flags) == 0
+    assert "no epoch has the number of --bank-init-epoch" in capsys.readouterr().err
+
+    class Own(torch.nn.Identity):
+        num_ids = 6
+
+    with pytest.raises(SystemExit):
+        train_MGMRA.main([*flags, "--overwrite"], memory_class=Own)
+    assert "--bank-init features cannot fill a Own" in capsys.readouterr().err

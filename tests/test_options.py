@@ -219,6 +219,7 @@ def test_illegal_values_are_refused_by_the_flag_s_name(line):
         ("--margin nan", "expected 0 or more, got nan"),
         ("--shrink 2", "expected a number from 0 to 1, got 2"),
         ("--triplet-ramp 5 3", "START <= END; got 5 3"),
+        ("--bank-init features --memory-ids 206", "leave out --memory-ids"),
         ("--tvsearch yes", "expected no value, True or False, got yes"),
         ("--lr 0.1 --overwrite True", "--overwrite takes no value, got True"),
         ("--tvsearch True True", "unrecognized arguments: True; "),
