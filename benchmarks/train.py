@@ -178,9 +178,7 @@ def make_step(
     how = {"order": order, "weights": weights, "amp": half, "scaler": scaler}
 
     def step() -> None:
-        _, _, addressing = training_step(net, criterion, optimizer, batch, **how)
-        if health is not None and addressing is not None:
-            health.update(addressing)
+        training_step(net, criterion, optimizer, batch, health=health, **how)
 
     return step
 

@@ -218,12 +218,12 @@ def loss_terms(*, lr: float = FIRST_RATE, **settings: Any) -> tuple[Tensor, list
         visible, infrared = (torch.randn(size, generator=gen).double() for _ in range(2))
         labels = ids.repeat_interleave(IMAGES_PER_ID).repeat(2)
         batch = SimpleNamespace(visible=visible, infrared=infrared, labels=labels)
-        terms, _, addressing = training_step(
-            net, criterion, optimizer, batch, order=range(6), weights=weights
-        )
+        health = MemoryHealth()
+        how = {"order": range(6), "weights": weights, "health": health}
+        terms, _ = training_step(net, criterion, optimizer, batch, **how)
         losses.append(torch.stack(list(terms.values())))
-        if addressing is not None:
-            zero.append(statistics(addressing)["part/zero_reads"])
+        if net.memory is not None:
+            zero.append(health.summary()["part/zero_reads"])
     gradient = math.nan
     if net.memory is not None:
         bank = net.memory.part_bank

@@ -130,16 +130,17 @@ def training_step(
     weights: Mapping[str, float],
     amp: torch.dtype | None = None,
     scaler: torch.amp.GradScaler = NO_SCALING,
-) -> tuple[dict[str, Tensor], Tensor, Mapping[str, Tensor] | None]:
+    health: MemoryHealth | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
     """One optimisation step, at the rates already set, on a `data_loader.Batch`.
 
     `order` is a random order of the stripes, `weights` are those of the terms in the total. With
     `amp` the network runs under autocast in that type, the losses never do. A step whose scaled
-    gradients overflow float16 changes nothing but the `scaler`, which lowers the scale.
+    gradients overflow float16 changes nothing but the `scaler`, which lowers the scale. `health`
+    takes this step's use of the memory, if there is one.
 
     Returns:
-        Detached terms, with their ``total``; the feature (N, D) that the triplet acts on; the
-        memory's addressing weights by level, or None.
+        Detached terms, with their ``total``; the feature (N, D) that the triplet acts on.
     """
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.visible.device.type, dtype=amp, enabled=amp is not None):
@@ -150,12 +151,14 @@ def training_step(
     out, labels = distributed.gather_output(out, batch.labels, whole_reads=whole_reads)
     terms = criterion(out, labels, order)
     terms["total"] = weighted_total(terms, weights)
+    if health is not None and "memory_read" in out:
+        health.update(out["memory_read"].weights)
+    feat = out["feat"].detach()
+    del out  # the addressing weights are large, and the backward pass needs the memory
     scaler.scale(terms["total"]).backward()
     scaler.step(optimizer)
     scaler.update()
-    terms = {name: term.detach() for name, term in terms.items()}
-    read = out.get("memory_read")
-    return terms, out["feat"].detach(), None if read is None else read.weights
+    return {name: term.detach() for name, term in terms.items()}, feat
 
 
 def feature_spread(feat: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ def train_epoch(
     bar = tqdm(loader.epoch(epoch), name, len(loader), disable=hidden, leave=False)
     for step, batch in enumerate(bar):
         random = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
-        terms, feat, addressing = training_step(
+        terms, feat = training_step(
             net,
             criterion,
             optimizer,
@@ -230,10 +233,9 @@ def train_epoch(
             weights=weights,
             amp=settings.amp,
             scaler=scaler,
+            health=health if step % HEALTH_EVERY == 0 else None,
         )
         terms["feature_spread"] = feature_spread(feat)
-        if addressing is not None and step % HEALTH_EVERY == 0:
-            health.update(addressing)
         waiting.append(distributed.mean_of(terms))
         images += len(batch.labels) * distributed.size()
         if len(waiting) == CHECK_EVERY or step + 1 == len(loader):

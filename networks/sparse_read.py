@@ -32,10 +32,10 @@ HALF_ROWS = ("cuda",)  # where rows are gathered in autocast's precision too
 class Survivors(NamedTuple):
     """The weights above the threshold, ordered by query; rest zero."""
 
-    rows: Tensor  # (k,) query of each; n in spare entries, which come last
-    columns: Tensor  # (k,) prototype of each; m in spare entries
+    rows: Tensor  # (k,) int32, query of each; n in spare entries, which come last
+    columns: Tensor  # (k,) int32, prototype of each; m in spare entries
     alpha: Tensor  # (k,) renormalised weight, float32; 0 in spare entries
-    offsets: Tensor  # (n + 1,) where each query's begin
+    offsets: Tensor  # (n + 1,) int32, where each query's begin
     size: int  # m
 
     def to_dense(self) -> Tensor:
@@ -85,8 +85,9 @@ def _survivors(queries: Tensor, keys: Tensor, shrink: float, bounded: bool) -> S
     found = []
     chunk = n if bounded else max(1, SCORES_AT_A_TIME // m)
     for start in range(0, n, chunk):
-        weights = (queries[start : start + chunk] @ keys.t()).softmax(dim=1, dtype=torch.float32)
-        F.threshold(weights, shrink, 0.0, inplace=True)  # (chunk, m)
+        weights = (queries[start : start + chunk] @ keys.t()).float()  # (chunk, m)
+        torch.softmax(weights, dim=1, out=weights)
+        F.threshold(weights, shrink, 0.0, inplace=True)
         if bounded:
             at_most = n * min(m, int(1 / max(shrink, 1 / m)) + 1)
             rows, columns = torch.nonzero_static(weights, size=at_most, fill_value=0).unbind(1)
@@ -95,12 +96,12 @@ def _survivors(queries: Tensor, keys: Tensor, shrink: float, bounded: bool) -> S
         alpha = weights[rows, columns] / weights.sum(dim=1)[rows]
         found.append((rows + start, columns, alpha))
     rows, columns, alpha = (torch.cat(parts) for parts in zip(*found, strict=True))
+    rows, columns = rows.int(), columns.int()
     if bounded:
         spare = torch.arange(len(rows), device=rows.device) >= weights.count_nonzero()
         rows, columns = rows.masked_fill(spare, n), columns.masked_fill(spare, m)
         alpha = alpha.masked_fill(spare, 0.0)
-    offsets = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
-    return Survivors(rows.contiguous(), columns.contiguous(), alpha, offsets, m)
+    return Survivors(rows, columns, alpha, _starts(rows, n), m)
 
 
 class _WeightedSums(torch.autograd.Function):
@@ -131,13 +132,18 @@ class _WeightedSums(torch.autograd.Function):
         grad_scores = alpha * (grad_alpha - mean[rows])
         # The same survivors, ordered by prototype.
         order = columns.argsort(stable=True)
-        prototypes = torch.arange(len(bank) + 1, device=columns.device)
-        of_prototype = torch.searchsorted(columns[order], prototypes)
+        of_prototype = _starts(columns[order], len(bank))
         rows = rows[order]
         grad_queries = _sums(keys, columns, offsets, grad_scores, ctx.bounded)
         grad_keys = _sums(queries, rows, of_prototype, grad_scores[order], ctx.bounded)
         grad_bank = _sums(grad, rows, of_prototype, alpha[order], ctx.bounded)
         return grad_queries, grad_keys, grad_bank, None, None
+
+
+def _starts(groups: Tensor, count: int) -> Tensor:
+    """Where each of `count` groups begins, and the last ends, in sorted numbers of groups (k,)."""
+    numbers = torch.arange(count + 1, dtype=torch.int32, device=groups.device)
+    return torch.searchsorted(groups, numbers, out_int32=True)
 
 
 def _sums(
@@ -151,7 +157,8 @@ def _sums(
     if bounded:
         spare_bags = torch.arange(-(-len(indices) // SPARE_BAG), device=indices.device)
         spare = len(indices) - offsets[-1]
-        starts = torch.cat([starts, offsets[-1] + spare * spare_bags // max(1, len(spare_bags))])
+        spare_bags = offsets[-1] + spare * spare_bags // max(1, len(spare_bags))
+        starts = torch.cat([starts, spare_bags.int()])
     return F.embedding_bag(
         indices,
         _with_spare_row(table, bounded),

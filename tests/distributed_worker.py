@@ -51,16 +51,16 @@ def one_step(settings: dict) -> dict:
     criterion = Criterion(weights, label_smoothing=0.1, head=net.head)
     optimizer = make_optimizer(net)
     set_learning_rate(optimizer, 0.0)
-    terms, _, addressing = training_step(
+    health = MemoryHealth()
+    terms, _ = training_step(
         distributed.parallel(net),
         criterion,
         optimizer,
         Batch(images[0][own], images[1][own], labels[own].repeat(2)),
         order=[1, 0],
         weights=weights,
+        health=health,
     )
-    health = MemoryHealth()
-    health.update(addressing or {})
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])
     return {
         "terms": {k: v.double() for k, v in distributed.mean_of(terms).items()},

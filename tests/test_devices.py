@@ -53,11 +53,9 @@ def steps(
     order = [4, 0, 5, 2, 1, 3]
     health = MemoryHealth()
     for _ in range(2):  # the second adds to the first's counters
-        terms, feat, addressing = training_step(
-            net, criterion, optimizer, batch, order=order, weights=weights, amp=amp
-        )
+        how = {"order": order, "weights": weights, "amp": amp, "health": health}
+        terms, feat = training_step(net, criterion, optimizer, batch, **how)
         terms["spread"] = feature_spread(feat)
-        health.update(addressing or {})
     counters = {f"{level}/counters": value for level, value in health.counters.items()}
     return {**terms, **counters, **{f"{k}/used": v for k, v in health.used.items()}}
 

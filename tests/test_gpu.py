@@ -105,11 +105,10 @@ def step(device, memory, amp=None, plain=False, optim="sgd", **settings):
     criterion = Criterion(weights, head=net.head, images_per_id=2)
     scaler = torch.amp.GradScaler(device, enabled=amp == torch.float16, init_scale=256.0)
     batch = SimpleNamespace(**images)
-    terms, _, addressing = training_step(
-        net, criterion, optimizer, batch, amp=amp, scaler=scaler, **how
-    )
     health = MemoryHealth()
-    health.update(addressing or {})
+    terms, _ = training_step(
+        net, criterion, optimizer, batch, amp=amp, scaler=scaler, health=health, **how
+    )
     assert all(math.isfinite(value) for value in health.summary().values())
     return terms, {name: p.grad for name, p in net.named_parameters()}
 
@@ -177,11 +176,11 @@ def test_a_step_waits_for_nothing(memory, amp):
     batch = SimpleNamespace(visible=images[0], infrared=images[1], labels=labels)
     scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
     how = {"order": [4, 0, 5, 2, 1, 3], "weights": weights, "amp": amp, "scaler": scaler}
+    how["health"] = health
 
     def one_step():
-        _, feat, addressing = training_step(net, criterion, optimizer, batch, **how)
+        _, feat = training_step(net, criterion, optimizer, batch, **how)
         feature_spread(feat)
-        health.update(addressing or {})
 
     one_step()  # cuDNN and cuBLAS start up
     with no_synchronisation(torch.device("cuda")):

@@ -51,9 +51,7 @@ def our_step(net, batch, health=None):
     criterion = Criterion(batch["weights"], label_smoothing=0.1)
     images = SimpleNamespace(**{k: batch[k] for k in ("visible", "infrared", "labels")})
     settings = {k: batch[k] for k in ("order", "weights")}
-    terms, _, addressing = training_step(net, criterion, optimizer, images, **settings)
-    if health is not None and addressing is not None:
-        health.update(addressing)
+    terms, _ = training_step(net, criterion, optimizer, images, health=health, **settings)
     return terms, {name: p.grad for name, p in net.named_parameters()}
 
 
