@@ -42,7 +42,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     most = max(data.splits, data.gallery_draws)
     # An ablation trains on one split unless told otherwise.
     trials = 1 if args.table != data.name and data.splits > 1 else most
-    trials = min(args.trials or (STUDY_SPLITS if args.table == "study" else trials), most)
+    trials = min(args.trials or {"study": STUDY_SPLITS, "unseen": 1}.get(args.table, trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
     about |= {"unseen": dict(args.unseen)} if args.table == "unseen" else {}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)

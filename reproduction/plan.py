@@ -126,17 +126,16 @@ STUDY = (
     Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
 )
 STUDY_SPLITS = 5
-UNSEEN = (STUDY[0], STUDY[1], Setting("MG-MRA"), STUDY[8])  # on data sets not trained on
+UNSEEN = (STUDY[0], STUDY[1], STUDY[3], STUDY[8])  # evaluated on data sets not trained on
+SEEDED = {"study": STUDY, "unseen": UNSEEN}  # tables whose split t is trained with seed t
 
 
 def settings_of(table: str) -> list[Setting]:
     """Returns a table's settings, in its order; "memory" is "ablation" without the rest."""
     if table in DATASETS:
         return [*METHODS, *RECIPES.get(table, ())]
-    if table in ("study", "unseen"):
-        return [
-            replace(setting, group=table) for setting in (STUDY if table == "study" else UNSEEN)
-        ]
+    if table in SEEDED:
+        return [replace(setting, group=table) for setting in SEEDED[table]]
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
     for group, values in (ABLATIONS if table == "ablation" else MEMORY_ABLATIONS).items():
         found += [Setting(name, train=train, group=group) for name, train in values.items()]
@@ -278,15 +277,16 @@ def plan(
 
     Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
     splits, each with a training, or gallery draws; options in `extra` go to every training and
-    evaluation that has a use for them. `unseen`: data sets on which the table of this name
+    evaluation that has a use for them. Tables in `SEEDED` train once a seed, from 1 to `trials`,
+    and evaluate with the usual number of draws. `unseen`: data sets on which the table of this name
     evaluates, with their folders; None takes a default: all others, and their usual folders.
     """
     data = DATASETS[dataset]
     splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
     if data.splits > 1:
         splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
-    if table == "study":
-        splits = [{**split, "seed": seed} for seed, split in enumerate(splits, start=1)]
+    if table in SEEDED:  # data sets with one split are trained on it with each seed
+        splits, draws = [{**splits[t % len(splits)], "seed": t + 1} for t in range(trials)], {}
     # What a checkpoint knows itself, an evaluation is not told.
     test_flags = vars(_parser(False).parse_args([]))
     test_flags = {*test_flags} - {*test_flags["ignored"], *options.AS_TRAINED_FLAGS}
@@ -302,12 +302,12 @@ def plan(
         for split in splits:
             words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
             words += [str(word) for option in setting.train.items() for word in option]
-            words += [f"trial{split['trial']}"] if "trial" in split else []
+            words += [f"{name}{split[name]}" for name in ("trial", "seed") if name in split]
             step = Step(setting.script, {**split, **used, **own}, runs / "_".join(words))
             same = json.dumps([step.script, step.resolved])
             trainings.append(folder_of.setdefault(same, step.folder))
             steps.setdefault(trainings[-1], [step])
-        last_only = setting.test or table in ("study", "unseen")
+        last_only = setting.test or table in SEEDED
         for target, protocol, where in evaluations(table, setting, dataset, unseen or {}):
             asked = {**DATASETS[target].protocols[protocol], **setting.test}
             name = [] if target == dataset else [target]
@@ -317,15 +317,14 @@ def plan(
                     folder = training / "_".join([*name, *map(str, asked.values()), checkpoint])
                     values = {**test_extra, **asked, "dataset": target, **where}
                     values = {k: v for k, v in values.items() if v is not None}
-                    values |= draws if DATASETS[target].splits == 1 else {}
+                    values |= draws
                     if target == dataset and "trial" in split:
                         values["trial"] = split["trial"]
                     values["resume"] = str(training / f"{checkpoint}.pt")
                     if all(step.folder != folder for step in steps[training]):
                         steps[training].append(Step("test.py", values, folder))
                     files.append(folder / "results.json")
-                drawn = len(files) == 1 and DATASETS[target].splits == 1
-                count = trials if drawn else len(files)
+                count = draws.get("trials", len(files))
                 rows.append(Row(target, protocol, setting, checkpoint, files, count, trainings))
     return [step for group in steps.values() for step in group], rows
 

@@ -68,8 +68,8 @@ def measure(row: Row) -> Result:
     for number, file in enumerate(row.files, start=1):
         if file.exists():
             read.append(_read_result(file, row))
-            # Of several files each is a trial, whatever gallery draws it is a mean of.
-            own = read[-1]["per_trial"] if len(row.files) == 1 else [read[-1]]
+            # A file of its own is a trial, whatever gallery draws it is a mean of.
+            own = read[-1]["per_trial"] if row.trials > len(row.files) else [read[-1]]
             found |= dict(enumerate(own, start=number))
     wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
     missing = [trial for trial in wanted if trial not in found]

@@ -35,7 +35,8 @@ def fill(rows, value):
                 continue
             file.parent.mkdir(parents=True)
             own = dict.fromkeys(METRICS, number)
-            entry = {**own, "per_trial": [own], "re_rank": "no", "test_feat": "pcb"}
+            draws = [dict.fromkeys(METRICS, number + error) for error in (-0.1, 0.1)]
+            entry = {**own, "per_trial": draws, "re_rank": "no", "test_feat": "pcb"}
             entry |= {"dataset": row.dataset, "stand_in": True, "protocol": "p"}
             entry["selection"] = "last epoch"
             content = {"rows": [entry], "versions": {"commit": "c"}, "options": {}}
@@ -83,7 +84,31 @@ def test_unseen_data_sets_are_evaluated_in_their_own_folders_and_draws(tmp_path)
     assert result.std["mAP"] == pytest.approx(0.05)
     arrange("t", [measure(row) for row in rows])
     _, rows = plan("unseen", dataset="sysu", trials=3, runs=tmp_path, extra={})
-    assert {(row.dataset, row.trials) for row in rows} == {("regdb", 1), ("llcm", 3)}
+    assert {(row.dataset, row.trials) for row in rows} == {("regdb", 3), ("llcm", 3)}
+
+
+def test_tables_share_trainings_and_no_folder_with_those_of_other_seeds(tmp_path):
+    def trainings(table, **about):
+        about = {"dataset": "regdb", "runs": tmp_path, "extra": {}, **about}
+        return {s.folder: s.resolved for s in plan(table, **about)[0] if s.trains}
+
+    study, unseen = trainings("study", trials=5), trainings("unseen", trials=2)
+    assert len(unseen) == 8
+    assert unseen.items() <= study.items()
+    regdb = trainings("regdb", trials=5)
+    assert not study.keys() & regdb.keys()
+
+
+def test_one_split_is_trained_on_with_every_seed(tmp_path):
+    """Each training's mean over SYSU-MM01's draws is one value of the paired comparison."""
+    steps, rows = plan("study", dataset="sysu", trials=3, runs=tmp_path, extra={})
+    assert [s.resolved["seed"] for s in steps if s.trains] == [1, 2, 3] * len(STUDY)
+    assert all(s.resolved["trials"] == 10 for s in steps if not s.trains)
+    own = [row for row in rows if row.protocol == rows[0].protocol]
+    fill(own, lambda p, t: 0.5 + p / 100 + t / 10)
+    results = [measure(row) for row in own]
+    assert list(results[2].per_trial) == [1, 2, 3]
+    assert [len(d.values) for d in differences(results, REFERENCES[1], "mAP")] == [3] * 10
 
 
 def test_the_page_of_the_study_is_made_of_its_numbers():
