@@ -21,7 +21,7 @@ from networks import sparse_read
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
 EPSILON = 1e-12  # of the releases' divisions
-RECOMPUTED_ENTRIES = 1 << 23  # of the weights (n, m): more are computed again for the gradient
+RECOMPUTED_ENTRIES = 1 << 24  # of the weights (n, m): more are computed again for the gradient
 
 
 def read(

@@ -2,9 +2,10 @@
 
     python docs/memory_numbers.py    # about three minutes of one core
     python docs/memory_numbers.py --checkpoint runs/demo/last.pt --data-path runs/demo/data
+    python docs/memory_numbers.py --study runs/reproduce --data-path data/study
 
 The second form measures a trained MG-MRA on images of its training set, and rewrites that table
-alone.
+alone; the third does so with the trained memories of the study.
 
 Letters in shapes: ``n`` queries, ``m`` prototypes of a bank, ``C`` channels.
 """
@@ -36,6 +37,7 @@ from memory import MultiGranularityMemory  # noqa: E402
 from model import TwoStreamNet  # noqa: E402
 from networks.memory_health import MemoryHealth  # noqa: E402
 from networks.settings import LEVELS, SHRINK, TEMPERATURE  # noqa: E402
+from reproduction.plan import STUDY_SPLITS, plan  # noqa: E402
 
 PAGE = ROOT / "docs/what_the_memory_does.md"
 FIGURE = ROOT / "docs/zero_reads.png"
@@ -247,6 +249,66 @@ def training_rows() -> list[list[str]]:
 
 
 @torch.no_grad()
+def training_maps(
+    path: Path, data_path: Path
+) -> tuple[TwoStreamNet, dict[str, Any], Tensor, Tensor]:
+    """Opens a checkpoint, and maps some images of its training set.
+
+    Returns the network, the checkpoint's other entries, the maps (2 * images, C, H, W) of visible,
+    then infrared images, and their labels.
+    """
+    net, info, size = open_network(path, torch.device("cpu"), None, None)
+    data = train_set(info["options"]["dataset"], data_path, trial=info["options"]["trial"])
+    images, maps, labels = ImageCache(*size), [], []
+    for name, own in zip(("visible", "infrared"), data.labels, strict=True):
+        side = getattr(data, name)
+        rows = np.linspace(0, len(side) - 1, IMAGES).astype(int)
+        labels.append(torch.from_numpy(own[rows]))
+        decoded = images(side.take(rows))
+        for batch in EvalLoader(decoded, batch_size=32, device=torch.device("cpu")):
+            maps.append(net.feature_map(**{"visible": None, "infrared": None, name: batch}))
+    return net, info, torch.cat(maps), torch.cat(labels)
+
+
+@torch.no_grad()
+def study_rows(runs: Path, data_path: Path) -> list[list[str]]:
+    """Rows of the study's trained memories, means over those of the splits that are there."""
+    table_rows = []
+    rows = plan("study", dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
+    for row in (row for row in rows if row.protocol == "v2i"):
+        found = []
+        for file in (folder / "last.pt" for folder in row.training):
+            if not file.exists():
+                continue
+            net, _, maps, labels = training_maps(file, data_path)
+            if net.memory is None:
+                continue
+            read = net.memory(maps)
+            used = statistics(read.weights)
+            numbers = [100 * used.get(f"{level}/zero_reads", math.nan) for level in LEVELS]
+            value = read.coarsest().permute(0, 2, 3, 1).flatten(0, 2)  # (n, C)
+            norm = maps.norm(dim=1).mean()
+            numbers += [float(value.norm(dim=1).mean() / norm)]
+            numbers += [float((value - value.mean(dim=0)).norm(dim=1).mean() / norm)]
+            semantic, own = read.weights.get("semantic"), math.nan
+            if semantic is not None:  # (n, L)
+                positions = labels.repeat_interleave(maps[0, 0].numel())
+                own = float(100 * semantic.to_dense().gather(1, positions[:, None]).mean())
+            found.append([*numbers, own])
+        if found:
+            *zero, norm, varies, own = np.mean(found, axis=0).tolist()
+            shares = " / ".join("-" if math.isnan(share) else f"{share:.0f}" for share in zero)
+            cells = [
+                shares,
+                f"{norm:.2g}",
+                f"{varies:.2g}",
+                "-" if math.isnan(own) else f"{own:.2g}",
+            ]
+            table_rows.append([row.setting.name, str(len(found)), *cells])
+    return table_rows
+
+
+@torch.no_grad()
 def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
     """What was measured on a checkpoint in words, and its rows, one a level.
 
@@ -255,19 +317,10 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
             ``first``.
         data_path: The folder of the data set that it was trained on.
     """
-    net, info, size = open_network(path, torch.device("cpu"), None, None)
-    memory = net.memory
+    net, info, maps, _ = training_maps(path, data_path)
+    memory, trained = net.memory, info["options"]
     if getattr(memory, "levels", None) != LEVELS:
         raise ValueError(f"{path} has no memory of MG-MRA's variant paper or first")
-    trained = info["options"]
-    data = train_set(trained["dataset"], data_path, trial=trained["trial"])
-    images = ImageCache(*size)
-    maps = []
-    for side, name in ((data.visible, "visible"), (data.infrared, "infrared")):
-        some = side.take(np.linspace(0, len(side) - 1, IMAGES).astype(int))
-        for batch in EvalLoader(images(some), batch_size=32, device=torch.device("cpu")):
-            maps.append(net.feature_map(**{"visible": None, "infrared": None, name: batch}))
-    maps = torch.cat(maps)  # (2 * images, C, H, W)
     found, norms = statistics(memory(maps).weights), maps.norm(dim=1).flatten()
     sizes = (memory.instances_per_id, memory.parts_per_instance, memory.dim)
     start = banks_of(initial_memory(memory.num_ids, *sizes, variant=memory.variant))
@@ -367,6 +420,12 @@ CHECKPOINT_HEADS = (
 )
 
 
+STUDY_HEADS = (
+    *("method", "splits", "zero reads, %: part / instance / semantic"),
+    *("norm of the read / of x", "its variation / norm of x", "weight of its own identity, %"),
+)
+
+
 def replace_block(text: str, name: str, block: str) -> str:
     """The page with what stands between the marks of a block replaced."""
     start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
@@ -380,11 +439,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, help="measure this trained MG-MRA instead")
+    parser.add_argument("--study", type=Path, help="measure the study's, in this folder of runs")
     parser.add_argument("--data-path", type=Path, help="the data that it was trained on")
     args = parser.parse_args(argv)
-    if (args.checkpoint is None) != (args.data_path is None):
-        parser.error("--checkpoint and --data-path go together")
-    if args.checkpoint is not None:
+    if (args.checkpoint is None and args.study is None) != (args.data_path is None):
+        parser.error("--checkpoint or --study, and --data-path go together")
+    if args.study is not None:
+        blocks = {"study": table(STUDY_HEADS, study_rows(args.study, args.data_path))}
+    elif args.checkpoint is not None:
         words, rows = checkpoint_rows(args.checkpoint, args.data_path)
         blocks = {"checkpoint": f"{words}\n\n{table(CHECKPOINT_HEADS, rows)}"}
     else:
