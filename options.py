@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from data_manager import DATASETS, TTA
 from eval_metrics import RE_RANKINGS
 from networks import settings
+from utils import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,10 @@ PRESETS: dict[str, Mapping[str, Any]] = {
 ON_TOP = ("strong",)  # change a few values of the data set's preset, in place of all
 PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
 PRESET_SOURCES["scratch"] = "this project, on stand-in data"
-PRESET_SOURCES["strong"] = "the data set's, and what DEEN, IDKL, RLE, CSDN and CAJ add to theirs"
+PRESET_SOURCES["strong"] = (
+    "the data set's; 384 x 144: DEEN, IDKL, RLE; erasing and channel augmentation: CAJ; flip "
+    "averaging: CAJ, DEEN, CSDN, RLE"
+)
 # AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
 # it trains and on what, a preset that is asked for by its name wins.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
@@ -248,7 +252,7 @@ AS_TRAINED = "as trained"
 CHECKPOINT = "checkpoint, or a folder with last.pt; {trial} in it stands for RegDB's trials 1 to N"
 MEMORY = "MODULE.CLASS of a memory of your own, for --test-feat memory and both"
 FEATURES = ".npz with image paths and features (see the README); {trial} in it as in --resume"
-TOP = "gallery images per query in ranks.csv, ranks.json, by cosine similarity or re-ranked"
+TOP = "gallery images per query in ranks.csv, by cosine similarity or re-ranked (default: 20)"
 # Of ``test.py`` and of the figures of a checkpoint.
 EVALUATION = {
     "checkpoint": (
@@ -260,7 +264,12 @@ EVALUATION = {
         Flag("memory-variant", AS_TRAINED, "of MG-MRA; earlier files: released", settings.VARIANTS),
         Flag("memory", None, MEMORY, _class),
     ),
-    "data and protocol": TRAIN["data and protocol"],
+    "data and protocol": (
+        Flag("dataset", AS_TRAINED, "data set: folder layout and protocol", tuple(DATASETS)),
+        Flag("data-path", None, f"data folder (default: as trained, or {FOLDERS})", Path),
+        Flag("trial", AS_TRAINED, "RegDB: split, 1 to 10", int),
+        *TRAIN["data and protocol"][3:],
+    ),
     "identities": (
         Flag("subset", "test", "test identities, or --select-on val's", ("test", "val")),
         Flag("seen-ids", False, "admit identities that were trained on; every result says so"),
@@ -268,10 +277,12 @@ EVALUATION = {
     "machine": TRAIN["machine"],
 }
 MODALITY = ("visible", "infrared")
+NO_TITLE = Flag("no-title", False, "figures without title and note, for a paper's caption")
 TEST = {
     "output": (
         Flag("output-dir", None, "folder of results.json (default: beside the checkpoint)", Path),
         Flag("figures", False, "draw ranked lists, CMC, distances and an embedding"),
+        NO_TITLE,
         Flag("save-features", None, "write features, identities and paths to this .npz", Path),
     ),
     "features of any method, in place of a checkpoint": (Flag("features", None, FEATURES),),
@@ -280,7 +291,7 @@ TEST = {
         Flag("query-modality", None, "theirs (default: as --direction says)", MODALITY),
         Flag("gallery-dir", None, "folder of gallery images, likewise", Path),
         Flag("gallery-modality", None, "theirs (default: as --direction says)", MODALITY),
-        Flag("top", 20, TOP, COUNT),
+        Flag("top", None, TOP, COUNT),
     ),
 }
 
@@ -345,10 +356,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; {self.prog} --help lists all flags")
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]]) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]], *, presets: bool = False
+) -> None:
     """Adds flags by the headings of --help; those in `DEFAULTS` stay None until they are resolved.
 
-    The help of each ends with its default, and with the values that presets and AGW give it.
+    The help of each ends with its default, and with the values that `presets` and AGW give it.
     """
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
@@ -356,7 +369,7 @@ def add_flags(parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Fla
             text, name, more = flag.text, flag.name, flag.argparse
             if "action" not in more and flag.default is not None:
                 values = {"default": flag.default}
-                if flag.default == DEFAULTS.get(name):
+                if presets:
                     layers = {**PRESETS, **METHOD_VALUES}
                     values |= {k: layer[name] for k, layer in layers.items() if name in layer}
                 text += f" ({'; '.join(f'{k}: {_words(value)}' for k, value in values.items())})"
@@ -371,7 +384,7 @@ def _words(value: Any) -> str:
 def train_parser(description: str) -> Parser:
     """Returns the parser of the three training scripts."""
     parser = Parser(description)
-    add_flags(parser, TRAIN)
+    add_flags(parser, TRAIN, presets=True)
     return parser
 
 
@@ -422,7 +435,8 @@ def resolve(
     if method == "agw" and values["pcb"] == "on":
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
-        if flags.get(name):  # a weight of 0 is what an absent term has
+        usual = name in (*PROTOCOL, "tvsearch") and flags.get(name) == DEFAULTS.get(name)
+        if flags.get(name) and not usual:  # a weight of 0 is what an absent term has
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
     start, end = values["triplet_ramp"]
     if not 0 <= start <= end:
@@ -447,7 +461,7 @@ OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a training with those `given`, and why."""
-    flags = {}
+    flags = _unused_by_data(given.get("dataset", DEFAULTS["dataset"]))
     for name, (other, needed) in NEEDS.items():
         value = given.get(other, DEFAULTS[other])
         if value != needed:
@@ -469,13 +483,18 @@ def resolve_evaluation(
 ) -> argparse.Namespace:
     """Fills in the flags of an evaluation that were not given, but for those `AS_TRAINED_FLAGS`.
 
-    `trained` holds dataset, trial and data_path of the checkpoint's training, if known.
+    `trained` holds dataset, trial and data_path of the checkpoint's training; {}: it says none.
 
     Raises:
         ValueError: When flags contradict each other, or have no effect.
     """
-    values, trained = dict(vars(args)), trained or {}
+    values = dict(vars(args))
     no_effect = [name for name in values.pop("ignored", ()) if values.pop(name) is not None]
+    if not values["dataset"] and trained == {} and not values.get("query_dir"):
+        raise ValueError(
+            f"{values['resume']} does not say its data set: pass --dataset {' or '.join(DATASETS)}"
+        )
+    trained = trained or {}
     if values["dataset"] in (None, trained.get("dataset")):
         values |= {name: value for name, value in trained.items() if values[name] is None}
     for name in DEFAULTS.keys() & values.keys() - set(AS_TRAINED_FLAGS):
@@ -510,22 +529,35 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str], script: st
 
 def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on an evaluation with these values, and why."""
-    data = DATASETS[values["dataset"]]
     if values.get("query_dir") or values.get("gallery_dir"):
         names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
+        names |= {"subset"} if values["subset"] != "test" else set()
         return dict.fromkeys(names, "your own images have no protocol")
-    flags = dict.fromkeys(("query_modality", "gallery_modality"), "there is no --query-dir")
+    flags = _unused_by_data(values["dataset"])
+    if "query_dir" in values:
+        of_folders = ("query_modality", "gallery_modality", "top")
+        flags |= dict.fromkeys(of_folders, "there is no --query-dir")
+    if "{trial}" in (values["resume"] or ""):
+        flags.pop("trials", None)
+        flags.setdefault("trial", "{trial} in --resume stands for the trials 1 to --trials")
+    elif "trials" in flags:
+        flags["trials"] += ", and --resume no {trial} in it"
+    return flags
+
+
+def _unused_by_data(dataset: str) -> dict[str, str]:
+    """Returns the flags of other data sets' protocols, and why they have no effect."""
+    data = DATASETS[dataset]
     choices = set().union(*data.protocols.values())
-    for name in ("direction", "tvsearch", "protocol", "mode", "gallery", "shots"):
-        if name.replace("tvsearch", "direction") not in choices:
-            flags[name] = f"{data.title} has no such choice"
-    several = "{trial}" in (values["resume"] or "")
+    flags = {
+        name: f"{data.title} has no such choice"
+        for name in ("direction", "tvsearch", "protocol", "mode", "gallery", "shots")
+        if name.replace("tvsearch", "direction") not in choices
+    }
     if data.splits == 1:
         flags["trial"] = f"{data.title} has one split"
-    elif several:
-        flags["trial"] = "{trial} in --resume stands for the trials 1 to --trials"
-    if data.gallery_draws == 1 and not several:
-        flags["trials"] = f"{data.title} has one gallery, and --resume no {{trial}} in it"
+    if data.gallery_draws == 1:
+        flags["trials"] = f"{data.title} has one gallery"
     return flags
 
 
@@ -573,13 +605,13 @@ def read_options(path: Path) -> dict[str, Any]:
         ValueError: When it is no such file, or holds an illegal value.
     """
     try:
-        saved = json.loads(path.read_text())["options"].items()
+        saved = parse_json(path.read_bytes(), {"options": {}})["options"].items()
         known = {k: v for k, v in saved if k not in (*INCIDENTAL, "tvsearch")}
         words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
         return _given(train_parser("").parse_args(words))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"--options {path}: expected the options.json of a run ({error or error!r})"
+            f"--options {path}: expected the options.json of a run ({error})"
         ) from error
 
 

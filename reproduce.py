@@ -33,7 +33,7 @@ from reproduction.plan import (
     given_options,
     plan,
 )
-from utils import make_writable_dir, read_json, user_errors, write_json
+from utils import make_writable_dir, read_json, user_errors, write_atomic, write_json
 
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
@@ -99,7 +99,10 @@ def table_command(args: argparse.Namespace) -> None:
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)
     for suffix, text in texts.items():
-        (args.runs / f"{args.name}_table.{suffix}").write_text(text, encoding="utf-8")
+        write_atomic(
+            args.runs / f"{args.name}_table.{suffix}",
+            lambda file, text=text: file.write(text.encode()),
+        )
     sys.stdout.write(texts["md"])
 
 

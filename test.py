@@ -43,6 +43,7 @@ from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
 
+TOP = 20  # gallery images per query in an own folder's ranking
 DRAWN = 10  # gallery images per query in the picture of an own folder's ranking
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with distributed.processes(args.gpu) as device:
             devices.set_up(device, args.float32_precision)
             if args.query_dir or args.gallery_dir:
-                rank_folders(args, device)
+                rank_folders(args, device, trained)
             else:
                 evaluate_checkpoints(args, device, trained)
     return 0
@@ -132,7 +133,8 @@ def evaluate_checkpoints(
 
             feat = rows[-1]["test_feat"]
             drawn = {role: kinds[feat] for role, kinds in features.items()}
-            files = evaluation_figures(output, protocol, images, drawn, results[0])
+            how = {"heading": not args.no_title}
+            files = evaluation_figures(output, protocol, images, drawn, results[0], **how)
             log.info("wrote %s", ", ".join(files))
     if distributed.is_main():
         write_results(output, args, results, device)
@@ -144,7 +146,7 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
 
     Raises:
-        ValueError: When no checkpoint is named, or one of the pattern's is missing.
+        ValueError: When one of the pattern's files is missing.
     """
     if "{trial}" not in args.resume:
         return [(args.trial, args.resume)]
@@ -154,8 +156,8 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     missing = [path for _, path in found if not Path(path).is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(found)} checkpoints are missing, {missing[0]} first: train "
-            f"them, or evaluate fewer with --trials N"
+            f"{len(missing)} of {len(found)} files are missing, {missing[0]} first: make them, or "
+            f"evaluate fewer with --trials N"
         )
     return found
 
@@ -215,11 +217,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     first = rows[0]
     lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
     lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")
+    if first.get("recipe"):
+        lines.append(f"trained with: {first['recipe']}")
     return "\n".join(lines)
 
 
 def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path:
     """A folder beside the checkpoint, named by the protocol and what differs from the training."""
+    parent = Path(args.resume.replace("{trial}", "1")).parent
+    stem = Path(args.resume.replace("{trial}", "")).stem
+    if args.query_dir:
+        words = ["search", args.query_dir.resolve().name, args.gallery_dir.resolve().name]
+        sides = (args.query_modality, args.gallery_modality)
+        words += [*filter(None, sides), *(["i2v"] if args.direction == "i2v" else [])]
+        return parent / "_".join([*words, *changed_settings(args, trained), stem])
     data, given = DATASETS[args.dataset], vars(args)
     asked = dict.fromkeys(  # what the data set's protocols in this direction differ in
         name
@@ -232,15 +243,23 @@ def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path
         words.append("trials" if "{trial}" in args.resume else f"trial{args.trial}")
     if args.trials != options.DEFAULTS["trials"]:
         words.append(f"first{args.trials}")
+    trained_path = trained.get("data_path")
+    same_data = trained_path and trained.get("dataset") == args.dataset
+    if same_data and Path(trained_path).resolve() != args.data_path.resolve():
+        words.append(args.data_path.resolve().name)
+    words += changed_settings(args, trained)
+    return parent / "_".join(["test", args.dataset, *words, stem])
+
+
+def changed_settings(args: argparse.Namespace, trained: Mapping[str, Any]) -> list[str]:
+    """Words for the settings that differ from the training's, or from the usual ones."""
+    given, words = vars(args), []
     usual = {**trained, "amp": False, "float32_precision": "high"}
     for name in (*options.AS_TRAINED_FLAGS, "amp", "float32_precision", "seen_ids"):
         if given[name] not in (None, False, usual.get(name)):
             words.append(name if given[name] is True else f"{name}{given[name]}")
     rare = (args.test_feat, args.subset, args.re_rank, args.tta)
-    words += [word for word in rare if word not in (None, "test", "no")]
-    parent = Path(args.resume.replace("{trial}", "1")).parent
-    stem = Path(args.resume.replace("{trial}", "")).stem
-    return parent / "_".join(["test", args.dataset, *words, stem])
+    return words + [word for word in rare if word not in (None, "test", "no")]
 
 
 def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
@@ -264,7 +283,8 @@ def score_features(args: argparse.Namespace) -> int:
     Raises:
         ValueError: When a flag does not go with --features, or a file cannot be used.
     """
-    for name in ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat"):
+    names = ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat", "top")
+    for name in (*names, "seen_ids", "amp", "memory", *options.AS_TRAINED_FLAGS):
         if getattr(args, name):
             raise ValueError(f"--features does not go with --{name.replace('_', '-')}: give one")
     args.resume = args.features
@@ -284,7 +304,7 @@ def score_features(args: argparse.Namespace) -> int:
 # --- Your own images ------------------------------------------------------------------------------
 
 
-def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
+def rank_folders(args: argparse.Namespace, device: torch.device, trained: TrainedOn) -> None:
     """Ranks one folder's images by likeness to another's: no identities, no lists, no protocol.
 
     Writes ``ranks.csv``, ``ranks.json`` and ``ranked_lists.png``.
@@ -306,8 +326,7 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     query = folder_images(args.query_dir, args.query_modality or sides[0])
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
     net, _, images = open_checkpoint(args, args.resume, device)
-    name = f"search_{args.query_dir.resolve().name}_{args.gallery_dir.resolve().name}"
-    output = utils.make_writable_dir(args.output_dir or Path(args.resume).parent / name)
+    output = utils.make_writable_dir(args.output_dir or default_output(args, trained.options))
     feat = args.test_feat or net.test_feats()[0]
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
@@ -327,7 +346,8 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
     about = {"checkpoint": args.resume, "query": args.query_dir, "gallery": args.gallery_dir}
     about |= {"query_modality": query.modality, "gallery_modality": gallery.modality}
     about |= {"test_feat": feat, "re_rank": args.re_rank, "tta": args.tta}
-    write_ranks(output, query, gallery, distmat, about, top=args.top)
+    top = args.top or TOP
+    write_ranks(output, query, gallery, distmat, about, top=top)
     if target:
         save_features(target, protocol, features, {**about, **vars(protocol)})
         log.info("wrote %s", target)
@@ -339,9 +359,9 @@ def rank_folders(args: argparse.Namespace, device: torch.device) -> None:
         top=DRAWN,
         title=title + ("" if args.re_rank == "no" else f"; re-ranked: {args.re_rank}"),
     )
-    save(figure, output / "ranked_lists.png")
+    save(figure, output / "ranked_lists.png", heading=not args.no_title)
     text = "wrote ranks.csv and ranks.json (the nearest %d of %d) and ranked_lists.png into %s"
-    log.info(text, min(args.top, len(gallery)), len(gallery), output)
+    log.info(text, min(top, len(gallery)), len(gallery), output)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Files are written atomically (a temporary file in the same folder, flushed to di
 an interruption leaves either the former file or the new one. JSON files are read against a schema.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import logging
@@ -21,10 +23,12 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import fcntl
@@ -36,6 +40,7 @@ log = logging.getLogger(__name__)
 VERSION = "2.0.0"  # of this project, see CHANGELOG.md
 JSON_LIMIT = 16 * 2**20  # bytes of a JSON text; the log of an epoch takes about 2,000
 DEEPEST = 20  # levels in it
+MADE_FOLDERS: list[Path] = []  # by this process, the deepest first
 
 
 class CheckpointError(ValueError):
@@ -70,12 +75,20 @@ def stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns errors a user can mend into one paragraph on standard error and exit code 2."""
+    """Turns errors a user can mend into one paragraph on standard error and exit code 2.
+
+    Folders that `make_writable_dir` has made inside are removed again if they are empty.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
+    finally:
+        for folder in MADE_FOLDERS:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        MADE_FOLDERS.clear()
 
 
 @contextlib.contextmanager
@@ -116,6 +129,8 @@ def log_to(file: Path) -> None:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions, hardware and commit (marked where the code has local changes) of a number."""
+    import torch  # takes seconds, and --help does without
+
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -137,8 +152,10 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def make_writable_dir(path: Path) -> Path:
     """Creates a folder; raises ValueError, with the system's reason, when it is not writable."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
+        MADE_FOLDERS[:0] = new
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(
@@ -151,35 +168,34 @@ def make_writable_dir(path: Path) -> Path:
 def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a lock file, which the system frees when this process ends, however it ends.
 
-    Its folder is made, and removed again if it stays empty.
+    Its folder is made.
 
     Raises:
         ValueError: Another process, which the message names, holds it, and `wait` is false.
     """
-    new = [folder for folder in path.parents if not folder.exists()]
     while True:
         make_writable_dir(path.parent)
         with open(path, "a+") as file:
             _take_lock(file, path, wait)
             if os.fstat(file.fileno()).st_nlink == 0:  # its former holder has just removed it
                 continue
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}")
-            file.flush()
             try:
+                with naming(path):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
                 yield
             finally:
-                with contextlib.suppress(OSError):  # a folder is not empty
+                with contextlib.suppress(OSError):
                     path.unlink()
-                    for folder in new:
-                        folder.rmdir()
             return
 
 
 def _take_lock(file: TextIO, path: Path, wait: bool) -> None:
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:
+            raise OSError("this system has no such locks")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         text = f"{path.parent} is being written by {file.read() or 'another process'}"

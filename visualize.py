@@ -4,9 +4,9 @@
     python visualize.py cmc runs/*/test_regdb_v2i_trial1_last --names HCT MG-MRA
     python visualize.py curves runs/MGMRA_regdb_trial1
 
-Test identities only: no figure shows an identity that the network was trained on. Every figure goes
-beside its input, or where --out says; --no-title leaves title and note to the paper's caption.
---help after a figure's name lists what can be chosen.
+Test identities only: without --seen-ids no figure shows an identity that the checkpoint says it was
+trained on. Every figure goes beside its input, or where --out says; --no-title leaves title and
+note to the paper's caption. --help after a figure's name lists what can be chosen.
 """
 
 from __future__ import annotations
@@ -222,8 +222,7 @@ def figure_parser(description: str) -> options.Parser:
         figure = commands.add_parser(name, help=text, description=text)
         figure.set_defaults(draw=draw)
         out = f"file, .png or .pdf (default: {name}.png beside the input)"
-        no_title = Flag("no-title", False, "without title and note, for a paper's caption")
-        options.add_flags(figure, {"file": (Flag("out", None, out, Path), no_title)})
+        options.add_flags(figure, {"file": (Flag("out", None, out, Path), options.NO_TITLE)})
         options.add_flags(figure, {"figure": flags})
         return figure
 

@@ -51,9 +51,9 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
         raise DataError(
             f"{folder} holds no image, nor do the folders in it; expected {', '.join(FORMATS)}"
         )
-    ending = f": {', '.join(skipped[:5])}{', ...' if skipped[5:] else ''}" if skipped else ""
-    text = "%s: %d %s images taken, %d files skipped that are no image%s"
-    log.info(text, folder, len(names), modality, len(skipped), ending)
+    ending = f" ({', '.join(skipped[:5])}{', ...' if skipped[5:] else ''})" if skipped else ""
+    text = "%s: %s images taken: %d; other files skipped: %d%s"
+    log.info(text, folder, modality, len(names), len(skipped), ending)
     return image_list(root, [(name, -1, -1) for name in names], modality)
 
 

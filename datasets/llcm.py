@@ -108,7 +108,8 @@ class Llcm(DataSet):
             return whole
         draws = [seeded_draw(whole.gallery, trial, 1) for trial in range(options.trials)]
         drawn, rows = drawn_gallery(whole.gallery, draws)
-        protocol = f"{whole.protocol}, single-shot, seeded draws, {len(draws)} trials"
+        protocol = f"{whole.protocol}, single-shot, seeded draws, {len(draws)} trial"
+        protocol += "s" if len(draws) > 1 else ""
         if turned:
             all_rows = (np.arange(len(whole.query)),) * len(draws)
             return EvalSet(self.name, drawn, whole.query, all_rows, "same", protocol, rows)

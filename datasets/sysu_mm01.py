@@ -128,7 +128,7 @@ class Sysu(DataSet):
         else:
             cells = _read_official_draw(root)
             draws = [_official_draw(cells, gallery, trial, shots) for trial in trials]
-        protocol = f"{self.describe(options)}, {len(draws)} trials"
+        protocol = f"{self.describe(options)}, {len(draws)} trial{'s' * (len(draws) > 1)}"
         protocol += ", validation identities" if options.subset == "val" else ""
         return EvalSet(self.name, query, *drawn_gallery(gallery, draws), "sysu", protocol)
 

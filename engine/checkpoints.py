@@ -158,11 +158,17 @@ class TrainedOn:
 def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
     """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
     unknown = "unknown (checkpoint of an earlier release)"
+    trained = info.get("options", {})
+    recipe = [f"preset {trained['preset']}"] if "preset" in trained else []
+    recipe += [
+        f"{k} {trained[k]}" for k in ("erase", "channel_aug", "grey", "tone") if trained.get(k)
+    ]
     return {
         "checkpoint": str(path),
         "selection": info.get("selection", unknown),
         "epoch": info.get("epoch"),
         "trained_on": info.get("data", "unknown"),
+        "recipe": ", ".join(map(str, recipe)),
         "gem_p": float(net.gem_p),
         "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
     }

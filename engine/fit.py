@@ -70,7 +70,8 @@ def fit(
     writer = None
     if distributed.is_main():
         # Events of later epochs than the resumed one are hidden.
-        writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
+        with naming(files.tensorboard_dir):
+            writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
     write_reports(files, progress)
     partly = 0 in map(criterion.weights.get, CLASSIFYING_TERMS)
     trained = distributed.parallel(net, sync_bn=settings.sync_bn, partly=partly)
@@ -108,7 +109,8 @@ def fit(
             ends = progress.epoch == schedule.epochs
             _save(net, optimizer, progress, files, settings, ends=ends)
     if writer is not None:
-        writer.close()
+        with naming(files.tensorboard_dir):
+            writer.close()
         files.checkpoint(PREVIOUS).unlink(missing_ok=True)
     return progress
 

@@ -124,7 +124,8 @@ class Run:
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
         if distributed.is_main():
             logs = args.log_path or files.output_dir
-            for folder in (files.output_dir, files.checkpoint_dir, files.tensorboard_dir, logs):
+            events = [] if args.test_only else [files.tensorboard_dir]
+            for folder in (files.output_dir, files.checkpoint_dir, *events, logs):
                 utils.make_writable_dir(folder)
             utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         data, versions = data_name(args.dataset, args.data_path), utils.versions(self.device)

@@ -140,12 +140,14 @@ def evaluation_figures(
     load: Callable[[ImageList], np.ndarray],
     features: Features,
     results: Sequence[Mapping[str, Any]],
+    *,
+    heading: bool = True,
 ) -> list[str]:
     """Draws ranked lists, CMC, distances and an embedding of an evaluation, each as PNG and PDF.
 
     `load` returns the images (n, H, W, 3) uint8 of a list; `features` are all images', of the last
     result's kind; `results` are as in ``results.json``. The ranked lists show the last one's
-    ranking. Returns the names of the files.
+    ranking. `heading`: see `page.save`. Returns the names of the files.
     """
     trial, rows = first_trial(protocol), first_rows(protocol)
     images = {role: load(getattr(protocol, role))[rows[role]] for role in rows}
@@ -161,5 +163,5 @@ def evaluation_figures(
     }
     for name, figure in figures.items():
         for form in FORMATS:
-            save(figure, folder / f"{name}{form}")
+            save(figure, folder / f"{name}{form}", heading=heading)
     return [f"{name}{form}" for name in figures for form in FORMATS]

@@ -82,7 +82,7 @@ class Findings:
             lines.append(f"  !!  {line}   expected {wrong}" if wrong else f"  ok  {line}")
         lines += [f"  !!  {problem}" for problem in self.problems]
         wrong = len(self.problems) + len(self.wrong)
-        lines.append("all is well" if self.good else f"{wrong} of these findings need a look")
+        lines.append("all is well" if self.good else f"findings that need a look: {wrong}")
         return "\n".join(lines) + "\n"
 
 

@@ -297,7 +297,7 @@ def plan(
     for setting in settings_of(table):
         trainings = []
         own = {name.replace("-", "_"): value for name, value in setting.train.items()}
-        useless = options.unused(setting.script, {**extra, **own})
+        useless = options.unused(setting.script, {"dataset": dataset, **extra, **own})
         used = {name: value for name, value in extra.items() if name not in useless}
         for split in splits:
             words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]

@@ -51,7 +51,8 @@ def resolved(line=""):
 def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
     value = ANCESTORS_FLAGS[name]
     flag = "--" + name.replace("_", spelling).replace("-", spelling)
-    args, _ = options.resolve(options.train_parser("").parse_args([flag, value]))
+    data = ["--dataset", "sysu"] if name == "mode" else []
+    args, _ = options.resolve(options.train_parser("").parse_args([flag, value, *data]))
     found = getattr(args, name.replace("-", "_"))
     assert str(found) == value or found == float(value)
 
@@ -259,7 +260,7 @@ def test_the_description_holds_what_differs_from_the_preset_and_json_every_flag(
 @pytest.mark.parametrize(
     "line",
     [
-        "--dataset sysu --lr 0.2 --milestones 3 5 --tvsearch --amp --shrink auto --shrink-scale 2",
+        "--dataset llcm --lr 0.2 --milestones 3 5 --tvsearch --amp --shrink auto --shrink-scale 2",
         "--method agw --gem-p 10 --output-dir x --data-path d",  # a flag that is the preset's value
         "--memory-levels none --preset scratch",
     ],
@@ -283,9 +284,9 @@ def test_a_run_s_options_run_again_and_flags_beside_them_win(line, tmp_path):
     [
         (None, "No such file"),
         ("no json", "Expecting value"),
-        ("[]", "list indices"),
-        ("[" * 100_000, "recursion"),
-        ('{"options": 3}', "no attribute 'items'"),
+        ("[]", r"it is \[\], expected dict"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"options": 3}', "'options' is 3, expected dict"),
         ('{"options": {"lr": -1}}', "argument --lr: expected a number above 0"),
         ('{"options": {"rate": 1}}', "unrecognized arguments: --rate 1"),
     ],
@@ -338,6 +339,8 @@ def test_an_evaluation_is_of_what_the_checkpoint_was_trained_on_unless_told():
 
 
 NO_EFFECT = {
+    "--top 3": "--top has no effect, since there is no --query-dir",
+    "--query-dir a --subset val": "--subset has no effect, since your own images have no protocol",
     "--trials 10": "--trials has no effect, since RegDB has one gallery, and --resume no {trial}",
     "--resume a{trial}.pt --trial 2": "--trial has no effect, since {trial} in --resume stands for",
     "--mode indoor": "--mode has no effect, since RegDB has no such choice: leave it out",
@@ -359,6 +362,25 @@ NO_EFFECT = {
 def test_flags_without_effect_on_an_evaluation_are_refused(line):
     with pytest.raises(ValueError, match=f"^{re.escape(NO_EFFECT[line])}"):
         evaluation(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--dataset sysu --tvsearch", "--dataset sysu --trial 3", "--dataset llcm --shots 10"),
+        *("--mode indoor", "--gallery official", "--trials 5", "--protocol repository"),
+    ],
+)
+def test_another_data_set_s_flags_are_refused_in_training_too(line):
+    with pytest.raises(ValueError, match="has no effect, since .*: leave it out"):
+        resolved(line)
+    resolved("--dataset sysu --trial 1 --direction v2i --tvsearch False")  # the usual values
+
+
+def test_a_checkpoint_that_does_not_say_its_data_set_needs_it(caplog):
+    with pytest.raises(ValueError, match=r"old.t does not say its data set: pass --dataset regdb"):
+        evaluation("--resume old.t", {})
+    assert evaluation("--resume old.t --dataset sysu", {}).dataset == "sysu"
 
 
 def test_defaults_without_effect_are_ignored_with_one_line(caplog):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from utils import VERSION
+
 ROOT = Path(__file__).parents[1]
 # From the ground up: a room or module imports what stands below it, and modules of its own room.
 FLOORS = (
@@ -41,6 +43,10 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_imports_point_down_only():
