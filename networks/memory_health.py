@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from networks.settings import HEALTH
-from networks.sparse_read import Survivors
+from networks.sparse_read import Survivors, starts
 
 
 class MemoryHealth:
@@ -29,8 +29,7 @@ class MemoryHealth:
         for level, own in weights.items():
             if isinstance(own, Survivors):
                 positive, per_row = own.alpha, own.offsets.diff()  # (k,), (n,)
-                used = positive.new_zeros(own.size + 1)
-                used = used.index_add_(0, own.columns, torch.ones_like(positive))[:-1]  # (m,)
+                used = starts(own.columns.sort().values, own.size).diff()  # (m,)
             else:
                 positive, survive = own, own > 0  # (n, m)
                 per_row, used = survive.sum(dim=1), survive.sum(dim=0)

@@ -6,12 +6,14 @@ then gather the survivors' rows alone. Values and gradients equal those of the p
 `memory.plain_read`, which `tests/test_sparse_read.py` checks.
 
 In training on CUDA nothing waits for the number of survivors: their lists are as long as they can
-get at most, 1 / lambda a query, and end with spare entries, which the gathering skips.
+get at most, 1 / lambda a query, and end with spare entries, which no sum touches.
 
 Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together and
 spare entries. A prototype is addressed by its key, and read as it stands in the bank.
 """
 
+import functools
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+log = logging.getLogger(__name__)
+
 SCORES_AT_A_TIME = 1 << 21  # on the CPU, 8 MiB in float32: stays within its cache
 # The least m * lambda: below 2 half of a bank or more may survive. A GPU multiplies faster than it
 # gathers, and its lists are as long as they can get.
 MIN_SURVIVAL_ODDS = {"cpu": 2.0, "cuda": 8.0}
-# Lists of a given length on CUDA: since torch 2.7.
-SIZED_NONZERO = torch._C._dispatch_has_kernel_for_dispatch_key("aten::nonzero_static", "CUDA")
-SPARE_BAG = 4096  # spare entries skipped in a row; such bags are skipped in parallel
 HALF_ROWS = ("cuda",)  # where rows are gathered in autocast's precision too
 
 
@@ -51,7 +52,19 @@ def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
     """
     device = queries.device.type
     few = len(bank) * shrink >= MIN_SURVIVAL_ODDS.get(device, torch.inf)
-    return few and queries.dtype != torch.float64 and (device != "cuda" or SIZED_NONZERO)
+    return few and queries.dtype != torch.float64 and (device == "cpu" or _works_on(queries.device))
+
+
+@functools.cache
+def _works_on(device: torch.device) -> bool:
+    """Whether a GPU runs what `sparse_read` needs there; if not, warns once."""
+    try:
+        one, offsets = torch.ones(1, 1, device=device), torch.arange(2, device=device).int()
+        torch.nonzero_static(one, size=1)  # on CUDA since torch 2.7
+        return weighted_sums(one, offsets[:1], offsets, one[0]).item() == 1
+    except Exception as error:  # nor without Triton or a C compiler for it
+        log.warning("the memory is read in its plain form, which is slower: %s", error)
+        return False
 
 
 def sparse_read(
@@ -73,7 +86,7 @@ def sparse_read(
         common = bank.mean(dim=0)
         gathered = dtype if device in HALF_ROWS else bank.dtype
         rows = [x.to(gathered) for x in (queries, keys, bank - common)]
-        values = _WeightedSums.apply(*rows, weights, bounded)
+        values = _WeightedSums.apply(*rows, weights)
         reads = weights.offsets.diff() > 0  # (n,)
         return values + reads.unsqueeze(1) * common, weights
 
@@ -101,7 +114,7 @@ def _survivors(queries: Tensor, keys: Tensor, shrink: float, bounded: bool) -> S
         spare = torch.arange(len(rows), device=rows.device) >= weights.count_nonzero()
         rows, columns = rows.masked_fill(spare, n), columns.masked_fill(spare, m)
         alpha = alpha.masked_fill(spare, 0.0)
-    return Survivors(rows, columns, alpha, _starts(rows, n), m)
+    return Survivors(rows, columns, alpha, starts(rows, n), m)
 
 
 class _WeightedSums(torch.autograd.Function):
@@ -109,12 +122,11 @@ class _WeightedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, keys: Tensor, bank: Tensor, weights: Survivors, bounded: bool
+        ctx: Any, queries: Tensor, keys: Tensor, bank: Tensor, weights: Survivors
     ) -> Tensor:
         rows, columns, alpha, offsets, _ = weights
-        values = _sums(bank, columns, offsets, alpha, bounded)
+        values = weighted_sums(bank, columns, offsets, alpha)
         ctx.save_for_backward(queries, keys, bank, rows, columns, alpha, offsets, values)
-        ctx.bounded = bounded
         return values
 
     @staticmethod
@@ -123,51 +135,63 @@ class _WeightedSums(torch.autograd.Function):
         queries, keys, bank, rows, columns, alpha, offsets, values = ctx.saved_tensors
         grad = grad.contiguous()
         # d value / d weight: products of the gradient's rows with the survivors' prototypes.
-        grad_alpha = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            *(grad, _with_spare_row(bank, ctx.bounded), columns, offsets, rows, 0),
-            padding_idx=len(bank) if ctx.bounded else -1,
-        )
+        grad_alpha = products(grad, bank, rows, columns, offsets)
         # Softmax over the survivors of each row; the mean of grad_alpha is a product of rows too.
         mean = F.pad((grad * values).sum(dim=1, dtype=torch.float32), (0, 1))  # (n + 1,)
         grad_scores = alpha * (grad_alpha - mean[rows])
         # The same survivors, ordered by prototype.
         order = columns.argsort(stable=True)
-        of_prototype = _starts(columns[order], len(bank))
+        of_prototype = starts(columns[order], len(bank))
         rows = rows[order]
-        grad_queries = _sums(keys, columns, offsets, grad_scores, ctx.bounded)
-        grad_keys = _sums(queries, rows, of_prototype, grad_scores[order], ctx.bounded)
-        grad_bank = _sums(grad, rows, of_prototype, alpha[order], ctx.bounded)
-        return grad_queries, grad_keys, grad_bank, None, None
+        grad_queries = weighted_sums(keys, columns, offsets, grad_scores)
+        grad_keys = weighted_sums(queries, rows, of_prototype, grad_scores[order])
+        grad_bank = weighted_sums(grad, rows, of_prototype, alpha[order])
+        return grad_queries, grad_keys, grad_bank, None
 
 
-def _starts(groups: Tensor, count: int) -> Tensor:
+def starts(groups: Tensor, count: int) -> Tensor:
     """Where each of `count` groups begins, and the last ends, in sorted numbers of groups (k,)."""
     numbers = torch.arange(count + 1, dtype=torch.int32, device=groups.device)
     return torch.searchsorted(groups, numbers, out_int32=True)
 
 
-def _sums(
-    table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor, bounded: bool
-) -> Tensor:
-    """Weighted sums (b, C) of rows of a table (r, C): bag i has entries offsets[i:i + 2].
+@torch.library.custom_op("mgmra::weighted_sums", mutates_args=())
+def weighted_sums(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sums (b, C) of rows of a table (r, C): group i has the entries offsets[i]:offsets[i + 1].
 
-    Those after the last offset are spare, with the index r: in bags of their own they are skipped.
+    `indices` and `weights` are (k,), int32 and float32; entries after the last group are spare.
     """
-    bags, starts = len(offsets) - 1, offsets[:-1]
-    if bounded:
-        spare_bags = torch.arange(-(-len(indices) // SPARE_BAG), device=indices.device)
-        spare = len(indices) - offsets[-1]
-        spare_bags = offsets[-1] + spare * spare_bags // max(1, len(spare_bags))
-        starts = torch.cat([starts, spare_bags.int()])
-    return F.embedding_bag(
-        indices,
-        _with_spare_row(table, bounded),
-        starts,
-        mode="sum",
-        per_sample_weights=weights.to(table.dtype),
-        padding_idx=len(table) if bounded else None,
-    )[:bags]
+    if table.is_cuda:
+        from networks import sparse_kernels  # Triton comes with CUDA builds alone
+
+        with torch.cuda.device_of(table):
+            return sparse_kernels.weighted_sums(table, indices, offsets, weights)
+    own = int(offsets[-1])
+    indices, weights = indices[:own], weights[:own].to(table.dtype)
+    how = {"mode": "sum", "per_sample_weights": weights}
+    return F.embedding_bag(indices, table.contiguous(), offsets[:-1], **how)
 
 
-def _with_spare_row(table: Tensor, bounded: bool) -> Tensor:
-    return F.pad(table, (0, 0, 0, 1)) if bounded else table.contiguous()
+@torch.library.custom_op("mgmra::products", mutates_args=())
+def products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+    """Products (k,) of rows of `left` (n, C) and `right` (m, C), float32; 0 in spare entries."""
+    if left.is_cuda:
+        from networks import sparse_kernels
+
+        with torch.cuda.device_of(left):
+            return sparse_kernels.products(left, right, columns, offsets)
+    own = int(offsets[-1])
+    found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        *(left, right.contiguous(), columns[:own], offsets[:-1], rows[:own], 0)
+    )
+    return F.pad(found.float(), (0, len(rows) - own))
+
+
+@weighted_sums.register_fake
+def _(table: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return table.new_empty(len(offsets) - 1, table.shape[1])
+
+
+@products.register_fake
+def _(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+    return left.new_empty(len(rows), dtype=torch.float32)

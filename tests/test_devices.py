@@ -42,6 +42,7 @@ def steps(
 ) -> dict[str, torch.Tensor]:
     """Everything that two steps of an epoch compute, backward pass aside; what they report."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)  # it would look for CUDA
+    monkeypatch.setattr(sparse_read, "_works_on", lambda device: True)
     net = on_device(net)
     make_optimizer(net)
     optimizer = SimpleNamespace(zero_grad=lambda set_to_none: None, step=lambda: None)
@@ -81,6 +82,6 @@ def test_waiting_would_be_noticed(monkeypatch):
     net = TwoStreamNet(IDS, memory="mg", arch="resnet18").train()
     unbounded = functools.partial(sparse_read.sparse_read, bounded=False)
     monkeypatch.setattr(sparse_read, "sparse_read", unbounded)
-    monkeypatch.setattr(sparse_read, "SIZED_NONZERO", True)
+    monkeypatch.setattr(sparse_read, "_works_on", lambda device: True)
     with fake.FakeTensorMode(), pytest.raises(WAITS):
         steps(net, monkeypatch)

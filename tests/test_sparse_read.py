@@ -27,7 +27,6 @@ def test_equals_a_masked_softmax_gradients_included(scale, shrink, chunk, monkey
     """From no survivor (uniform weights are 1/150) to all of them."""
     bounded = chunk is None  # as in training on CUDA
     monkeypatch.setattr(sparse_read, "SCORES_AT_A_TIME", (chunk or 1) * 150)
-    monkeypatch.setattr(sparse_read, "SPARE_BAG", 37)
     gen = torch.Generator().manual_seed(6)
     x = (scale * torch.randn(40, 9, generator=gen)).requires_grad_()
     bank = torch.randn(150, 9, generator=gen).requires_grad_()
@@ -84,10 +83,10 @@ def test_chosen_for_large_banks_and_never_in_float64(monkeypatch):
     fake = pytest.importorskip("torch._subclasses.fake_tensor")
     with fake.FakeTensorMode():
         on_gpu = torch.zeros(5, 4, device="cuda")
-    monkeypatch.setattr(sparse_read, "SIZED_NONZERO", True)
+    monkeypatch.setattr(sparse_read, "_works_on", lambda device: True)
     assert pays_off(on_gpu, torch.zeros(6180, 4), 0.0025)
     assert not pays_off(on_gpu, torch.zeros(1030, 4), 0.0025)  # dense products are faster there
-    monkeypatch.setattr(sparse_read, "SIZED_NONZERO", False)
+    monkeypatch.setattr(sparse_read, "_works_on", lambda device: False)
     assert not pays_off(on_gpu, torch.zeros(6180, 4), 0.0025)
 
 
@@ -124,3 +123,23 @@ def test_half_precision_rows_give_the_same_but_for_rounding():
         results.append((values.float(), *torch.autograd.grad((values * toward).sum(), inputs)))
     for ours, expected in zip(*results, strict=True):
         assert (ours - expected).norm() < 0.03 * expected.norm()
+
+
+class Context:
+    """What autograd hands to a function."""
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_and_backward_on_a_gpu_wait_for_nothing(dtype):
+    fake = pytest.importorskip("torch._subclasses.fake_tensor")
+    with fake.FakeTensorMode(), torch.no_grad():  # a size that depends on numbers is an error
+        queries, bank = (torch.randn(n, 16, device="cuda", dtype=dtype) for n in (30, 900))
+        weights = sparse_read._survivors(queries, bank, 0.0025, True)
+        context, function = Context(), sparse_read._WeightedSums
+        values = function.forward(context, queries, bank, bank, weights)
+        *grads, _ = function.backward(context, values)
+    assert [g.shape for g in grads] == [(30, 16), (900, 16), (900, 16)]
+    assert {(g.device.type, g.dtype) for g in (values, *grads)} == {("cuda", dtype)}
