@@ -239,7 +239,8 @@ def _ahead(
         return result
 
     queue: deque[Future] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if stream else {}
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches", **on_device)
     try:
         for item in items:
             queue.append(pool.submit(work, item))

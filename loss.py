@@ -75,23 +75,22 @@ class HeteroCenterTripletLoss(nn.Module):
         """
         _check(features, labels)
         if modality is None:
-            rows = len(labels)
-            if rows % 2:
-                raise ValueError(f"without `modality` the batch must have an even size, got {rows}")
-            modality = torch.arange(rows, device=labels.device) >= rows // 2
+            size = len(labels)
+            if size % 2:
+                raise ValueError(f"without `modality` the batch must have an even size, got {size}")
+            modality = torch.arange(size, device=labels.device) >= size // 2
         if features.ndim == 2:
             features = features.unsqueeze(1)  # (N, 1, D)
         same_identity = labels[:, None] == labels  # (N, N)
         same_center = same_identity & (modality[:, None] == modality)  # (N, N)
-        # A centre that several of the n rows chosen stand for has a share of its weight in each.
-        share = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,)
-        one = slice(None, None, self.images_per_id)
-        centers = torch.einsum("nm,msd->snd", same_center[one] * share, features)  # (S, n, D)
-        same_identity = same_identity[one, one]
+        weight = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,) one over a centre's rows
+        rows = slice(None, None, self.images_per_id)  # n: one of each centre if K is given, or all
+        centers = torch.einsum("nm,msd->snd", same_center[rows] * weight, features)  # (S, n, D)
+        same_identity = same_identity[rows, rows]
         positive, negative = _hardest(pairwise_distance(centers), same_identity)  # (S, n) each
         # With a single identity there is no negative: inf, hence a hinge of zero.
         hinge = F.relu(self.margin + positive - negative)
-        return (hinge * share[one]).sum() / share[one].sum()
+        return (hinge * weight[rows]).sum() / weight[rows].sum()
 
 
 class BatchHardTripletLoss(nn.Module):
@@ -159,14 +158,13 @@ def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
 
     Source: the figure's "instance loss"; for the released total's constant see `weighted_total`.
     """
-    stripes = len(order)
-    height = part_read.shape[2]
-    if stripes < 2 or height % stripes:
-        raise ValueError(f"a map of height {height} does not divide into {stripes} >= 2 stripes")
-    stripe = part_read.unflatten(2, (stripes, -1)).unbind(dim=2)  # S of (N, C, H/S, W)
-    half = stripes // 2
+    count, height = len(order), part_read.shape[2]
+    if count < 2 or height % count:
+        raise ValueError(f"a map of height {height} does not divide into {count} >= 2 stripes")
+    stripes = part_read.unflatten(2, (count, -1)).unbind(dim=2)  # S of (N, C, H/S, W)
+    half = count // 2
     pairs = zip(order[:half], order[half:], strict=False)  # an odd stripe is left over
-    return sum(F.mse_loss(stripe[i], stripe[j]) for i, j in pairs) / half
+    return sum(F.mse_loss(stripes[i], stripes[j]) for i, j in pairs) / half
 
 
 def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
@@ -184,9 +182,9 @@ def part_decorrelation_loss(part_read: Tensor, num_strips: int) -> Tensor:
     stripes = part_read.unflatten(2, (num_strips, -1)).mean(dim=(3, 4))  # (N, C, S)
     gram = torch.einsum("ncs,nct->nst", stripes, stripes) / len(stripes)
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    on = (diagonal - 1).square().sum()
-    off = gram.square().sum() - diagonal.square().sum()
-    return (on + DECORRELATION_OFF_DIAGONAL * off) / DECORRELATION_SCALE
+    norms = (diagonal - 1).square().sum()
+    products = gram.square().sum() - diagonal.square().sum()
+    return (norms + DECORRELATION_OFF_DIAGONAL * products) / DECORRELATION_SCALE
 
 
 class Criterion(nn.Module):

@@ -21,7 +21,7 @@ from networks import sparse_read
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
 EPSILON = 1e-12  # of the releases' divisions
-RECOMPUTED_ENTRIES = 1 << 24  # of the weights (n, m): more are computed again for the gradient
+RECOMPUTED_ENTRIES = 1 << 24  # weights n * m above which the backward recomputes, not keeps them
 
 
 def read(
@@ -52,7 +52,7 @@ def read(
     if temperature is not None:
         queries = F.normalize(queries) / temperature
         keys = F.normalize(bank)
-    keys = keys - keys.mean(dim=0)  # the same softmax, from smaller scores
+    keys = keys - keys.mean(dim=0)  # cancels in the softmax; smaller scores are rounded less
     if sparse_read.pays_off(queries, bank, shrink):
         values, weights = sparse_read.sparse_read(queries, keys, bank, shrink)
     elif len(queries) * len(bank) > RECOMPUTED_ENTRIES and torch.is_grad_enabled():
@@ -64,14 +64,17 @@ def read(
 
 
 def plain_read(queries: Tensor, keys: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """The formula of `read` for queries (n, C), and keys and bank (m, C)."""
+    """The formula of `read`, for queries (n, C), keys and bank (m, C).
+
+    Returns values (n, C) and weights (n, m).
+    """
     scores = queries @ keys.t()  # (n, m)
     weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = hard_shrink(weights, shrink)
     total = weights.sum(dim=1, keepdim=True)  # (n, 1)
     weights = weights / total.clamp_min(EPSILON)
     common = bank.mean(dim=0)  # (C,)
-    values = weights @ (bank - common) + (total > 0) * common
+    values = weights @ (bank - common) + (total > 0) * common  # weights @ bank, rounded less
     return values, weights.detach()
 
 
@@ -95,7 +98,8 @@ class MemoryRead(NamedTuple):
         part: Read from the part bank, (B, C, H, W).
         instance: Read from the instance bank (MG-MRA's cascades), (B, C, H, W).
         semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
-        weights: Addressing weights (n, m) by level, without gradient, for statistics.
+        weights: By level the addressing weights (n, m) or their survivors, without gradient, for
+            statistics.
     """
 
     part: Tensor
@@ -135,7 +139,7 @@ class SingleGranularityMemory(nn.Module):
             num_ids: Training identities L.
             instances_per_id: Instance prototypes per identity T.
             parts_per_instance: Part prototypes per instance R.
-            dim: Channels C of the map to be read.
+            dim: Channels C of the map and of each prototype.
             shrink: Addressing weights at or below it are dropped.
             shrink_scale: In place of `shrink`, a threshold of ``shrink_scale / m`` on a bank of m
                 prototypes, so that all levels and any number of identities are cut alike.
@@ -171,7 +175,9 @@ class SingleGranularityMemory(nn.Module):
         """Returns how many prototypes m the bank of each level has."""
         return {"part": len(self.part_bank)}
 
-    def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, Tensor]:
+    def read(
+        self, level: str, x: Tensor, bank: Tensor
+    ) -> tuple[Tensor, Tensor | sparse_read.Survivors]:
         """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
         return read(x, bank, self.threshold(level, len(bank)), self.temperature)
 

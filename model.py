@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
-from networks.backbone import OUTPUT_STRIDE, find_backbone, read_weights
+from networks.backbone import OUTPUT_STRIDE, Trunk, find_backbone, read_weights
 from networks.layers import StripeLinear, at_least_float32, gem, linear_classifier, neck_norm
 from networks.released import convert_released_state_dict, load_matching  # noqa: F401
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES, VARIANTS
@@ -71,8 +71,8 @@ class TwoStreamNet(nn.Module):
         `MEMORY_SETTINGS`) are of one that is built here, with prototypes for `memory_ids`
         identities (None: L; the releases' has 206 whatever the data set).
 
-        `memory_levels` says which read is added to the map: None is the method's own, SG-MRA's
-        "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
+        `memory_levels` is the one level whose read is added to the map: None is the method's own,
+        SG-MRA's "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
         classifier and losses of the memory branch and drops the memory: a control.
 
         Raises:
@@ -99,9 +99,9 @@ class TwoStreamNet(nn.Module):
         stages = backbone.build(None if whole_network else state, str(weights), head == "agw")
         stages = list(stages.items())
         self.dim = backbone.channels
-        self.visible = nn.Sequential(OrderedDict(stages[:share_net]))
+        self.visible = Trunk(OrderedDict(stages[:share_net]))
         self.infrared = copy.deepcopy(self.visible)
-        self.shared = nn.Sequential(OrderedDict(stages[share_net:]))
+        self.shared = Trunk(OrderedDict(stages[share_net:]))
 
         # Head: HCT's stripes, or the neck of the whole map's feature.
         if head == "pcb":
@@ -127,7 +127,7 @@ class TwoStreamNet(nn.Module):
             self.memory_classifier = linear_classifier(self.dim, num_ids)
         if isinstance(self.memory, SingleGranularityMemory) and memory_levels is not None:
             _check_choice("memory_levels of this memory", memory_levels, self.memory.levels)
-        if isinstance(self.memory, MultiGranularityMemory):  # gates that no loss would reach
+        if isinstance(self.memory, MultiGranularityMemory):  # freezes gates that no loss reaches
             self.memory.part_gate.requires_grad_(memory_levels != "part")
             self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))
 

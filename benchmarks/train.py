@@ -35,7 +35,7 @@ from benchmarks.common import finish, interleaved, table
 from benchmarks.plain import PlainNet, plain_training_step, term_weights
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
-from engine.devices import keep_freed_memory
+from engine.devices import keep_freed_memory, set_up
 from engine.train import make_optimizer, set_learning_rate, training_step
 from loss import Criterion
 from model import TwoStreamNet
@@ -242,7 +242,9 @@ def _turn_here(
     args: argparse.Namespace, device: torch.device, method: str, variant: str
 ) -> dict[str, Any]:
     """A few steps of one variant, the first not timed."""
-    if variant not in STOCK:
+    if "plain" not in variant:
+        set_up(device)  # as training is: on a GPU float32 products take TF32
+    elif variant not in STOCK:
         keep_freed_memory()
     health = MemoryHealth() if MEMORIES.get(method) else None
     step = make_step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)

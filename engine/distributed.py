@@ -65,7 +65,7 @@ def parallel(net: nn.Module, *, sync_bn: bool = False, partly: bool = False) -> 
     return nn.parallel.DistributedDataParallel(
         net,
         find_unused_parameters=partly,
-        broadcast_buffers=False,  # `share_buffers` sends them once an epoch
+        broadcast_buffers=False,  # `share` sends them once an epoch
     )
 
 

@@ -118,6 +118,7 @@ def fit(
 def _compile_backbone(net: nn.Module) -> None:
     """Has Inductor compile the stages when they first run; the state dict keeps its names."""
     log.info("compiling the backbone: the first steps and the first evaluation take minutes")
+    torch._dynamo.config.recompile_limit = 32  # three parts; training, evaluation, its last batch
     for stages in (net.visible, net.infrared, net.shared):
         stages.compile(dynamic=False)
 

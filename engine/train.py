@@ -20,8 +20,8 @@ from engine.devices import peak_memory
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from networks.memory_health import MemoryHealth
 
-CHECK_EVERY = 10  # steps between two looks at the losses: a look waits for the device
-HEALTH_EVERY = 10  # steps between two looks at the memory's usage, from an epoch's first
+CHECK_EVERY = 10  # steps between two copies of the losses to the host, which wait for the device
+HEALTH_EVERY = 10  # steps between two updates of the memory's usage, from an epoch's first
 REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"
 NO_SCALING = torch.amp.GradScaler(enabled=False)
 STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
@@ -37,11 +37,11 @@ class TrainSettings:
 
     seed: int = 0  # for the stripe permutations
     num_strips: int = 6  # stripes S
-    amp: torch.dtype | None = None  # the network's under autocast; losses never run under it
+    amp: torch.dtype | None = None  # autocast type of the network, not of the losses; None: float32
     compiled: bool = False  # whether the backbone's stages are compiled
     sync_bn: bool = False  # with several processes, batch statistics over all of them (CUDA only)
     progress: bool = True  # whether to show progress bars
-    # Counted from 0, as the releases do: 10, 12, ..., 60; the last epoch is always evaluated.
+    # The last epoch is always evaluated; before it, counted from 0 as in the releases, 10, 12, ...
     eval_start: int = 10
     eval_every: int = 2
     save_every: int = 0  # epochs between numbered checkpoints; 0 keeps none
@@ -55,7 +55,7 @@ class TrainSettings:
 
 
 def parameter_groups(net: nn.Module, backbone_lr_scale: float) -> list[dict[str, Any]]:
-    """The head at the base rate, all else at a share of it, `lr_scale` of the second group."""
+    """Two groups: the head at the base rate, all else at `backbone_lr_scale` times it."""
     head = net.head_parameters()
     in_head = {id(p) for p in head}
     rest = [p for p in net.parameters() if p.requires_grad and id(p) not in in_head]
@@ -75,7 +75,7 @@ def make_optimizer(
     if name == "sgd":
         sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
         for parameter in (p for group in sgd.param_groups for p in group["params"] if momentum):
-            # Else the first step makes it, and leaves it to chance where float16 overflows.
+            # Else a fused first step would leave it uninitialised where float16 overflows.
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     if name == "adam":
@@ -137,7 +137,7 @@ def training_step(
     `order` is a random order of the stripes, `weights` are those of the terms in the total. With
     `amp` the network runs under autocast in that type, the losses never do. A step whose scaled
     gradients overflow float16 changes nothing but the `scaler`, which lowers the scale. `health`
-    takes this step's use of the memory, if there is one.
+    accumulates the memory's usage statistics.
 
     Returns:
         Detached terms, with their ``total``; the feature (N, D) that the triplet acts on.
@@ -216,7 +216,7 @@ def train_epoch(
     set_learning_rate(optimizer, lr)
     weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
     health, images = MemoryHealth(), 0
-    peak_memory(next(net.parameters()).device)  # forgets what came before
+    peak_memory(next(net.parameters()).device)  # resets the peaks
     waiting: list[dict[str, Tensor]] = []  # numbers of the steps since the last look
     steps: list[dict[str, float]] = []
     hidden = None if settings.progress else True
@@ -243,7 +243,7 @@ def train_epoch(
             waiting.clear()
             bar.set_postfix_str(f"loss={steps[-1]['total']:.3f}, lr={lr:.2g}")
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])
-    distributed.share(net.buffers())  # batch statistics, which each rank has gathered of its rows
+    distributed.share(net.buffers())  # running statistics differ by rank: rank 0's are kept
     return {
         "lr": lr,
         **{name: sum(numbers[name] for numbers in steps) / len(steps) for name in steps[0]},

