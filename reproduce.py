@@ -42,7 +42,8 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     most = max(data.splits, data.gallery_draws)
     # An ablation trains on one split unless told otherwise.
     trials = 1 if args.table != data.name and data.splits > 1 else most
-    trials = min(args.trials or {"study": STUDY_SPLITS, "unseen": 1}.get(args.table, trials), most)
+    usual = {"study": STUDY_SPLITS, "continued": STUDY_SPLITS, "unseen": 1}
+    trials = min(args.trials or usual.get(args.table, trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
     about |= {"unseen": dict(args.unseen)} if args.table == "unseen" else {}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
@@ -88,13 +89,15 @@ def table_command(args: argparse.Namespace) -> None:
     _, rows = plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
     kinds = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}
-    kinds |= {"study": "What the memory is worth, ", "unseen": "Unseen data sets, trained on "}
+    worth = "What the memory is worth, "
+    kinds |= {"study": worth, "continued": f"{worth}from a common start, "}
+    kinds |= {"unseen": "Unseen data sets, trained on "}
     title = kinds.get(args.table, "") + DATASETS[args.dataset].title
     silent = ("data_path", *options.INCIDENTAL)
     flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
     note = f"Flags beyond the table's own: {shlex.join(flags)}." if flags else ""
     found = tables.arrange(title, results, note=note)
-    if args.table == "study":
+    if args.table in ("study", "continued"):
         found += _compared(results, args.runs / f"{args.name}_differences.png")
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)

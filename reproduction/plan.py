@@ -19,7 +19,7 @@ from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 # Of a data set: the methods under all its protocols.
-TABLES = (*DATASETS, "ablation", "memory", "study", "unseen")
+TABLES = (*DATASETS, "ablation", "memory", "study", "continued", "unseen")
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "tvsearch", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
@@ -127,7 +127,18 @@ STUDY = (
 )
 STUDY_SPLITS = 5
 UNSEEN = (STUDY[0], STUDY[1], STUDY[3], STUDY[8])  # evaluated on data sets not trained on
-SEEDED = {"study": STUDY, "unseen": UNSEEN}  # tables whose split t is trained with seed t
+# The study's rows from a common start: each goes on from the weights of its split's HCT. When a
+# training from random weights leaves its first plateau is chance, and decides more than the row.
+CONTINUED = tuple(
+    replace(setting, train={**setting.train, "bank-init-epoch": 1})
+    if "bank-init" in setting.train
+    else setting
+    for setting in STUDY
+    if "method" not in setting.train
+)
+CONTINUING = {"epochs": 8, "warmup_epochs": 1, "triplet_ramp": (0, 0), "lr": 0.02}
+# Tables whose split t is trained with seed t.
+SEEDED = {"study": STUDY, "continued": CONTINUED, "unseen": UNSEEN}
 
 
 def settings_of(table: str) -> list[Setting]:
@@ -260,8 +271,19 @@ def evaluations(
         others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
         return [(k, next(iter(DATASETS[k].protocols)), {"data_path": v}) for k, v in others.items()]
     protocols = list(DATASETS[dataset].protocols)
-    everywhere = table in (*DATASETS, "study") and not setting.test
+    everywhere = table in (*DATASETS, "study", "continued") and not setting.test
     return [(dataset, protocol, {}) for protocol in (protocols if everywhere else protocols[:1])]
+
+
+def _splits(table: str, dataset: str, trials: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Returns what each training is of, and how many gallery draws an evaluation has."""
+    if DATASETS[dataset].splits == 1 and table not in SEEDED:
+        return [{"dataset": dataset}], {"trials": trials}
+    splits: list[dict[str, Any]] = [{"dataset": dataset} for _ in range(trials)]
+    for number, split in enumerate(splits, start=1):
+        split |= {"trial": number} if DATASETS[dataset].splits > 1 else {}
+        split |= {"seed": number} if table in SEEDED else {}
+    return splits, {}
 
 
 def plan(
@@ -281,12 +303,7 @@ def plan(
     and evaluate with the usual number of draws. `unseen`: data sets on which the table of this name
     evaluates, with their folders; None takes a default: all others, and their usual folders.
     """
-    data = DATASETS[dataset]
-    splits, draws = [{"dataset": dataset}], {"trials": trials}  # what each training is of
-    if data.splits > 1:
-        splits, draws = [{"dataset": dataset, "trial": t + 1} for t in range(trials)], {}
-    if table in SEEDED:  # data sets with one split are trained on it with each seed
-        splits, draws = [{**splits[t % len(splits)], "seed": t + 1} for t in range(trials)], {}
+    splits, draws = _splits(table, dataset, trials)
     # What a checkpoint knows itself, an evaluation is not told.
     test_flags = vars(_parser(False).parse_args([]))
     test_flags = {*test_flags} - {*test_flags["ignored"], *options.AS_TRAINED_FLAGS}
@@ -302,8 +319,14 @@ def plan(
         for split in splits:
             words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
             words += [str(word) for option in setting.train.items() for word in option]
-            words += [f"{name}{split[name]}" for name in ("trial", "seed") if name in split]
-            step = Step(setting.script, {**split, **used, **own}, runs / "_".join(words))
+            ending = [f"{name}{split[name]}" for name in ("trial", "seed") if name in split]
+            values = {**split, **used, **own}
+            if table == "continued":
+                folder = runs / "_".join(["HCT", dataset, *ending])
+                steps.setdefault(folder, [Step("train_HCT.py", {**split, **used}, folder)])
+                values = {**CONTINUING, **values, "weights": str(folder / "last.pt")}
+                words.insert(0, "continued")
+            step = Step(setting.script, values, runs / "_".join([*words, *ending]))
             same = json.dumps([step.script, step.resolved])
             trainings.append(folder_of.setdefault(same, step.folder))
             steps.setdefault(trainings[-1], [step])
@@ -336,6 +359,8 @@ def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> 
         title = f"{row.dataset} {row.protocol} {row.setting.group} {row.setting.name}"
         if all(text in title for text in texts):
             folders.update(row.training, (file.parent for file in row.files))
+    weights = {step.options.get("weights") for step in steps if step.folder in folders}
+    folders |= {step.folder for step in steps if str(step.folder / "last.pt") in weights}
     if not folders:
         raise ValueError(f"--only {' '.join(texts)} leaves no row of the table")
     return [step for step in steps if step.folder in folders]

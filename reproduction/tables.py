@@ -194,7 +194,10 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in rows:
-        if row.setting.group in (*MEMORY_ABLATIONS, "study") and row.checkpoint == "last":
+        if (
+            row.setting.group in (*MEMORY_ABLATIONS, "study", "continued")
+            and row.checkpoint == "last"
+        ):
             files = [folder / "log.jsonl" for folder in row.training]
             logs = [read_json(file, LOG_LINE) if file.exists() else [] for file in files]
             if not all(logs):

@@ -12,7 +12,7 @@ import pytest
 from eval_metrics import METRICS
 from reproduce import main
 from reproduction.paired import Difference, differences
-from reproduction.plan import REFERENCES, STUDY, plan
+from reproduction.plan import REFERENCES, STUDY, choose, plan
 from reproduction.tables import arrange, measure
 
 
@@ -131,3 +131,22 @@ def test_the_page_of_the_study_is_made_of_its_numbers():
             re.M,
         ), name
     assert (docs / "study.png").stat().st_size < 300_000
+
+
+def test_rows_that_continue_start_from_their_split_s_hct(tmp_path):
+    about = {"dataset": "regdb", "trials": 2, "runs": tmp_path, "extra": {"preset": "scratch"}}
+    steps, rows = plan("continued", **about)
+    study = {step.folder: step.resolved for step in plan("study", **about)[0] if step.trains}
+    trained = [step for step in steps if step.trains]
+    starts = [step for step in trained if step.folder in study]
+    assert [step.resolved for step in starts] == [study[step.folder] for step in starts]
+    assert [step.resolved["epochs"] for step in starts] == [14, 14]
+    own = [step for step in trained if step not in starts]
+    assert len(own) == 2 * (len(STUDY) - 2)  # AGW's rows have another network
+    for step in own:
+        start = tmp_path / f"HCT_regdb_trial{step.resolved['trial']}_seed{step.resolved['seed']}"
+        assert step.resolved["weights"] == str(start / "last.pt")
+        assert (step.resolved["epochs"], step.resolved["lr"]) == (8, 0.02)
+        assert trained.index(step) > [s.folder for s in trained].index(start)
+    chosen = choose(steps, rows, ["1 / m", "v2i"])
+    assert sum(step.trains for step in chosen) == 4  # two, and their starts
