@@ -5,7 +5,7 @@
     python docs/memory_numbers.py --study runs/reproduce --data-path data/study
 
 The second form measures a trained MG-MRA on images of its training set, and rewrites that table
-alone; the third does so with the trained memories of the study.
+alone; the third does so with the trained memories of the study (table `continued`).
 
 Letters in shapes: ``n`` queries, ``m`` prototypes of a bank, ``C`` channels.
 """
@@ -274,7 +274,7 @@ def training_maps(
 def study_rows(runs: Path, data_path: Path) -> list[list[str]]:
     """Rows of the study's trained memories, means over those of the splits that are there."""
     table_rows = []
-    rows = plan("study", dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
+    rows = plan("continued", dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
     for row in (row for row in rows if row.protocol == "v2i"):
         found = []
         for file in (folder / "last.pt" for folder in row.training):

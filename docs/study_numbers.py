@@ -1,6 +1,6 @@
 """Keeps the numbers of the study, and writes the tables and the figure of `study.md` from them.
 
-python docs/study_numbers.py --runs runs/reproduce    # adds what `reproduce.py --table study` ran
+python docs/study_numbers.py --runs runs/reproduce    # adds the tables `continued` and `study`
 python docs/study_numbers.py                          # tables and figure from study.csv alone
 """
 
@@ -25,40 +25,48 @@ NUMBERS = ROOT / "docs/study.csv"
 PAGE = ROOT / "docs/study.md"
 FIGURE = ROOT / "docs/study.png"
 HEALTH_NAMES = [f"{level}/{name}" for level in LEVELS for name in HEALTH if name != "entropy"]
-COLUMNS = ["method", "split", "direction", *METRICS, *HEALTH_NAMES, "data", "commit"]
+KEY = ["table", "method", "split", "direction"]
+COLUMNS = [*KEY, *METRICS, *HEALTH_NAMES, "data", "commit"]
+PANELS = {"continued": "from a common start", "study": "from random weights"}
+# Folders of evaluations on data of other layouts, below that of a training.
+UNSEEN = {"unseen_sysu": "SYSU-MM01's layout", "unseen_llcm": "LLCM's layout"}
 
 
-def rows_of(runs: Path) -> list[Row]:
-    """The study's rows, whether they have been run or not."""
-    return plan("study", dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
+def rows_of(table_name: str, runs: Path) -> list[Row]:
+    """A table's rows, whether they have been run or not."""
+    return plan(table_name, dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
 
 
 def collect(runs: Path) -> list[dict[str, str]]:
     """One line for each result in a folder of runs, with the memory's health in the last epoch."""
     lines = []
-    for row in rows_of(runs):
+    for table_name, row in ((name, row) for name in PANELS for row in rows_of(name, runs)):
         for split, (file, training) in enumerate(zip(row.files, row.training, strict=True), 1):
-            if not file.exists():
-                continue
-            result = json.loads(file.read_text())
-            health = json.loads((training / "log.jsonl").read_text().splitlines()[-1])
-            about = json.loads((training / "options.json").read_text())
-            line = {"method": row.setting.name, "split": split, "direction": row.protocol}
-            line |= {metric: f"{result[metric]:.4f}" for metric in METRICS}
-            known = {name: health.get(f"memory/{name}") for name in HEALTH_NAMES}
-            line |= {k: "" if v is None else f"{v:.3g}" for k, v in known.items()}
-            line |= {"data": result["dataset"], "commit": about["versions"]["commit"]}
-            lines.append({name: str(value) for name, value in line.items()})
-    return lines
+            others = {name: training / name / "results.json" for name in UNSEEN}
+            for direction, found in {row.protocol: file, **others}.items():
+                if not found.exists():
+                    continue
+                result = json.loads(found.read_text())
+                health = json.loads((training / "log.jsonl").read_text().splitlines()[-1])
+                about = json.loads((training / "options.json").read_text())
+                line = {"table": table_name, "method": row.setting.name, "split": split}
+                line["direction"] = direction
+                line |= {metric: f"{result[metric]:.4f}" for metric in METRICS}
+                known = {name: health.get(f"memory/{name}") for name in HEALTH_NAMES}
+                line |= {k: "" if v is None else f"{v:.3g}" for k, v in known.items()}
+                line |= {"data": result["dataset"], "commit": about["versions"]["commit"]}
+                lines.append({name: str(value) for name, value in line.items()})
+    return list({tuple(line[k] for k in KEY): line for line in lines}.values())
 
 
-def results(lines: list[dict[str, str]], direction: str) -> list[Result]:
-    """The study's rows with what the lines say of them, in one direction."""
+def results(lines: list[dict[str, str]], table_name: str, direction: str) -> list[Result]:
+    """A table's rows with what the lines say of them, in one direction."""
     found = []
-    for row in rows_of(Path()):
-        if row.protocol != direction:
+    for row in rows_of(table_name, Path()):
+        if row.protocol != "v2i":
             continue
-        own = [x for x in lines if (x["method"], x["direction"]) == (row.setting.name, direction)]
+        key = (table_name, row.setting.name, direction)
+        own = [x for x in lines if (x["table"], x["method"], x["direction"]) == key]
         per_trial = {int(x["split"]): {m: float(x[m]) for m in METRICS} for x in own}
         mean, std = mean_and_std(list(per_trial.values())) if own else ({}, {})
         missing = [t for t in range(1, row.trials + 1) if t not in per_trial]
@@ -71,12 +79,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="folder of runs, whose results are added")
     args = parser.parse_args()
-    lines = []
-    if NUMBERS.exists():
-        lines = list(csv.DictReader(NUMBERS.read_text().splitlines()))
+    lines = list(csv.DictReader(NUMBERS.read_text().splitlines()))
     if args.runs:
-        key = ("method", "split", "direction")
-        known = {tuple(line[k] for k in key): line for line in [*lines, *collect(args.runs)]}
+        known = {tuple(line[k] for k in KEY): line for line in [*lines, *collect(args.runs)]}
         lines = list(known.values())
         with NUMBERS.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
@@ -84,35 +89,47 @@ def main() -> int:
             writer.writerows(lines)
     text = PAGE.read_text()
     panels = {}
-    for direction, words in (("v2i", "visible to infrared"), ("i2v", "infrared to visible")):
-        own = [result for result in results(lines, direction) if result.per_trial]
-        panels[words] = differences(own, REFERENCES[1], "mAP")
-        paired = {row[0]: row[2:] for row in paired_table(own, REFERENCES).rows}
-        cells = []
-        for result in own:
-            name = result.row.setting.name
-            numbers = [f"{100 * result.mean[m]:.1f}" for m in ("rank1", "mAP")]
-            if len(result.per_trial) > 1:
-                spread = [f"{100 * result.std[m]:.1f}" for m in ("rank1", "mAP")]
-                numbers = [f"{a} ± {b}" for a, b in zip(numbers, spread, strict=True)]
-            gained = [cell.replace("+-", "±") for cell in paired.get(name, ("-",) * 4)]
-            cells.append([name, str(len(result.per_trial)), *numbers, *gained])
-        header = ["method", "splits", "Rank-1", "mAP", "Rank-1 - HCT", "mAP - HCT"]
-        header += ["Rank-1 - control", "mAP - control"]
-        text = replace_block(text, direction, table(header, cells))
-    health = []
-    for name in dict.fromkeys(line["method"] for line in lines):
-        own = [x for x in lines if x["method"] == name and x["direction"] == "v2i"]
-        own = [x for x in own if x["part/zero_reads"]]
-        if own:
-            means = ([float(x[column]) for x in own if x[column]] for column in HEALTH_NAMES)
-            health.append([name, *(f"{sum(v) / len(v):.2g}" if v else "-" for v in means)])
-    heads = ["method", *(name.replace("_", " ") for name in HEALTH_NAMES)]
-    text = replace_block(text, "health", table(heads, health))
-    PAGE.write_text(text)
-    title = "What each row gains over the control, in points of mAP (stand-in data)"
+    for name, words in PANELS.items():
+        for direction in ("v2i", "i2v"):
+            own = [result for result in results(lines, name, direction) if result.per_trial]
+            text = replace_block(text, f"{name} {direction}", results_table(own))
+            if direction == "v2i":
+                panels[words] = differences(own, REFERENCES[1], "mAP")
+    for direction in UNSEEN:
+        own = [r for r in results(lines, "continued", direction) if r.per_trial]
+        text = replace_block(text, direction, results_table(own) if own else "")
+    PAGE.write_text(replace_block(text, "health", health_table(lines)))
+    title = "What each row gains over the control, in points of mAP (visible to infrared)"
     page.save(charts.differences(panels, title=title), FIGURE)
     return 0
+
+
+def results_table(own: list[Result]) -> str:
+    """Rank-1 and mAP of each row, and its paired differences to the references."""
+    paired = {row[0]: row[2:] for row in paired_table(own, REFERENCES).rows}
+    cells = []
+    for result in own:
+        name = result.row.setting.name
+        numbers = [f"{100 * result.mean[m]:.1f}" for m in ("rank1", "mAP")]
+        if len(result.per_trial) > 1:
+            spread = [f"{100 * result.std[m]:.1f}" for m in ("rank1", "mAP")]
+            numbers = [f"{a} ± {b}" for a, b in zip(numbers, spread, strict=True)]
+        gained = [cell.replace("+-", "±") for cell in paired.get(name, ("-",) * 4)]
+        cells.append([name, str(len(result.per_trial)), *numbers, *gained])
+    header = ["method", "splits", "Rank-1", "mAP", "Rank-1 - HCT", "mAP - HCT"]
+    return table([*header, "Rank-1 - control", "mAP - control"], cells)
+
+
+def health_table(lines: list[dict[str, str]]) -> str:
+    """Usage statistics of the memories trained from a common start, means over their splits."""
+    rows = []
+    lines = [x for x in lines if (x["table"], x["direction"]) == ("continued", "v2i")]
+    for name in dict.fromkeys(line["method"] for line in lines):
+        own = [x for x in lines if x["method"] == name and x["part/zero_reads"]]
+        if own:
+            means = ([float(x[column]) for x in own if x[column]] for column in HEALTH_NAMES)
+            rows.append([name, *(f"{sum(v) / len(v):.2g}" if v else "-" for v in means)])
+    return table(["method", *(name.replace("_", " ") for name in HEALTH_NAMES)], rows)
 
 
 if __name__ == "__main__":
