@@ -216,9 +216,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"{'':8} {row['remark']}")
     first = rows[0]
     lines.append(f"data: {first['dataset']}; protocol: {first['protocol']}")
-    lines.append(f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}")
-    if first.get("recipe"):
-        lines.append(f"trained with: {first['recipe']}")
+    about = f"checkpoint: {first['checkpoint']}; epoch chosen: {first['selection']}"
+    about += f"; trained with {first['recipe']}" if first.get("recipe") else ""
+    lines.append(about)
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 # Of the earlier releases, whose files do not say it: settings, and the size of training images.
 RELEASED_DEFAULTS = {"gem_p": 3.0, "memory_variant": "released"}
 RELEASED_SIZE = {"img_h": 288, "img_w": 144}
-SEEN_BEFORE = "identities_before"  # entry: raw pids of this data set that starting weights had seen
+SEEN_BEFORE = "identities_before"  # entry: raw pids that starting weights had seen, by data
 
 
 def load_network(
@@ -103,15 +103,19 @@ class TrainedOn:
 
     path: str
     data: str  # as `data_manager.data_name` calls it
-    identities: frozenset[int]  # raw pids, those that its starting weights had seen included
+    seen: dict[str, frozenset[int]]  # raw pids by data, those that starting weights had seen too
     options: dict[str, Any]  # of its training
 
     @classmethod
     def read(cls, path: str | Path, content: Mapping[str, Any] | None = None) -> "TrainedOn":
         """Reads a checkpoint's entries, from its file unless `content` has them."""
         content = load_checkpoint(path) if content is None else content
-        pids = frozenset((*content.get("identities", ()), *content.get(SEEN_BEFORE, ())))
-        return cls(str(path), content.get("data", ""), pids, content.get("options", {}))
+        data, before = content.get("data", ""), content.get(SEEN_BEFORE, {})
+        if isinstance(before, list):  # of the same data, as written before version 2.0
+            before = {data: before}
+        seen = {name: frozenset(pids) for name, pids in before.items()}
+        seen[data] = seen.get(data, frozenset()) | frozenset(content.get("identities", ()))
+        return cls(str(path), data, seen, content.get("options", {}))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -135,12 +139,15 @@ class TrainedOn:
         """
         facts, own = DATASETS[protocol.dataset], self.defaults.get("trial", trial)
         pids = np.union1d(protocol.query.pids, protocol.gallery.pids).tolist()
-        count = len(self.identities.intersection(pids))
-        if self.data not in ("", data):
+        known = self.seen.get(data) or self.seen.get("", frozenset())
+        count = len(known.intersection(pids))
+        if facts.train_pids_are_labels and subset == "test":
+            count = 0
+        if not count and self.data not in ("", data):
             remark = f"trained on {self.data}"
-        elif not self.identities:
+        elif not known:
             remark = "training identities unknown"
-        elif not count or (facts.train_pids_are_labels and subset == "test"):
+        elif not count:
             return protocol, ""
         else:
             people = "validation" if subset == "val" else "test"

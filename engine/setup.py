@@ -131,10 +131,10 @@ class Run:
         data, versions = data_name(args.dataset, args.data_path), utils.versions(self.device)
         files.header.update(data=data, identities=identities)
         if checkpoint is not None:
-            files.header[SEEN_BEFORE] = checkpoint.get(SEEN_BEFORE, [])
+            files.header[SEEN_BEFORE] = checkpoint.get(SEEN_BEFORE, {})
         elif args.weights not in ("imagenet", "none"):
-            start = TrainedOn.read(args.weights)
-            files.header[SEEN_BEFORE] = sorted(start.identities) if start.data == data else []
+            seen = TrainedOn.read(args.weights).seen
+            files.header[SEEN_BEFORE] = {name: sorted(pids) for name, pids in seen.items()}
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
         about = (versions[name] for name in ("device", "torch", "version", "commit"))

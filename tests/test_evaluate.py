@@ -163,6 +163,10 @@ SEEN = {  # a checkpoint's entries, the protocol's data set and subset -> what i
     "others": ({"identities": [1, 2]}, "regdb", "test", ""),
     "some": ({"identities": [1, 7, 8]}, "regdb", "test", "2 of 3 test identities were trained on"),
     "before": ({SEEN_BEFORE: [9]}, "regdb", "test", "1 of 3 test identities were trained on"),
+    "long before": (
+        {SEEN_BEFORE: {"D": [9]}, "identities": [7], "data": "SYSU"},
+        *("regdb", "test", "1 of 3 test identities were trained on"),
+    ),
     "other data": ({"identities": [7], "data": "SYSU"}, "regdb", "test", "trained on SYSU"),
     "nothing known": ({"data": ""}, "regdb", "test", "training identities unknown"),
     "labels": ({"identities": [7]}, "llcm", "test", ""),

@@ -319,7 +319,7 @@ def test_regdb_checkpoints_by_pattern_and_both_directions(data, tmp_path):
     call("test.py", *where, *features, "--output-dir", tmp_path / "scored", cwd=tmp_path)
     assert_scored_alike(result, tmp_path / "scored")
     _, error = call("test.py", *where, "--resume", pattern, "--trials", 3, cwd=tmp_path, code=2)
-    assert "1 of 3 checkpoints are missing" in error
+    assert "1 of 3 files are missing" in error
     assert "trial3" in error
 
 
@@ -331,8 +331,18 @@ def test_identities_that_were_trained_on_are_no_test(data, tiny, tmp_path):
     evaluate = ("test.py", *own, "--resume", run_dir)
     output, _ = call(*evaluate, cwd=tmp_path)  # the rest is in the checkpoint
     assert "protocol: RegDB trial 1, visible to infrared\n" in output
+    assert output.endswith("epoch chosen: last epoch; trained with preset regdb\n")
     saw = "of 3 test identities were trained on"
     before = sorted(tmp_path.rglob("*"))
+    late = {  # found once the checkpoint is open, or later
+        "--img_h 100": "an image height of 100",
+        "--memory-variant paper": "has no memory of MG-MRA",
+        "--test-feat memory --save-features deep/er/f.npz": "test feature must be one of",
+    }
+    for flags, reason in late.items():
+        _, error = call(*evaluate, *flags.split(), cwd=tmp_path, code=2)
+        assert reason in error
+    assert sorted(tmp_path.rglob("*")) == before
     refused = {
         "trial2": (*evaluate, "--trial", 2),
         "trials_first3": (*evaluate[:-1], tmp_path / "one_trial{trial}", "--trials", 3),
@@ -360,7 +370,8 @@ def test_identities_that_were_trained_on_are_no_test(data, tiny, tmp_path):
     assert "identities were trained on" in log_lines(tmp_path / "fine")[0]["eval"]["protocol"]
     train("train_HCT.py", tiny, tmp_path / "fine", *fine, "--epochs", 2, "--resume")
     saved = load_checkpoint(tmp_path / "fine/last.pt")
-    assert saved["identities_before"] == load_checkpoint(run_dir / "last.pt")["identities"]
+    before = load_checkpoint(run_dir / "last.pt")
+    assert saved["identities_before"] == {before["data"]: before["identities"]}
     for command in (
         ("test.py", *own, "--resume", tmp_path / "fine"),
         ("train_HCT.py", *QUICK, "--data-path", tiny / "regdb", "--trial", 2, "--test-only")
