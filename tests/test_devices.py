@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.plain import term_weights
+from engine import distributed
 from engine.train import feature_spread, make_optimizer, training_step
 from loss import Criterion
 from model import TwoStreamNet
@@ -85,3 +86,17 @@ def test_waiting_would_be_noticed(monkeypatch):
     monkeypatch.setattr(sparse_read, "_works_on", lambda device: True)
     with fake.FakeTensorMode(), pytest.raises(WAITS):
         steps(net, monkeypatch)
+
+
+def test_under_torchrun_a_process_joins_with_the_gpu_of_its_local_rank(monkeypatch):
+    joined, device = [], torch.device("cuda", 2)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "resolve_device", lambda gpu, local_rank: device)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda *a, **k: joined.append((a, k))
+    )
+    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: joined.append("left"))
+    with distributed.processes(None) as found:
+        assert found == device
+    assert joined == [(("nccl",), {"device_id": device}), "left"]
