@@ -96,11 +96,21 @@ class Run:
         )
 
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
-        """Lists the images to train and to evaluate on; none is decoded."""
-        args = self.args
+        """Lists the images to train and to evaluate on; none is decoded.
+
+        Checkpoints will say from whose identities they learned.
+        """
+        args, header = self.args, self.files.header
         fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
         caches = {"use_cache": not args.no_cache, "size": (args.img_h, args.img_w)}
         train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit, **caches)
+        header["data"] = data_name(args.dataset, args.data_path)
+        header["identities"] = train.pids.tolist()
+        if self.checkpoint is not None:
+            header[SEEN_BEFORE] = self.checkpoint.get(SEEN_BEFORE, {})
+        elif args.weights not in ("imagenet", "none"):
+            seen = TrainedOn.read(args.weights).seen
+            header[SEEN_BEFORE] = {name: sorted(pids) for name, pids in seen.items()}
         return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
@@ -117,7 +127,7 @@ class Run:
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
-        identities, progress, changed = train.pids.tolist(), Progress(), ""
+        identities, progress, changed = files.header["identities"], Progress(), ""
         if checkpoint is not None:
             if not args.test_only:
                 changed = resume.changes(checkpoint["options"], options.to_json(args))
@@ -128,13 +138,7 @@ class Run:
             for folder in (files.output_dir, files.checkpoint_dir, *events, logs):
                 utils.make_writable_dir(folder)
             utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
-        data, versions = data_name(args.dataset, args.data_path), utils.versions(self.device)
-        files.header.update(data=data, identities=identities)
-        if checkpoint is not None:
-            files.header[SEEN_BEFORE] = checkpoint.get(SEEN_BEFORE, {})
-        elif args.weights not in ("imagenet", "none"):
-            seen = TrainedOn.read(args.weights).seen
-            files.header[SEEN_BEFORE] = {name: sorted(pids) for name, pids in seen.items()}
+        data, versions = files.header["data"], utils.versions(self.device)
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
         about = (versions[name] for name in ("device", "torch", "version", "commit"))
@@ -240,7 +244,7 @@ class Run:
                 progress=self.shows_bars,
             )
             result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
-            return {**result, "dataset": data_name(args.dataset, args.data_path)}
+            return {**result, "dataset": header["data"]}
 
         return evaluate_now
 
