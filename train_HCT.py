@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
             triplet_ramp=args.triplet_ramp,
         )
 
-        # Loop, from the checkpoint of --resume if there is one.
+        # Loop.
         progress = run.begin(net, optimizer, train, sampler)
         evaluate = run.evaluator(net, test)
         if run.trains(progress):

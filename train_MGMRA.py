@@ -85,7 +85,7 @@ def main(
             triplet_ramp=args.triplet_ramp,
         )
 
-        # Loop, from the checkpoint of --resume if there is one.
+        # Loop.
         progress = run.begin(net, optimizer, train, sampler)
         evaluate = run.evaluator(net, test)
         if run.trains(progress):

@@ -480,8 +480,9 @@ def test_a_bank_of_another_number_of_identities(method, tiny, tmp_path):
 
 
 def test_a_bank_too_large_for_the_threshold_is_said(data, tmp_path):
-    flags = ("--epochs", 1, "--trials", 1, "--memory-ids", 713)
-    _, error = train("train_MGMRA.py", data, tmp_path / "a", *flags, dataset="llcm")
+    flags = ("--epochs", 1, "--memory-ids", 713)
+    llcm = {"dataset": "llcm"}
+    _, error = train("train_MGMRA.py", data, tmp_path / "a", *flags, "--trials", 1, **llcm)
     line = log_lines(tmp_path / "a")[0]
     warning = "prototypes of 713 identities: at their initial norms no semantic read passes"
     assert error.index(warning) < error.index("epoch 1")
@@ -561,7 +562,7 @@ def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
         *("--tta", "flip"),
         cwd=tmp_path,
     )
-    output = tmp_path / "run" / "search_Visible_Thermal"
+    output = tmp_path / "run" / "search_Visible_Thermal_last"
     ranks = json.loads((output / "ranks.json").read_text())
     assert (ranks["query_modality"], ranks["gallery_modality"]) == ("visible", "infrared")
     assert ranks["tta"] == "flip"

@@ -26,7 +26,7 @@ def compare():
     columns = torch.randint(0, 37, rows.shape, generator=gen).int()
     columns[-7:] = 37
     offsets, weights = sparse_read.starts(rows, len(COUNTS)), torch.rand(rows.shape, generator=gen)
-    for width in (200, 128, 3):
+    for width in (130, 3):
         for dtype in DTYPES:
             queries, bank = (torch.randn(n, width, generator=gen).to(dtype) for n in (9, 37))
             pairs = [
