@@ -562,7 +562,7 @@ def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
         *("--tta", "flip"),
         cwd=tmp_path,
     )
-    output = tmp_path / "run" / "search_Visible_Thermal_last"
+    output = tmp_path / "run" / "search_Visible_Thermal_flip_last"
     ranks = json.loads((output / "ranks.json").read_text())
     assert (ranks["query_modality"], ranks["gallery_modality"]) == ("visible", "infrared")
     assert ranks["tta"] == "flip"
