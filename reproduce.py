@@ -25,6 +25,7 @@ from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from reproduction import paired, tables
 from reproduction.check_data import check
 from reproduction.plan import (
+    PAIRED,
     REFERENCES,
     STUDY_SPLITS,
     TABLES,
@@ -42,7 +43,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     most = max(data.splits, data.gallery_draws)
     # An ablation trains on one split unless told otherwise.
     trials = 1 if args.table != data.name and data.splits > 1 else most
-    usual = {"study": STUDY_SPLITS, "continued": STUDY_SPLITS, "unseen": 1}
+    usual = {**dict.fromkeys(PAIRED, STUDY_SPLITS), "unseen": 1}
     trials = min(args.trials or usual.get(args.table, trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
     about |= {"unseen": dict(args.unseen)} if args.table == "unseen" else {}
@@ -97,7 +98,7 @@ def table_command(args: argparse.Namespace) -> None:
     flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
     note = f"Flags beyond the table's own: {shlex.join(flags)}." if flags else ""
     found = tables.arrange(title, results, note=note)
-    if args.table in ("study", "continued"):
+    if args.table in PAIRED:
         found += _compared(results, args.runs / f"{args.name}_differences.png")
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)

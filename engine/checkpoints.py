@@ -111,7 +111,7 @@ class TrainedOn:
         """Reads a checkpoint's entries, from its file unless `content` has them."""
         content = load_checkpoint(path) if content is None else content
         data, before = content.get("data", ""), content.get(SEEN_BEFORE, {})
-        if isinstance(before, list):  # of the same data, as written before version 2.0
+        if isinstance(before, list):  # of the same data, as older files have it
             before = {data: before}
         seen = {name: frozenset(pids) for name, pids in before.items()}
         seen[data] = seen.get(data, frozenset()) | frozenset(content.get("identities", ()))
@@ -175,7 +175,7 @@ def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, An
         "selection": info.get("selection", unknown),
         "epoch": info.get("epoch"),
         "trained_on": info.get("data", "unknown"),
-        "recipe": ", ".join(map(str, recipe)),
+        "recipe": ", ".join(recipe),
         "gem_p": float(net.gem_p),
         "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
     }

@@ -137,6 +137,7 @@ CONTINUED = tuple(
     if "method" not in setting.train
 )
 CONTINUING = {"epochs": 8, "warmup_epochs": 1, "triplet_ramp": (0, 0), "lr": 0.02}
+PAIRED = ("study", "continued")  # tables whose rows are compared split by split
 # Tables whose split t is trained with seed t.
 SEEDED = {"study": STUDY, "continued": CONTINUED, "unseen": UNSEEN}
 
@@ -271,7 +272,7 @@ def evaluations(
         others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
         return [(k, next(iter(DATASETS[k].protocols)), {"data_path": v}) for k, v in others.items()]
     protocols = list(DATASETS[dataset].protocols)
-    everywhere = table in (*DATASETS, "study", "continued") and not setting.test
+    everywhere = table in (*DATASETS, *PAIRED) and not setting.test
     return [(dataset, protocol, {}) for protocol in (protocols if everywhere else protocols[:1])]
 
 

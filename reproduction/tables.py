@@ -16,7 +16,7 @@ from typing import Any
 from data_manager import DATASETS
 from eval_metrics import LOG_LINE, METRICS, RESULT, mean_and_std
 from networks.settings import HEALTH, LEVELS
-from reproduction.plan import MEMORY_ABLATIONS, Row
+from reproduction.plan import MEMORY_ABLATIONS, PAIRED, Row
 from utils import read_json
 
 HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
@@ -194,10 +194,7 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in rows:
-        if (
-            row.setting.group in (*MEMORY_ABLATIONS, "study", "continued")
-            and row.checkpoint == "last"
-        ):
+        if row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last":
             files = [folder / "log.jsonl" for folder in row.training]
             logs = [read_json(file, LOG_LINE) if file.exists() else [] for file in files]
             if not all(logs):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from recipe import released_file
 from short_run import NARROW
 
@@ -576,6 +577,10 @@ def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
     assert lines[0] == "query,rank,gallery,score"
     assert len(lines) == 1 + 20 * len(ranks["ranks"])
     assert (output / "ranked_lists.png").stat().st_size > 10_000
+    titled = Image.open(output / "ranked_lists.png").height
+    both = ("--query-dir", folders[0], "--gallery-dir", folders[1], "--no-title", "--tta", "flip")
+    run("test.py", *both, *where, cwd=tmp_path)
+    assert Image.open(output / "ranked_lists.png").height < titled
     for flags, message in (
         (("--query-dir", folders[0]), "take three flags"),
         (("--query-dir", folders[0], "--gallery-dir", tmp_path / "none"), "none"),
