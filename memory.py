@@ -74,7 +74,8 @@ def plain_read(queries: Tensor, keys: Tensor, bank: Tensor, shrink: float) -> tu
     total = weights.sum(dim=1, keepdim=True)  # (n, 1)
     weights = weights / total.clamp_min(EPSILON)
     common = bank.mean(dim=0)  # (C,)
-    values = weights @ (bank - common) + (total > 0) * common  # weights @ bank, rounded less
+    values = (total > 0) * common  # (n, C)
+    values += weights @ (bank - common)  # weights @ bank, rounded less
     return values, weights.detach()
 
 
