@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 GEM_EPSILON = 1e-12
 CLASSIFIER_STD = 0.001  # initialisation of every linear classifier
@@ -22,7 +23,11 @@ def gem(x: Tensor, p: float, dims: tuple[int, ...]) -> Tensor:
 
     Each pooled region is divided by its maximum first, which cancels out: in float32, 7200^10 would
     overflow, and an untrained network's evaluation reaches such activations. `x` is not negative.
+    The backward pass recomputes what half precision would have to keep in float32.
     """
+    if x.requires_grad and x.dtype.itemsize < 4:
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        return checkpoint(lambda x: gem(x.float(), p, dims), x, **how)
     x = at_least_float32(x)
     scale = x.detach().amax(dim=dims, keepdim=True).clamp_min(1)
     mean = (x / scale).pow(p).mean(dim=dims, keepdim=True)
