@@ -4,6 +4,7 @@ A run is a dictionary of options; `options.flags_of` makes a command line of it.
 """
 
 import functools
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -127,14 +128,14 @@ STUDY = (
 )
 STUDY_SPLITS = 5
 UNSEEN = (STUDY[0], STUDY[1], STUDY[3], STUDY[8])  # evaluated on data sets not trained on
-# The study's rows from a common start: each goes on from the weights of its split's HCT. When a
-# training from random weights leaves its first plateau is chance, and decides more than the row.
+# The study's rows from a common start: each goes on from the weights of its split's HCT, or AGW.
+# When a training from random weights leaves its first plateau is chance, and decides more than the
+# row.
 CONTINUED = tuple(
     replace(setting, train={**setting.train, "bank-init-epoch": 1})
     if "bank-init" in setting.train
     else setting
     for setting in STUDY
-    if "method" not in setting.train
 )
 CONTINUING = {"epochs": 8, "warmup_epochs": 1, "triplet_ramp": (0, 0), "lr": 0.02}
 PAIRED = ("study", "continued")  # tables whose rows are compared split by split
@@ -323,8 +324,10 @@ def plan(
             ending = [f"{name}{split[name]}" for name in ("trial", "seed") if name in split]
             values = {**split, **used, **own}
             if table == "continued":
-                folder = runs / "_".join(["HCT", dataset, *ending])
-                steps.setdefault(folder, [Step("train_HCT.py", {**split, **used}, folder)])
+                start = {name: value for name, value in own.items() if name == "method"}
+                start_words = ["HCT", dataset, *itertools.chain(*start.items())]
+                folder = runs / "_".join([*start_words, *ending])
+                steps.setdefault(folder, [Step("train_HCT.py", {**split, **used, **start}, folder)])
                 values = {**CONTINUING, **values, "weights": str(folder / "last.pt")}
                 words.insert(0, "continued")
             step = Step(setting.script, values, runs / "_".join([*words, *ending]))

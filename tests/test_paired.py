@@ -130,18 +130,21 @@ def test_the_page_of_the_study_is_made_of_its_numbers():
             ), (table, name)
 
 
-def test_rows_that_continue_start_from_their_split_s_hct(tmp_path):
+def test_rows_that_continue_start_from_their_split_s_hct_or_agw(tmp_path):
     about = {"dataset": "regdb", "trials": 2, "runs": tmp_path, "extra": {"preset": "scratch"}}
     steps, rows = plan("continued", **about)
     study = {step.folder: step.resolved for step in plan("study", **about)[0] if step.trains}
     trained = [step for step in steps if step.trains]
     starts = [step for step in trained if step.folder in study]
     assert [step.resolved for step in starts] == [study[step.folder] for step in starts]
-    assert [step.resolved["epochs"] for step in starts] == [14, 14]
+    assert [step.resolved["epochs"] for step in starts] == 4 * [14]  # two methods in two splits
     own = [step for step in trained if step not in starts]
-    assert len(own) == 2 * (len(STUDY) - 2)  # AGW's rows have another network
+    assert len(own) == 2 * len(STUDY)
     for step in own:
-        start = tmp_path / f"HCT_regdb_trial{step.resolved['trial']}_seed{step.resolved['seed']}"
+        agw = "_method_agw" if step.resolved["method"] == "agw" else ""
+        start = (
+            tmp_path / f"HCT_regdb{agw}_trial{step.resolved['trial']}_seed{step.resolved['seed']}"
+        )
         assert step.resolved["weights"] == str(start / "last.pt")
         assert (step.resolved["epochs"], step.resolved["lr"]) == (8, 0.02)
         assert trained.index(step) > [s.folder for s in trained].index(start)
