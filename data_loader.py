@@ -5,13 +5,12 @@ batches ahead of time. Every random draw is a function of (seed, epoch, step), s
 resumed at any epoch and prefetching changes nothing.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ class IdentityBatch(NamedTuple):
     labels: np.ndarray
 
 
+@dataclass(eq=False)
 class IdentitySampler:
     """Draws P identities without replacement, then K images of each per modality with replacement.
 
@@ -47,28 +47,25 @@ class IdentitySampler:
     Source: the AGW code base; floor(max(#visible, #infrared) / (P*K)) + 1 steps make an epoch.
     """
 
-    def __init__(
-        self,
-        visible_labels: np.ndarray,
-        infrared_labels: np.ndarray,
-        *,
-        ids_per_batch: int,
-        images_per_id: int,
-        seed: int,
-    ) -> None:
-        self.num_ids = 1 + max(visible_labels.max(), infrared_labels.max())
-        if self.num_ids < ids_per_batch:
+    visible_labels: np.ndarray
+    infrared_labels: np.ndarray
+    ids_per_batch: int
+    images_per_id: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        both = self.visible_labels, self.infrared_labels
+        self.num_ids = 1 + max(labels.max() for labels in both)
+        if self.num_ids < self.ids_per_batch:
             raise ValueError(
-                f"a batch asks for {ids_per_batch} identities and there are {self.num_ids}; lower"
-                f" --batch-size to {self.num_ids} or less"
+                f"a batch asks for {self.ids_per_batch} identities and there are {self.num_ids};"
+                f" lower --batch-size to {self.num_ids} or less"
             )
         self._rows_of = [  # each label's rows, by modality
-            [np.flatnonzero(labels == label) for label in range(self.num_ids)]
-            for labels in (visible_labels, infrared_labels)
+            [np.flatnonzero(labels == label) for label in range(self.num_ids)] for labels in both
         ]
-        self.ids_per_batch, self.images_per_id, self.seed = ids_per_batch, images_per_id, seed
-        most = max(len(visible_labels), len(infrared_labels))
-        self.steps_per_epoch = most // (ids_per_batch * images_per_id) + 1
+        rows = self.ids_per_batch * self.images_per_id
+        self.steps_per_epoch = max(map(len, both)) // rows + 1
 
     def rows_of_rank(self, rank: int, world_size: int) -> slice:
         """Returns which rows of each batch a process gets: an equal number of whole identities.
@@ -104,63 +101,52 @@ class ImageStore:
     """
 
     def __init__(self, images: np.ndarray, device: torch.device, *, resident: str = "auto") -> None:
-        self.device, self._images = device, images
-        if device.type == "cuda" and resident == "auto":
-            _, total = torch.cuda.mem_get_info(device)
-            resident = "on" if images.nbytes <= RESIDENT_FRACTION * total else "off"
-        on_device = device.type == "cuda" and resident == "on"
-        self._resident = torch.from_numpy(images).to(device) if on_device else None
+        self.device, self._images = device, torch.from_numpy(images)
+        if device.type == "cuda":
+            small = images.nbytes <= RESIDENT_FRACTION * torch.cuda.mem_get_info(device)[1]
+            if resident == "on" or (resident == "auto" and small):
+                self._images = self._images.to(device)
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         """Returns the images at `rows` ((m,) integers): (m, H, W, 3) uint8 on the device."""
-        if self._resident is not None:
-            return self._resident[torch.from_numpy(rows).to(self.device)]
-        return _copy_to(self.device, self._images[rows])
+        chosen = torch.from_numpy(rows).to(self._images.device)
+        return _copy_to(self.device, self._images.index_select(0, chosen))
 
 
-def _copy_to(device: torch.device, images: np.ndarray) -> torch.Tensor:
-    batch = torch.from_numpy(images)
-    if device.type == "cuda":
+def _copy_to(device: torch.device, batch: torch.Tensor) -> torch.Tensor:
+    if device.type == "cuda" and not batch.is_cuda:
         batch = batch.pin_memory()  # or the copy would wait for the device
     return batch.to(device, non_blocking=True)
 
 
 class Batch(NamedTuple):
-    """One training step's input.
-
-    With several processes P is a process's part of the identities.
-    """
+    """One training step's input; with several processes P is a process's part of the identities."""
 
     visible: torch.Tensor  # (P*K, 3, H, W) float32
     infrared: torch.Tensor  # (P*K, 3, H, W) float32, the same identities in the same order
     labels: torch.Tensor  # (2*P*K,) int64, visible rows first
 
 
+@dataclass(eq=False, kw_only=True)
 class TrainLoader:
     """Delivers augmented batches of both modalities, made ahead of time by one thread.
 
     The identities of a batch are divided among `world_size` processes. `transform`, if any, comes
-    before `augmentation`, see `transform_each`; its random numbers are a function of (seed, epoch,
-    step) too.
+    before `augmentation`, see `transform_each`.
     """
 
-    def __init__(
-        self,
-        *,
-        visible: ImageStore,
-        infrared: ImageStore,
-        sampler: IdentitySampler,
-        augmentation: Augmentation,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> None:
-        self._rows = sampler.rows_of_rank(rank, world_size)
-        self.visible, self.infrared, self.sampler = visible, infrared, sampler
-        self.augmentation, self.transform, self.seed = augmentation, transform, seed
-        self.device = device
+    visible: ImageStore
+    infrared: ImageStore
+    sampler: IdentitySampler
+    augmentation: Augmentation
+    seed: int
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._rows = self.sampler.rows_of_rank(self.rank, self.world_size)
 
     def __len__(self) -> int:
         return self.sampler.steps_per_epoch
@@ -195,16 +181,13 @@ class EvalLoader:
     """Delivers (n, H, W, 3) uint8 images in order as normalised batches, made ahead of time."""
 
     def __init__(self, images: np.ndarray, *, batch_size: int, device: torch.device) -> None:
-        self.images, self.batch_size, self.device = images, batch_size, device
+        self.batches, self.device = torch.from_numpy(images).split(batch_size), device
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        def make(start: int) -> torch.Tensor:
-            return normalize(_copy_to(self.device, self.images[start : start + self.batch_size]))
-
-        return _ahead(make, range(0, len(self.images), self.batch_size), self.device)
+        return _ahead(lambda x: normalize(_copy_to(self.device, x)), self.batches, self.device)
 
 
 @functools.cache
@@ -214,7 +197,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _ahead(
-    make: Callable[[int], Batch | torch.Tensor], items: Sequence[int], device: torch.device
+    make: Callable[[Any], Batch | torch.Tensor], items: Sequence[Any], device: torch.device
 ) -> Iterator[Batch | torch.Tensor]:
     """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own.
 
@@ -225,7 +208,7 @@ def _ahead(
     if stream is not None:  # resident images were copied on the current stream
         stream.wait_stream(torch.cuda.current_stream(device))
 
-    def work(item: int) -> tuple[Batch | torch.Tensor, torch.cuda.Event | None]:
+    def work(item: Any) -> tuple[Batch | torch.Tensor, torch.cuda.Event | None]:
         with torch.cuda.stream(stream):  # None: no effect
             return make(item), stream.record_event() if stream else None
 

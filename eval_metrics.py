@@ -24,7 +24,6 @@ RE_RANKINGS = ("no", "k_reciprocal", "random_walk")  # what an evaluation may as
 
 Metrics = tuple[np.ndarray, float, float]  # cmc (max_rank,), mAP, mINP
 
-
 # A protocol's rule about cameras: (q_pids (Q, 1), g_pids (G,), q_camids (Q, 1), g_camids (G,)) ->
 # (Q, G) bool, True where a gallery image does not count for a query; None: all count.
 CAMERA_RULES: dict[str, Callable[..., np.ndarray] | None] = {
@@ -105,10 +104,7 @@ def evaluate_rule(
     g_camids: ArrayLike,
     max_rank: int = 20,
 ) -> Metrics:
-    """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`.
-
-    Blocks of queries are evaluated in threads, so that no second array of distmat's size is needed.
-    """
+    """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`."""
     distmat, q_pids, g_pids = np.asarray(distmat), np.asarray(q_pids), np.asarray(g_pids)
     q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
     pids, camids = q_pids.shape + g_pids.shape, q_camids.shape + g_camids.shape

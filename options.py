@@ -1,10 +1,8 @@
 """Every command-line flag, once; its default; the presets and where they come from.
 
-Over 400 lines, because every flag of a training is a row of one table.
-
 A flag that is not given takes its value from the preset (``--preset``, by default the data set's),
-and where the preset is silent from `DEFAULTS`. What was resolved is printed and saved.
-Each flag can be spelled with ``-`` or with ``_``.
+and where the preset is silent from `DEFAULTS`. Each can be spelled with ``-`` or with ``_``.
+Over 400 lines, because every flag of a training is a row of one table.
 """
 
 import argparse
@@ -49,14 +47,10 @@ def _checked(
 COUNT, FACTOR = (_checked(k, "a number above 0", lambda n: 0 < n < math.inf) for k in (int, float))
 COUNT_OR_0, WEIGHT = (_checked(k, "0 or more", lambda n: 0 <= n < math.inf) for k in (int, float))
 PROBABILITY = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
-AMPS = {"auto": True, "bf16": "bf16", "fp16": "fp16"}
-AMP = _checked(AMPS.get, "no value, auto, bf16 or fp16", bool)
-TRUTHS = {"true": True, "false": False}
-TRUTH = _checked(
-    lambda text: TRUTHS.get(text.lower()),
-    "no value, True or False",
-    lambda value: value is not None,
-)
+AMP_VALUES = {"auto": True, "bf16": "bf16", "fp16": "fp16"}
+AMP = _checked(AMP_VALUES.get, "no value, auto, bf16 or fp16", bool)
+TV_SEARCH = _checked({"True": "i2v", "False": "v2i"}.get, "no value, True or False", bool)
+METHOD = _checked({"base": "base", "agw": "agw", "awg": "agw"}.get, "base or agw", bool)
 
 
 def _shrink(text: str) -> float | str:
@@ -68,10 +62,6 @@ def _class(text: str) -> Any:
         return pkgutil.resolve_name(text)
     except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected MODULE.CLASS, got {text} ({error})") from error
-
-
-def _method(text: str) -> str:
-    return "agw" if text == "awg" else text  # AGW's scripts spell it so too
 
 
 # --- The presets ----------------------------------------------------------------------------------
@@ -89,12 +79,12 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "strong": {"img_h": 384, "img_w": 144, "erase": 0.5, "channel_aug": 0.8, "tta": "flip"},
 }
 ON_TOP = ("strong",)  # change a few values of the data set's preset, in place of all
-PRESET_SOURCES = {name: data.preset_source for name, data in DATASETS.items()}
-PRESET_SOURCES["scratch"] = "this project, on stand-in data"
-PRESET_SOURCES["strong"] = (
-    "the data set's; 384 x 144: DEEN, IDKL, RLE; erasing and channel augmentation: CAJ; flip "
-    "averaging: CAJ, DEEN, CSDN, RLE"
-)
+PRESET_SOURCES = {
+    **{name: data.preset_source for name, data in DATASETS.items()},
+    "scratch": "this project, on stand-in data",
+    "strong": "the data set's; 384 x 144: DEEN, IDKL, RLE; erasing and channel augmentation: CAJ; "
+    "flip averaging: CAJ, DEEN, CSDN, RLE",
+}
 # AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
 # it trains and on what, a preset that is asked for by its name wins.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
@@ -107,9 +97,9 @@ NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none
 
 
 class Flag:
-    """A flag: with a default of None its text says what happens; of False it is a switch.
+    """A flag; the kind is a parser of its value, or the legal values.
 
-    The kind is a parser of its value, or the legal values.
+    With a default of None its text says what happens; one of False makes it a switch.
     """
 
     def __init__(
@@ -131,6 +121,7 @@ ON_OFF = ("on", "off")
 FEATS = ("pcb", "neck", "pool", "memory", "both")  # the last two run the memory
 # The longer texts of the table below.
 FOLDERS = ", ".join(str(data.default_folder) for data in DATASETS.values())
+TV = "same as --direction i2v (default: v2i)"
 BANK_INIT = "first prototypes: random, or each a feature of its identity's training images"
 READ = "granularity whose read is added; none: a control without memory (default: the coarsest)"
 PRESET = "values of flags not given (default: the data set's); if named, wins over --method agw's"
@@ -152,13 +143,13 @@ TRAIN = {
         Flag("shots", 1, "SYSU-MM01: gallery images per identity and camera", (1, 10)),
         Flag("trials", 10, "SYSU-MM01, LLCM: gallery draws; RegDB: splits 1 to N", COUNT),
         Flag("direction", "v2i", "RegDB, LLCM: visible to infrared or reverse", ("v2i", "i2v")),
-        Flag("tvsearch", False, "same as --direction i2v", TRUTH, nargs="?", const=True),
+        Flag("tvsearch", None, TV, TV_SEARCH, dest="direction", nargs="?", const="True"),
         Flag("re_rank", "no", "re-ranking of the results, named in every row", RE_RANKINGS),
         Flag("tta", "no", "flip: features of image and mirror image are summed", tuple(TTA)),
         Flag("test-feat", None, "retrieval feature (default: pcb; without stripes: neck)", FEATS),
     ),
     "model": (
-        Flag("method", "base", "HCT (base) or AGW (agw, awg)", _method, choices=("base", "agw")),
+        Flag("method", "base", "HCT (base) or AGW (agw; AGW's scripts also say awg)", METHOD),
         Flag("arch", "resnet50", "backbone: resnet18, resnet34, resnet50 or resnet101"),
         Flag("weights", "imagenet", "starting weights: imagenet, none (random), or a file"),
         Flag("share_net", 2, "first shared backbone stage: 0 shares all, 5 none", range(6)),
@@ -304,9 +295,8 @@ INCIDENTAL = (
     *("overwrite", "test_only", "save_epoch", "save_last_every", "resident", "test_batch"),
     *("figures", "options", "no_cache"),
 )
-# Of a run's name: what it always holds, or shows by the preset's, and what no run differs by.
-IN_NAME = ("dataset", "trial", "method", "pcb", "preset")
-UNNAMED = (*IN_NAME, *INCIDENTAL, "data_path", "deterministic", "epochs")
+# Not among the options that end a run's name: in its front, or without influence.
+UNNAMED = ("dataset", "trial", "method", "pcb", "preset", "data_path", "deterministic", "epochs")
 LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
 AS_TRAINED_FLAGS = tuple(f.name for f in EVALUATION["checkpoint"] if f.default == AS_TRAINED)
 # The ancestors' test scripts take these too; here the checkpoint knows them.
@@ -327,16 +317,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, **more)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Returns the flags; a value behind a switch and a space in a flag have their own error."""
+        """Returns the flags; a space in the name of one has its own error."""
         words = sys.argv[1:] if args is None else list(args)
         if "--" in words[:-1]:  # as in HCT's README
             name = words[words.index("--") + 1]
             self.error(f"'-- {name}' has a space: write --{name}")
         found, rest = self.parse_known_args(words, namespace)
-        for flag, word in itertools.pairwise(words):
-            action = self._option_string_actions.get(flag)
-            if word in rest and action is not None and action.nargs == 0:
-                self.error(f"{flag} takes no value, got {word}: leave the value out")
         if rest:
             self.unknown(rest)
         return found
@@ -363,18 +349,18 @@ def add_flags(
 
     The help of each ends with its default, and with the values that `presets` and AGW give it.
     """
+    layers = {**PRESETS, **METHOD_VALUES} if presets else {}
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             text, name, more = flag.text, flag.name, flag.argparse
             if "action" not in more and flag.default is not None:
                 values = {"default": flag.default}
-                if presets:
-                    layers = {**PRESETS, **METHOD_VALUES}
-                    values |= {k: layer[name] for k, layer in layers.items() if name in layer}
+                values |= {k: layer[name] for k, layer in layers.items() if name in layer}
                 text += f" ({'; '.join(f'{k}: {_words(value)}' for k, value in values.items())})"
                 more = {"default": None if name in DEFAULTS else flag.default, **more}
-            group.add_argument(*flag.spellings, dest=name, help=text.replace("%", "%%"), **more)
+            more = {"dest": name, "help": text.replace("%", "%%"), **more}
+            group.add_argument(*flag.spellings, **more)
 
 
 def _words(value: Any) -> str:
@@ -435,7 +421,7 @@ def resolve(
     if method == "agw" and values["pcb"] == "on":
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
-        usual = name in (*PROTOCOL, "tvsearch") and flags.get(name) == DEFAULTS.get(name)
+        usual = name in PROTOCOL and flags.get(name) == DEFAULTS.get(name)
         if flags.get(name) and not usual:  # a weight of 0 is what an absent term has
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
     start, end = values["triplet_ramp"]
@@ -443,38 +429,34 @@ def resolve(
         raise ValueError(f"--triplet-ramp takes two epochs, START <= END; got {start} {end}")
     if values["bank_init"] == "features" and values["memory_ids"] is not None:
         raise ValueError("--bank-init features has a bank size of its own: leave out --memory-ids")
-    _resolve_protocol(values, direction_given=args.direction)
+    values["data_path"] = values["data_path"] or DATASETS[values["dataset"]].default_folder
     return argparse.Namespace(**values), sources
 
 
-NEEDS = {  # flags that have an effect with one value of another flag
-    "shrink_scale": ("shrink", "auto"),
-    "temperature": ("addressing", "cosine"),
-    "bank_init_epoch": ("bank_init", "features"),
-}
 OF_STRIPES = ("w_center", "local_feat_dim")
 OF_LEVELS = ("memory_variant", "w_alignment", "w_decorrelation")
-OF_MEMORY = (*NEEDS, "shrink", "addressing", "bank_init")
-OF_MEMORY += ("instances_per_id", "parts_per_instance", "memory_ids")
+OF_MEMORY = (
+    *(*OF_LEVELS, "instances_per_id", "parts_per_instance", "memory_ids", "shrink", "shrink_scale"),
+    *("addressing", "temperature", "bank_init", "bank_init_epoch"),
+)
 OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
 
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a training with those `given`, and why."""
-    flags = _unused_by_data(given.get("dataset", DEFAULTS["dataset"]))
-    for name, (other, needed) in NEEDS.items():
-        value = given.get(other, DEFAULTS[other])
-        if value != needed:
-            flags[name] = f"--{other.replace('_', '-')} is {value}, not {needed}"
-    for flag, value in (("pcb", "off"), ("method", "agw")):
-        if given.get(flag) == value:
-            flags |= dict.fromkeys(OF_STRIPES, f"--{flag} {value} has no stripes")
-    if given.get("memory_levels") == "none":
-        flags |= dict.fromkeys(OF_LEVELS + OF_MEMORY, "--memory-levels none has no memory")
-    if script == "train_SGMRA.py":
-        flags |= dict.fromkeys(OF_LEVELS, f"{script} has no multi-granularity memory")
-    if script == "train_HCT.py":
-        flags |= dict.fromkeys(OF_LEVELS + OF_MEMORY + OF_BRANCH, f"{script} has no memory")
+    values = {**DEFAULTS, "memory_levels": None, **given}
+    flags = _unused_by_data(values["dataset"])
+    for holds, names, reason in (
+        (values["shrink"] != "auto", ["shrink_scale"], "--shrink is not auto"),
+        (values["addressing"] != "cosine", ["temperature"], "--addressing is not cosine"),
+        (values["bank_init"] != "features", ["bank_init_epoch"], "--bank-init is not features"),
+        (values["pcb"] == "off", OF_STRIPES, "--pcb off has no stripes"),
+        (values["method"] == "agw", OF_STRIPES, "--method agw has no stripes"),
+        (values["memory_levels"] == "none", OF_MEMORY, "--memory-levels none has no memory"),
+        (script == "train_SGMRA.py", OF_LEVELS, f"{script} has no multi-granularity memory"),
+        (script == "train_HCT.py", OF_MEMORY + OF_BRANCH, f"{script} has no memory"),
+    ):
+        flags |= dict.fromkeys(names if holds else (), reason)
     return flags
 
 
@@ -500,7 +482,7 @@ def resolve_evaluation(
     for name in DEFAULTS.keys() & values.keys() - set(AS_TRAINED_FLAGS):
         if values[name] is None:
             values[name] = DEFAULTS[name]
-    _resolve_protocol(values, direction_given=args.direction)
+    values["data_path"] = values["data_path"] or DATASETS[values["dataset"]].default_folder
     for name, reason in unused_in_evaluation(values).items():
         if vars(args).get(name) in (None, False):
             continue
@@ -508,30 +490,47 @@ def resolve_evaluation(
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
         no_effect.append(name)
     if no_effect:
-        text = ", --".join(no_effect)
-        log.warning("no effect, since checkpoint and data set know: --%s", text)
+        names = ", --".join(no_effect)
+        log.warning("no effect, since checkpoint and data set know: --%s", names)
     return argparse.Namespace(**values)
 
 
-def distinction(args: argparse.Namespace, sources: Mapping[str, str], script: str) -> str:
+def _differing(args: argparse.Namespace, sources: Mapping[str, str]) -> dict[str, str]:
+    """Returns the options that differ from the preset's, and the preset's values in words."""
+    preset = {**DEFAULTS, **PRESETS[args.preset], "preset": args.preset}
+    return {
+        name: _words(preset.get(name, "unset"))
+        for name, value in vars(args).items()
+        if name in sources and name not in INCIDENTAL and value != preset.get(name)
+    }
+
+
+def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     """Returns what tells a run's name from that of the preset's values: "_seed3_lr0.05", or ""."""
-    named = dict.fromkeys(vars(args)) | {name: getattr(args, name) for name in IN_NAME}
-    plain = vars(resolve(argparse.Namespace(**named), script)[0])
     words = [] if args.preset == args.dataset else [f"_{args.preset}"]
-    for name, value in sorted(vars(args).items(), key=lambda item: item[0] != "seed"):
-        shown = _words(value)
-        typed = sources.get(name) in ("flag", "--options") and name not in UNNAMED
-        if typed and shown != _words(plain[name]):
-            words.append(f"_{name.replace('_', '-')}{'' if value is True else shown}")
+    for name in sorted(_differing(args, sources), key=lambda name: name != "seed"):
+        if sources[name] in ("flag", "--options") and name not in UNNAMED:
+            value = getattr(args, name)
+            words.append(f"_{name.replace('_', '-')}{'' if value is True else _words(value)}")
     text = re.sub(r"[^\w.+-]", "-", "".join(words))
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
+
+
+def describe(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
+    """Returns the preset and the options that differ from it, one a line, with their source."""
+    lines = [
+        f"  {name} {_words(getattr(args, name))}  ({sources[name]}; preset: {usual})"
+        for name, usual in sorted(_differing(args, sources).items())
+    ]
+    differing = "these options differ" if lines else "no option differs"
+    source = PRESET_SOURCES[args.preset]
+    return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
 
 
 def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on an evaluation with these values, and why."""
     if values.get("query_dir") or values.get("gallery_dir"):
         names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
-        names |= {"subset"} if values["subset"] != "test" else set()
         return dict.fromkeys(names, "your own images have no protocol")
     flags = _unused_by_data(values["dataset"])
     if "query_dir" in values:
@@ -548,45 +547,15 @@ def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
 def _unused_by_data(dataset: str) -> dict[str, str]:
     """Returns the flags of other data sets' protocols, and why they have no effect."""
     data = DATASETS[dataset]
-    choices = set().union(*data.protocols.values())
-    flags = {
-        name: f"{data.title} has no such choice"
-        for name in ("direction", "tvsearch", "protocol", "mode", "gallery", "shots")
-        if name.replace("tvsearch", "direction") not in choices
-    }
-    if data.splits == 1:
-        flags["trial"] = f"{data.title} has one split"
-    if data.gallery_draws == 1:
-        flags["trials"] = f"{data.title} has one gallery"
-    return flags
-
-
-def _resolve_protocol(values: dict[str, Any], direction_given: str | None) -> None:
-    """Sets direction and data folder among the values."""
-    if values["tvsearch"] and direction_given == "v2i":
-        raise ValueError("--tvsearch asks for infrared to visible, --direction v2i for the reverse")
-    if values["tvsearch"]:
-        values["direction"] = "i2v"
-    if values["data_path"] is None:
-        values["data_path"] = DATASETS[values["dataset"]].default_folder
+    choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
+    choices |= {"trial"} if data.splits > 1 else set()
+    choices |= {"trials"} if data.gallery_draws > 1 else set()
+    return {name: f"{data.title} has no such choice" for name in PROTOCOL if name not in choices}
 
 
 def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
     """Returns the flags that `data_manager.eval_set` takes; `given` ones are added or replaced."""
     return {**{name: getattr(args, name) for name in PROTOCOL}, **given}
-
-
-def describe(args: argparse.Namespace, sources: dict[str, str]) -> str:
-    """Returns the preset and the options that differ from it, one a line, with their source."""
-    preset = {**DEFAULTS, **PRESETS[args.preset], "preset": args.preset}
-    lines = [
-        f"  {name} {_words(value)}  ({sources[name]}; preset: {_words(preset.get(name, 'unset'))})"
-        for name, value in sorted(vars(args).items())
-        if name in sources and name not in INCIDENTAL and value != preset.get(name)
-    ]
-    differing = "these options differ" if lines else "no option differs"
-    source = PRESET_SOURCES[args.preset]
-    return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:
@@ -610,9 +579,8 @@ def read_options(path: Path) -> dict[str, Any]:
         words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
         return _given(train_parser("").parse_args(words))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--options {path}: expected the options.json of a run ({error})"
-        ) from error
+        text = f"--options {path}: expected the options.json of a run ({error})"
+        raise ValueError(text) from error
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

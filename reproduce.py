@@ -46,12 +46,11 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     usual = {**dict.fromkeys(PAIRED, STUDY_SPLITS), "unseen": 1}
     trials = min(args.trials or usual.get(args.table, trials), most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
-    about |= {"unseen": dict(args.unseen)} if args.table == "unseen" else {}
+    about |= {"unseen": dict(args.unseen)}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"
         sys.stdout.write(f"{state} python {shlex.join(step.command)}\n")
-    sys.stdout.flush()
     if args.dry_run:
         return
     check_lists(steps)
@@ -61,7 +60,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
             continue
         mark, command = f"[{number}/{len(steps)}]", shlex.join(step.command)
         sys.stdout.write(f"{mark} python {command}\n")
-        sys.stdout.flush()
+        sys.stdout.flush()  # before the command's own output
         start = time.monotonic()
         code = subprocess.run([sys.executable, *step.command]).returncode
         if code:
@@ -81,32 +80,23 @@ def table_command(args: argparse.Namespace) -> None:
     file = args.runs / f"{args.name}.json"
     if not file.exists():
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
-    schema = {"dataset": str, "trials": int, "extra": {}}
-    schema |= {"unseen": {"*": (None, str)}} if args.table == "unseen" else {}
-    saved = read_json(file, schema)
-    about = {name: saved[name] for name in schema}
-    if about["dataset"] != args.dataset or not 1 <= about["trials"] <= 10:
-        raise ValueError(f"{file} is of another table: remove it and run again")
+    schema = {"dataset": str, "trials": int, "extra": {}, "unseen?": {"*": (None, str)}}
+    about = read_json(file, schema)
     _, rows = plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
-    kinds = {"ablation": "Ablations, ", "memory": "Ablations of the memory, "}
-    worth = "What the memory is worth, "
-    kinds |= {"study": worth, "continued": f"{worth}from a common start, "}
-    kinds |= {"unseen": "Unseen data sets, trained on "}
-    title = kinds.get(args.table, "") + DATASETS[args.dataset].title
+    title = DATASETS[args.dataset].title
+    title += "" if args.table in DATASETS else f", table {args.table}"
     silent = ("data_path", *options.INCIDENTAL)
     flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
-    note = f"Flags beyond the table's own: {shlex.join(flags)}." if flags else ""
-    found = tables.arrange(title, results, note=note)
+    note = f". Flags beyond the table's own: {shlex.join(flags)}" if flags else ""
+    found = tables.arrange(title + note, results)
     if args.table in PAIRED:
         found += _compared(results, args.runs / f"{args.name}_differences.png")
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)
     for suffix, text in texts.items():
-        write_atomic(
-            args.runs / f"{args.name}_table.{suffix}",
-            lambda file, text=text: file.write(text.encode()),
-        )
+        file = args.runs / f"{args.name}_table.{suffix}"
+        write_atomic(file, lambda stream, text=text: stream.write(text.encode()))
     sys.stdout.write(texts["md"])
 
 
@@ -170,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "check":
             findings = check(args.dataset, args.data_path, open_images=not args.skip_images)
             sys.stdout.write(findings.report())
-            return 0 if findings.good else 1
+            return 1 if findings.problems else 0
         of_methods = args.table in DATASETS
         dataset = args.table if of_methods else args.dataset or "regdb"
         if args.dataset not in (None, dataset):

@@ -1,8 +1,4 @@
-"""Files, signals, logging: what every script needs and no part of the method.
-
-Files are written atomically (a temporary file in the same folder, flushed to disk, then renamed):
-an interruption leaves either the former file or the new one. JSON files are read against a schema.
-"""
+"""Files, signals, logging: what every script needs and no part of the method."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import contextlib
 import json
 import logging
 import logging.handlers
-import math
 import os
 import platform
 import reprlib
@@ -23,9 +18,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +31,6 @@ except ImportError:  # on Windows, where nothing is locked
 log = logging.getLogger(__name__)
 
 VERSION = "2.0.0"  # of this project, see CHANGELOG.md
-JSON_LIMIT = 16 * 2**20  # bytes of a JSON text; the log of an epoch takes about 2,000
-DEEPEST = 20  # levels in it
-MADE_FOLDERS: list[Path] = []  # by this process, the deepest first
 
 
 class CheckpointError(ValueError):
@@ -75,20 +65,12 @@ def stop_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns errors a user can mend into one paragraph on standard error and exit code 2.
-
-    Folders that `make_writable_dir` has made inside are removed again if they are empty.
-    """
+    """Turns errors a user can mend into one paragraph on standard error and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from error
-    finally:
-        for folder in MADE_FOLDERS:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-        MADE_FOLDERS.clear()
 
 
 @contextlib.contextmanager
@@ -142,8 +124,7 @@ def versions(device: torch.device) -> dict[str, str]:
         "version": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": metadata.version("torchvision"),
-        "numpy": np.__version__,
+        **{name: metadata.version(name) for name in ("torchvision", "numpy")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
         "commit": commit or "unknown",
@@ -152,10 +133,8 @@ def versions(device: torch.device) -> dict[str, str]:
 
 def make_writable_dir(path: Path) -> Path:
     """Creates a folder; raises ValueError, with the system's reason, when it is not writable."""
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        MADE_FOLDERS[:0] = new
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(
@@ -165,52 +144,36 @@ def make_writable_dir(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Holds a lock file, which the system frees when this process ends, however it ends.
-
-    Its folder is made.
+def lock(path: Path) -> Iterator[None]:
+    """Holds a lock file, in a folder that it makes; the system frees it when this process ends.
 
     Raises:
-        ValueError: Another process, which the message names, holds it, and `wait` is false.
+        ValueError: Another process, which the message names, holds it.
     """
-    while True:
-        make_writable_dir(path.parent)
-        with open(path, "a+") as file:
-            _take_lock(file, path, wait)
-            if os.fstat(file.fileno()).st_nlink == 0:  # its former holder has just removed it
-                continue
-            try:
-                with naming(path):
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}")
-                    file.flush()
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            return
-
-
-def _take_lock(file: TextIO, path: Path, wait: bool) -> None:
-    try:
-        if fcntl is None:
-            raise OSError("this system has no such locks")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        text = f"{path.parent} is being written by {file.read() or 'another process'}"
-        if not wait:
-            raise ValueError(f"{text}: wait for it, end it, or choose another folder") from None
-        log.warning("%s: waiting for it", text)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        log.warning("%s cannot be locked (%s): start no other run there", path, error)
+    make_writable_dir(path.parent)
+    with open(path, "a+") as file:
+        try:
+            if fcntl is None:
+                raise OSError("this system has no such locks")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{path.parent} is being written by {file.read() or 'another process'}: wait for "
+                f"it, end it, or choose another folder"
+            ) from None
+        except OSError as error:
+            log.warning("%s cannot be locked (%s): start no other run there", path, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def write_atomic(
     path: Path, write: Callable[[BinaryIO], None], *, keep: Path | None = None
 ) -> None:
-    """Writes a file through `write(stream)` so that `path` is never half written.
+    """Writes a file through `write(stream)`: an interruption leaves the former file or the new one.
 
     A former file moves to `keep`, if given, once the new one is on the disk.
     """
@@ -260,8 +223,7 @@ def read_json(path: Path, schema: Any) -> Any:
         ValueError: It is not there, or not such a file.
     """
     try:
-        with path.open("rb") as stream:
-            data = stream.read(JSON_LIMIT + 1)
+        data = path.read_bytes()
         if path.suffix == ".jsonl":
             data, schema = b"[" + b",\n".join(data.splitlines()) + b"]", [schema]
         return parse_json(data, schema)
@@ -271,50 +233,39 @@ def read_json(path: Path, schema: Any) -> Any:
 
 
 def parse_json(text: str | bytes, schema: Any) -> Any:
-    """Reads a JSON text; raises ValueError where it is none, too long, or other than the schema.
+    """Reads a JSON text; raises ValueError where it is none, or other than the schema.
 
     A schema is a type (float takes integers too, object any value), None, a tuple of alternatives,
     a list with the schema of each entry, or a dictionary of entries: "name?" may be absent, "*" is
-    the schema of those not named. NaN, infinity and deep nesting are refused.
+    the schema of those not named.
     """
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"it has over {JSON_LIMIT} bytes")
     try:
-        value = json.loads(text, parse_int=_number, parse_float=_number, parse_constant=_number)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     check_form(value, schema)
     return value
 
 
-def check_form(value: Any, schema: Any, where: str = "it", depth: int = 0) -> None:
+def check_form(value: Any, schema: Any, where: str = "it") -> None:
     """Raises ValueError, which says `where`, when a JSON value is other than a schema."""
     if isinstance(schema, tuple):
         schema = next((each for each in schema if _is_a(value, each)), schema[0])
-    if schema is object:
-        schema = {dict: {}, list: [object]}.get(type(value), object)
-    if not _is_a(value, schema) or depth > DEEPEST:
+    if not _is_a(value, schema):
         expected = getattr(schema, "__name__", type(schema).__name__)
         raise ValueError(f"{where} is {reprlib.repr(value)}, expected {expected}")
     if isinstance(schema, list):
         for number, each in enumerate(value, start=1):
-            check_form(each, schema[0], f"entry {number} of {where}", depth + 1)
+            check_form(each, schema[0], f"entry {number} of {where}")
     elif isinstance(schema, dict):
         missing = [name for name in schema if not name.endswith(("?", "*")) and name not in value]
         if missing:
             raise ValueError(f"{where} lacks {missing[0]!r}")
         for name, each in value.items():
             own = schema.get(name, schema.get(f"{name}?", schema.get("*", object)))
-            check_form(each, own, reprlib.repr(name), depth + 1)
+            check_form(each, own, reprlib.repr(name))
 
 
 def _is_a(value: Any, schema: Any) -> bool:
     kind = schema if isinstance(schema, type) else type(schema)
     return kind in (type(value), object) or (kind is float and type(value) is int)
-
-
-def _number(text: str) -> float:
-    whole = text.lstrip("-").isdigit()
-    if not abs(float(text)) < (2**63 if whole else math.inf):
-        raise ValueError(f"{text[:40]} is no number of use")
-    return int(text) if whole else float(text)

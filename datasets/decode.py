@@ -1,7 +1,5 @@
 """Decoding: an `ImageList` becomes one uint8 array, whatever its images' sizes and formats."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,6 @@ log = logging.getLogger(__name__)
 # The only Pillow decoders that are tried, by a file's signature; of several frames the first.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 PERCENTILES = (1, 99)  # of a deep grey image, such as a thermal camera's counts: black and white
-MAX_PIXELS = 50_000_000  # more is taken for a decompression bomb; real crops have under 1 million
 
 
 def load_images(
@@ -56,8 +53,6 @@ def _decode(images: ImageList, index: int, out: np.ndarray) -> bool:
     file = images.root / images.paths[index]
     try:
         with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS}")
             deep = image.mode.startswith(("I", "F"))  # which Pillow would clip at 255
             if deep:
                 counts = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -67,9 +62,9 @@ def _decode(images: ImageList, index: int, out: np.ndarray) -> bool:
             image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             out[:] = np.asarray(image)
     except Exception as error:  # a damaged image makes Pillow raise nearly anything
+        formats = ", ".join(FORMATS)
         raise DataError(
-            f"cannot decode {file}: {error}; expected an intact {', '.join(FORMATS)} image: copy it"
-            " again from its source"
+            f"cannot decode {file}: {error}; expected an intact {formats} image: copy it again"
         ) from error
     return deep
 
@@ -79,10 +74,9 @@ def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
     cache = np.load(images.cache, mmap_mode="c", allow_pickle=False)  # changes are not written
     if cache.shape[1:] != (height, width, 3):
         raise DataError(
-            f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), and"
-            f" {height} x {width} are asked for. Rebuild: python pre_process_sysu.py --data-path"
-            f" {images.root} --overwrite --img_h {height} --img_w {width}; or pass"
-            f" --img_h {cache.shape[1]} --img_w {cache.shape[2]}"
+            f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), not"
+            f" {height} x {width}. Rebuild: python pre_process_sysu.py --data-path {images.root}"
+            f" --overwrite --img_h {height} --img_w {width}"
         )
     return cache if images.cache_rows is None else np.asarray(cache[images.cache_rows])
 
@@ -94,7 +88,7 @@ class ImageCache:
         self, height: int, width: int, *, workers: int = 4, progress: bool = False
     ) -> None:
         how = {"height": height, "width": width, "workers": workers, "progress": progress}
-        self._load = functools.lru_cache(maxsize=2)(lambda images: load_images(images, **how))
+        self._load = functools.lru_cache(maxsize=2)(functools.partial(load_images, **how))
 
     def __call__(self, images: ImageList) -> np.ndarray:
         """Returns the list's images, (n, H, W, 3) uint8."""

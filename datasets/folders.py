@@ -1,9 +1,7 @@
-"""Reading a data set's folder: its layout, lists, identities and listings, each checked.
+"""Reading a data set's folder: its lists, identities and listings, each checked.
 
 Every path read lies inside the data folder, links resolved; every error names file and line.
 """
-
-from __future__ import annotations
 
 import functools
 import logging
@@ -16,31 +14,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.base import DataError, DataSet, ImageList, Item, TrainSet, image_list
+from datasets.base import DataError, ImageList, Item, TrainSet, image_list
 from datasets.decode import FORMATS
 
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
-STAND_IN_HINT = (
-    " To try everything without it, write stand-in data: python stand_in.py --layout {} --out DIR"
-    " --train-ids 150 --test-ids 40 --images-per-id 10 --seed 0"
-)
 
 
 def folder_images(folder: str | Path, modality: str) -> ImageList:
     """Lists the images in any folder and below it, by name; identities are unknown (-1).
 
-    What is an image is told by a file's first bytes, or by its suffix; hidden files and folders are
-    passed over. Logs how many files were taken, and which were not.
+    An image is told by its suffix or its first bytes; hidden files and folders are passed over.
+    Logs how many files were taken, and which were not.
 
     Raises:
         DataError: There is no such folder, or no image in it.
     """
-    root = Path(folder)
+    root = Path(folder).resolve()
     if not root.is_dir():
-        raise DataError(f"image folder {root} {_not_a_folder(root)}; expected a folder of images")
-    root = root.resolve()
+        raise DataError(f"image folder {root} does not exist, or is a file, not a folder")
     names, skipped = [], []
     for path in sorted(root.rglob("*")):
         below = path.relative_to(root)
@@ -48,12 +41,9 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
             image = path.suffix.lower() in IMAGE_SUFFIXES or _is_image(path)
             (names if image else skipped).append(below.as_posix())
     if not names:
-        raise DataError(
-            f"{folder} holds no image, nor do the folders in it; expected {', '.join(FORMATS)}"
-        )
-    ending = f" ({', '.join(skipped[:5])}{', ...' if skipped[5:] else ''})" if skipped else ""
-    text = "%s: %s images taken: %d; other files skipped: %d%s"
-    log.info(text, folder, modality, len(names), len(skipped), ending)
+        raise DataError(f"{folder} holds no image, also below; expected {', '.join(FORMATS)}")
+    text = "%s: %s images taken: %d; other files skipped: %d %s"
+    log.info(text, folder, modality, len(names), len(skipped), skipped[:5])
     return image_list(root, [(name, -1, -1) for name in names], modality)
 
 
@@ -65,112 +55,64 @@ def _is_image(path: Path) -> bool:
     return True
 
 
-def _not_a_folder(path: Path) -> str:
-    """Says why a path is no folder."""
-    if path.is_file():
-        return "is a file, not a folder"
-    return "does not exist" + ("" if path.is_absolute() else f" in {Path.cwd()}")
-
-
-def check_layout(path: Path, data: DataSet, others: Iterable[DataSet]) -> Path:
-    """Returns the data folder with links resolved, after checking that its layout is `data`'s.
-
-    Raises:
-        DataError: The folder or a part of it is not there; says where it may be instead, or which
-            of the `others` it is.
-    """
-
-    def lacking(folder: Path, kind: DataSet) -> list[str]:
-        return [f"{name}/" for name in kind.folders if not os.path.isdir(folder / name)]
-
-    expected = f"{data.title} is a folder with {', '.join(f'{f}/' for f in data.folders)} in it"
-    hint = data.how_to_get + (STAND_IN_HINT.format(data.name) if data.has_stand_in else "")
-    if not path.is_dir():
-        raise DataError(f"data folder {path} {_not_a_folder(path)}. {expected}. {hint}")
-    missing = lacking(path, data)
-    if not missing:
-        return path.resolve()
-    for folder in [path.resolve().parent, *sorted(path.iterdir())]:  # one too deep or too high
-        if not lacking(folder, data):
-            hint = f"It is in {folder}: pass --data-path {folder}"
-    for other in others:
-        if not lacking(path, other):
-            hint = f"It looks like {other.title}: pass {data.title}'s folder"
-            hint += f", or --dataset {other.name} to a command that has this flag"
-    if missing == [f"{data.folders[0]}/"] and data.lists_hint:
-        hint = f"The images are there, the lists are not: {data.lists_hint}"
-    raise DataError(f"{path} has no {', '.join(missing)}. {expected}. {hint}")
-
-
-def path_inside(root: Path, relative: str) -> str:
-    """Returns the real path of `relative`, which must not leave the data folder."""
-    real = os.path.realpath(root / relative)
-    if not Path(real).is_relative_to(root):
+def path_inside(root: Path, relative: str) -> Path:
+    """Returns `relative` below the data folder, which it must not leave, links resolved."""
+    path = root / relative
+    if not path.resolve().is_relative_to(root):
         raise DataError(
-            f"{root / relative} leads to {real}, outside of the data folder {root}; only what lies"
+            f"{path} leads to {path.resolve()}, outside of the data folder {root}; only what lies"
             " inside is read: copy it there"
         )
-    return real
+    return path
 
 
 def read_text(root: Path, relative: str) -> str:
     """Reads one of the data set's own lists; raises DataError where that fails."""
-    real = path_inside(root, relative)
-    if not os.path.isfile(real):
-        raise DataError(f"{root / relative} does not exist; it is one of the data set's own lists")
+    path = path_inside(root, relative)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; it is one of the data set's own lists")
     try:
-        return Path(real).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{root / relative} cannot be read as text: {error}") from error
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} cannot be read as text: {error}") from error
 
 
 def files_in(root: Path, folder: str) -> set[str]:
-    """Returns the names of a folder's regular files, none when it is not there."""
-    try:
-        with os.scandir(path_inside(root, folder)) as entries:
-            files = [entry for entry in entries if entry.is_file()]
-    except (FileNotFoundError, NotADirectoryError):
+    """Returns the paths of a folder's files, hidden ones left out; none where it is not there."""
+    if not path_inside(root, folder).is_dir():
         return set()
-    except OSError as error:
-        raise DataError(f"{root / folder} cannot be listed: {error.strerror}") from error
+    with os.scandir(root / folder) as entries:
+        files = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
     for entry in files:
         if entry.is_symlink():
             path_inside(root, f"{folder}/{entry.name}")
-    return {entry.name for entry in files}
+    return {f"{folder}/{entry.name}" for entry in files}
 
 
-def find_images(
-    root: Path, pids: Iterable[int], cameras: Iterable[int], *layout: str
-) -> list[Item]:
+def find_images(root: Path, pids: Iterable[int], cameras: Iterable[int], prefix: str) -> list[Item]:
     """Lists every image of these identities in these cameras: by identity, camera, then path.
 
-    `layout`: folders to look into, such as "cam{camera}/{pid:04d}"; they need not exist.
+    Of camera 1 and identity 7 those in `prefix`1/0007/ and in `prefix`1/7/, if there.
     """
-    items: list[Item] = []
-    for pid, camera in product(pids, cameras):
-        paths = [
-            f"{folder}/{name}"
-            for folder in {each.format(camera=camera, pid=pid) for each in layout}
-            for name in files_in(root, folder)
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-        items += [(path, pid, camera) for path in sorted(paths)]
-    return items
+    return [
+        (path, pid, camera)
+        for pid, camera in product(pids, cameras)
+        for folder in sorted({f"{prefix}{camera}/{pid:04d}", f"{prefix}{camera}/{pid}"})
+        for path in sorted(files_in(root, folder))
+        if path.lower().endswith(IMAGE_SUFFIXES)
+    ]
 
 
 def read_ids(root: Path, name: str) -> set[int]:
     """Reads a file with one line of comma-separated identities."""
-    words = [word.strip() for word in read_text(root, name).strip().rstrip(",").split(",")]
-    for word in words:
-        if not re.fullmatch(r"[0-9]{1,6}", word):
-            raise DataError(
-                f"{root / name} holds {word[:40]!r}; expected one line of comma-separated whole"
-                " numbers, such as 1,2,4"
-            )
-    ids = {int(word) for word in words}
-    if len(ids) < len(words):
-        raise DataError(f"{root / name} names an identity twice; expected {len(ids)} numbers")
-    return ids
+    words = read_text(root, name).strip().rstrip(",").split(",")
+    try:
+        return {int(word) for word in words}
+    except ValueError as error:
+        raise DataError(
+            f"{root / name}: {error}; expected one line of comma-separated whole numbers, such as"
+            " 1,2,4"
+        ) from error
 
 
 def read_list(
@@ -186,7 +128,7 @@ def read_list(
     """
     expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
     parent = rf"{folder}/([0-9]{{1,9}})" if folder else "(.+)"
-    legal = re.compile(rf"\s*({parent}/([^/\\]+?))\s+([0-9]{{1,9}})\s*")
+    legal = re.compile(rf"\s*({parent}/[^/\\]+?)\s+([0-9]{{1,9}})\s*")
     listing = functools.cache(functools.partial(files_in, root))
     items: dict[str, Item] = {}
     labels = []
@@ -196,8 +138,8 @@ def read_list(
         found = legal.fullmatch(line)
         if not found:
             raise DataError(f"{name}:{number} of {root} is {line.strip()[:200]!r}; {expected}")
-        path, pid, file, label = found.groups()
-        if file not in listing(path.removesuffix(f"/{file}")):
+        path, pid, label = found.groups()
+        if path not in listing(path.rpartition("/")[0]):
             raise DataError(
                 f"{name}:{number} names {path}, and there is no such file in {root}; is the data"
                 " set complete, and the list its own?"
@@ -222,24 +164,15 @@ def paired_lists(
         DataError: A label stands for two identities, an identity for two labels, labels have gaps,
             or an identity lacks a modality.
     """
-    pid_of: dict[int, int] = {}
-    label_of: dict[int, int] = {}
-    hint = "expected a label for each, 0, 1, ...: are all lists of one split, from one source?"
-    for images, labels in (visible, infrared):
-        for label, pid, path in zip(
-            labels.tolist(), images.pids.tolist(), images.paths, strict=True
-        ):
-            known = pid_of.setdefault(label, pid), label_of.setdefault(pid, label)
-            if known != (pid, label):
-                raise DataError(
-                    f"{images.root / path} has label {label} and identity {pid}, an image before it"
-                    f" has label {known[1]} and identity {known[0]}; {hint}"
-                )
-    missing = set(range(len(pid_of))) - set(pid_of)
-    if missing:
-        raise DataError(
-            f"{len(pid_of)} labels up to {max(pid_of)}, and label {min(missing)} is not among them"
-            f" in {visible[0].root}; {hint}"
-        )
-    pids = np.array([pid_of[label] for label in range(len(pid_of))], dtype=np.int64)
+    labels = np.concatenate([visible[1], infrared[1]])
+    numbered = np.stack([labels, np.concatenate([visible[0].pids, infrared[0].pids])], axis=1)
+    pairs = np.unique(numbered, axis=0).tolist()  # [label, pid], ascending
+    label_of = {pid: label for label, pid in pairs}
+    for number, (label, pid) in enumerate(pairs):
+        if label != number or label_of[pid] != label:
+            raise DataError(
+                f"identity {pid} has label {label} in the lists of {visible[0].root}; expected one"
+                " label for each, 0, 1, ...: are all lists of one split, from one source?"
+            )
+    pids = np.array(list(label_of))
     return TrainSet(visible[0], infrared[0], visible[1], infrared[1], pids, description)

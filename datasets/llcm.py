@@ -1,7 +1,5 @@
 """LLCM: its layout, training lists and gallery draws."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,9 +27,8 @@ class Llcm(DataSet):
     `idx/train_{vis,nir}.txt` hold lines `<folder>/<file> <label>` with labels 0..L-1 shared by the
     two modalities; they name no raw identity, and the label stands for it. Test images lie in
     `test_vis/cam1..cam9/<pid>/` and `test_nir/cam{1,2,4..9}/<pid>/`, of the identities in
-    `idx/test_id.txt`; `<pid>` may have leading zeros or none. Queries are all images of one
-    modality; the gallery has one seeded image of the other per identity and camera, drawn as
-    SYSU-MM01's. Images of the query's own person and camera do not count.
+    `idx/test_id.txt`. Queries are all images of one modality; the gallery has one seeded image of
+    the other per identity and camera. Images of the query's own person and camera do not count.
 
     Visible to infrared has two meanings in print, whose numbers do not compare: that of the CVPR
     2023 paper is the one above; since 2023-06-20 the authors' repository turns it round, and the
@@ -50,7 +47,6 @@ class Llcm(DataSet):
     lists_hint = "idx/ is part of the data set's download; put it beside test_vis/"
     has_stand_in = True
     train_pids_are_labels = True
-    test_lists = " (idx/test_id.txt in test_vis/, test_nir/)"
     # SYSU-MM01 too has several cameras, and one image per camera in the gallery.
     preset = Sysu.preset
     preset_source = (
@@ -84,13 +80,8 @@ class Llcm(DataSet):
     def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
         """Lists the images of the test identities."""
         pids = sorted(read_ids(root, f"idx/{role}_id.txt"))
-
-        def listed(word: str) -> list[Item]:
-            folder = f"test_{word}/cam{{camera}}"
-            layout = f"{folder}/{{pid:04d}}", f"{folder}/{{pid}}"
-            return find_images(root, pids, CAMERAS[word], *layout)
-
-        return listed("vis"), listed("nir")
+        visible = find_images(root, pids, CAMERAS["vis"], "test_vis/cam")
+        return visible, find_images(root, pids, CAMERAS["nir"], "test_nir/cam")
 
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes one modality the queries and draws the galleries, or the queries, from the other.
@@ -108,8 +99,8 @@ class Llcm(DataSet):
             return whole
         draws = [seeded_draw(whole.gallery, trial, 1) for trial in range(options.trials)]
         drawn, rows = drawn_gallery(whole.gallery, draws)
-        protocol = f"{whole.protocol}, single-shot, seeded draws, {len(draws)} trial"
-        protocol += "s" if len(draws) > 1 else ""
+        count = f"{len(draws)} trial{'s' * (len(draws) > 1)}"
+        protocol = f"{whole.protocol}, single-shot, seeded draws, {count}"
         if turned:
             all_rows = (np.arange(len(whole.query)),) * len(draws)
             return EvalSet(self.name, drawn, whole.query, all_rows, "same", protocol, rows)

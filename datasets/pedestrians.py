@@ -6,8 +6,6 @@ modalities; its colours do not. `stand_in.py` writes whole data sets of them.
 Longer than other modules: one drawing program, whose functions mean nothing apart.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,6 +193,11 @@ class Look:
     detail: tuple[float, float] = (1.0, 1.0)  # share of the largest size
     turns: bool = False  # people are seen from every side, not from their own alone
 
+    def tones(self, material: Material) -> np.ndarray:
+        """Returns what the camera sees of a material: (1,) or (3,) float32."""
+        warm = [self.floor + (1 - self.floor) * material.infrared]
+        return np.array(warm if self.infrared else material.visible, np.float32)
+
 
 def camera_look(layout: str, camera: int, seed: int) -> Look:
     """Returns a camera's look: RegDB's 1 (visible) and 2 (thermal) are fixed, others are drawn.
@@ -221,22 +224,20 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 
 
 class _Figure:
-    """One person in a pose drawn at random, part by part from the far side to the near one.
+    """One person in a pose drawn at random, painted part by part from the far side to the near one.
 
-    Materials come last (`_colour_in`), so that any modality can be coloured in. Points are in body
-    heights: x from the body's axis to the right, y from the crown down.
+    Points are in body heights: x from the body's axis to the right, y from the crown down.
 
     Attributes:
-        labels: Number of the part that each pixel shows, 0 for none; an image.
-        shade: Brightness of each pixel, 128 is neutral; an image.
-        parts: Of part 1, 2, ...: its fabric, its axis (n, 2) and half width in pixels, and between
-            which heights in pixels its pattern runs.
+        picture: (height, width, 1 or 3) in 0..1, the person as the camera sees it.
+        covered: (height, width) bool, where the person is.
     """
 
     def __init__(
         self, person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
     ) -> None:
         self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
+        self.look = look
         if look.turns:
             yaw = math.pi * rng.choice((0.0, 0.5, 1.0, 1.5), p=(0.3, 0.2, 0.3, 0.2))
         else:
@@ -248,9 +249,8 @@ class _Figure:
         self.unit = height * rng.uniform(0.84, 0.97) * person.body["stature"]
         x = 0.5 * width + self.unit * (rng.normal(0, 0.025) - 0.5 * self.lean)
         self.origin = x, (height - self.unit) * rng.uniform(0.3, 0.9)
-        self.labels = Image.new("L", (width, height), 0)
-        self.shade = Image.new("L", (width, height), 128)
-        self.parts: list[tuple[Fabric, np.ndarray, float, list[float]]] = []
+        self.picture = np.zeros((height, width, 1 if look.infrared else 3), np.float32)
+        self.covered = np.zeros((height, width), bool)
         self.front, self.right = math.cos(yaw), math.sin(yaw)
         self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
         self.neck = 1.02 * self.body["head"]
@@ -281,7 +281,7 @@ class _Figure:
         light: int = 128,
         span: tuple[float, float] | None = None,
     ) -> None:
-        """Draws a chain of `joints` going down, of these half widths.
+        """Paints a chain of `joints` going down, of these half widths; `light` 128 is neutral.
 
         The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
         """
@@ -289,11 +289,17 @@ class _Figure:
         axis = np.stack([x0 + (x + self.lean * (1 - y)) * self.unit, y0 + y * self.unit], axis=1)
         side = self.unit * np.array(halves)[:, None] * (1, 0)
         outline = np.concatenate([axis - side, (axis + side)[::-1]]).ravel().tolist()
-        ends = [y0 + height * self.unit for height in span or (y[0], y[-1])]
-        self.parts.append((self.fabrics[fabric], axis, float(np.mean(halves)) * self.unit, ends))
-        ImageDraw.Draw(self.labels).polygon(outline, fill=len(self.parts))
-        look = {"fill": light, "outline": light - 45, "width": SUPERSAMPLE}
-        ImageDraw.Draw(self.shade).polygon(outline, **look)
+        image = Image.new("L", self.covered.shape[::-1])
+        ImageDraw.Draw(image).polygon(outline, light, light - 45, SUPERSAMPLE)
+        pixels = np.asarray(image)
+        ys, xs = np.nonzero(pixels > 0)
+        shade = pixels[ys, xs, None] / np.float32(128)
+        top, bottom = (y0 + height * self.unit for height in span or (y[0], y[-1]))
+        u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / (np.mean(halves) * self.unit)
+        weight = pattern_weight(self.fabrics[fabric], u, (ys - top) / (bottom - top))[:, None]
+        first, second = (self.look.tones(each) for each in self.fabrics[fabric][:2])
+        self.picture[ys, xs] = (first + weight * (second - first)) * shade
+        self.covered[ys, xs] = True
 
     def ball(self, fabric: str, x: float, y: float, rx: float, ry: float, cut: float = 1.0) -> None:
         """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
@@ -302,7 +308,6 @@ class _Figure:
         self.limb(fabric, [(x, y + ry * h) for h in heights], halves, 134)
 
     def leg(self, side: int, light: int) -> None:
-        """Draws bare leg, shoe, and what covers that leg alone."""
         body, limb, legs = self.body, self.limb, self.style["legs"]
         step = side * self.stride * math.sin(self.phase) * self.right
         x = side * 0.5 * body["hip"] * max(abs(self.front), 0.15)
@@ -354,7 +359,6 @@ class _Figure:
             limb("belt", [(0, self.waist + 0.02), (0, self.waist + 0.05)], [1.03 * waist] * 2)
 
     def arm(self, side: int, light: int) -> None:
-        """Draws bare arm and sleeve."""
         body, thick, reach = self.body, self.body["arm"], self.body["reach"]
         x = 0.95 * side * body["shoulder"] * body["fit"] * max(abs(self.front), 0.12)
         swing = -side * self.swing * math.sin(self.phase) * self.right
@@ -372,7 +376,6 @@ class _Figure:
             self.limb("sleeve", [shoulder, elbow, hand], [loose, loose, 0.9 * loose], light)
 
     def head(self) -> None:
-        """Draws face, hair, hat, scarf."""
         ball, kind, right, head = self.ball, self.style["hair"], self.right, self.body["head"]
         half, behind = head * self.body["face"], self.front < -0.35
         if kind in ("afro", "big"):
@@ -484,23 +487,6 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
     return np.asarray(image, np.float32).reshape(height, width, -1) / 255
 
 
-def _colour_in(figure: _Figure, look: Look, backdrop: np.ndarray) -> np.ndarray:
-    """Gives every part its materials as the camera sees them, over `backdrop` (h, w, c)."""
-    labels, shade = np.asarray(figure.labels), np.asarray(figure.shade, np.float32) / 128
-    picture = backdrop.copy()
-    for number, (fabric, axis, half, (top, bottom)) in enumerate(figure.parts, start=1):
-        ys, xs = np.nonzero(labels == number)
-        pair = (fabric.first, fabric.second)
-        tones = np.array([material.visible for material in pair])
-        if look.infrared:
-            tones = np.array([[look.floor + (1 - look.floor) * each.infrared] for each in pair])
-        first, second = tones.astype(np.float32)
-        u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / half
-        weight = pattern_weight(fabric, u, (ys - top) / (bottom - top))[:, None]
-        picture[ys, xs] = (first + weight * (second - first)) * shade[ys, xs, None]
-    return picture
-
-
 def render(
     person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
 ) -> Image.Image:
@@ -509,8 +495,9 @@ def render(
     height, width = (max(16, round(share * side)) for side in size)
     big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
     figure = _Figure(person, look, rng, big)
-    pixels = np.clip(_colour_in(figure, look, _background(rng, look, big)), 0, 1)
-    image = Image.fromarray((255 * pixels).astype(np.uint8).squeeze()).reduce(SUPERSAMPLE)
+    pixels = np.where(figure.covered[..., None], figure.picture, _background(rng, look, big))
+    pixels = (255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    image = Image.fromarray(pixels.squeeze()).reduce(SUPERSAMPLE)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = pixels ** rng.uniform(0.8, 1.25) * rng.uniform(*look.gain)  # gamma, gain

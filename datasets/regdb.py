@@ -1,7 +1,5 @@
 """RegDB: its layout, splits and protocol."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from datasets.base import DataSet, ImageList, TrainSet
@@ -24,13 +22,7 @@ class Regdb(DataSet):
     )
     lists_hint = "idx/ with the ten splits comes apart from the images; put it beside Visible/"
     has_stand_in = True
-    preset = {
-        "batch_size": 8,
-        "num_pos": 4,
-        "gem_p": 10.0,
-        "w_center": 2.0,
-        "label_smooth": "on",
-    }
+    preset = {"batch_size": 8, "num_pos": 4, "gem_p": 10.0, "w_center": 2.0, "label_smooth": "on"}
     preset_source = "lr, P, K: the authors' README; p, w_center, smoothing: their script, HCT"
     splits = 10
     expected = {"train": (206, 2060, 2060), "test": (206, 2060, 2060)}

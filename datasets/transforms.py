@@ -3,15 +3,13 @@
 The random numbers come in from outside; each image of a batch has its own.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pretraining images, RGB in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -57,27 +55,28 @@ def augment(
     `draws` (len(Draw), n) are uniform random numbers in [0, 1). Returns (n, 3, H, W) float32 on the
     same device, channels_last in memory.
     """
-    offsets = 2 * augmentation.pad + 1
-    top, left = (draws[[Draw.TOP, Draw.LEFT]] * offsets).astype(np.int64)
-    flipped = np.flatnonzero(draws[Draw.FLIP] < augmentation.flip)
-    images = images_uint8
+    images, pad = images_uint8, augmentation.pad
+
+    def replaced(row: Draw, probability: float, others: torch.Tensor) -> torch.Tensor:
+        chosen = _on(images, draws[row] < probability)
+        return torch.where(chosen[:, None, None, None], others, images)
+
     if modality == "visible" and augmentation.grey > 0:
-        images = _grey(images, np.flatnonzero(draws[Draw.GREY] < augmentation.grey))
+        images = replaced(Draw.GREY, augmentation.grey, _grey(images))
     if modality == "visible" and augmentation.channel_aug > 0:
-        chosen = np.flatnonzero(draws[Draw.EXCHANGE] < augmentation.channel_aug)
-        images = _exchange(images, chosen, (4 * draws[Draw.CHANNEL, chosen]).astype(np.int64))
-    images = _crop_and_flip(images, augmentation.pad, top, left, flipped)
+        one_channel = _one_channel(images, draws[Draw.CHANNEL])
+        images = replaced(Draw.EXCHANGE, augmentation.channel_aug, one_channel)
+    images = _crop(images, pad, *(draws[[Draw.TOP, Draw.LEFT]] * (2 * pad + 1)).astype(int))
+    images = replaced(Draw.FLIP, augmentation.flip, images.flip(2))
     if augmentation.tone > 0:
-        tone = (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1) * augmentation.tone
-        images = _tone(images, np.exp(tone))
+        images = _tone(images, augmentation.tone * (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1))
     batch = normalize(images)
     if augmentation.erase > 0:
-        chosen = np.flatnonzero(draws[Draw.ERASE] < augmentation.erase)
-        fills = np.zeros((3, len(chosen)), np.float32)  # the mean, once normalised
+        colours = np.zeros((len(images), 3), np.float32)  # the mean, once normalised
         if augmentation.channel_aug > 0:
-            values = 255 * draws[Draw.FILL_RED : Draw.FILL_BLUE + 1, chosen]
-            fills = (values * SCALE[:, None] + SHIFT[:, None]).astype(np.float32)
-        _erase(batch, chosen, draws[:, chosen], fills)
+            values = 255 * draws[Draw.FILL_RED : Draw.FILL_BLUE + 1].T
+            colours = (values * SCALE + SHIFT).astype(np.float32)
+        _erase(batch, np.flatnonzero(draws[Draw.ERASE] < augmentation.erase), draws, colours)
     return batch
 
 
@@ -122,54 +121,44 @@ def _on(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values)).to(images.device, non_blocking=True)
 
 
-def _grey(images: torch.Tensor, chosen: np.ndarray) -> torch.Tensor:
-    """Returns (n, H, W, 3) images of which the `chosen` (k,) are grey, with Pillow's rounding."""
-    rows = _on(images, chosen)
-    luma = (images[rows].int() * _on(images, np.array(LUMA, dtype=np.int32))).sum(-1, keepdim=True)
-    grey = (luma + (1 << 15)) >> 16  # (k, H, W, 1)
-    return images.index_copy(0, rows, grey.to(torch.uint8).expand(-1, -1, -1, 3))
+def _grey(images: torch.Tensor) -> torch.Tensor:
+    """Returns (n, H, W, 3) images in grey, with Pillow's rounding."""
+    luma = (images.int() * _on(images, np.array(LUMA, dtype=np.int32))).sum(-1, keepdim=True)
+    return ((luma + (1 << 15)) >> 16).to(torch.uint8).expand(-1, -1, -1, 3)
 
 
-def _exchange(images: torch.Tensor, chosen: np.ndarray, kinds: np.ndarray) -> torch.Tensor:
-    """Returns (n, H, W, 3) images of which `chosen` (k,) are one channel (0 to 2), or grey (3)."""
-    images = _grey(images, chosen[kinds == 3])
-    rows, channels = _on(images, chosen[kinds < 3]), _on(images, kinds[kinds < 3])
-    single = images[rows, :, :, channels].unsqueeze(3)  # (k', H, W, 1)
-    return images.index_copy(0, rows, single.expand(-1, -1, -1, 3))
+def _one_channel(images: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    """Returns (n, H, W, 3) images three times red, green, blue or grey, as `draws` (n,) say."""
+    channels = torch.cat([images, _grey(images)[..., :1]], dim=3)  # (n, H, W, 4)
+    chosen = _on(images, (4 * draws).astype(np.int64))[:, None, None, None]
+    return channels.take_along_dim(chosen, dim=3).expand(-1, -1, -1, 3)
 
 
-def _crop_and_flip(
-    images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray, flipped: np.ndarray
-) -> torch.Tensor:
-    """Cuts an H x W window at (top, left), (n,) each, out of each padded image; mirrors some."""
-    n, height, width, channels = images.shape
-    padded = images.new_zeros((n, height + 2 * pad, width + 2 * pad, channels))
-    padded[:, pad : pad + height, pad : pad + width] = images
-    # (n, 2 pad + 1, 2 pad + 1, C, H, W), a view
-    windows = padded.unfold(1, height, 1).unfold(2, width, 1)
-    at = _on(images, np.stack([np.arange(n), top, left]))
-    crops = windows.permute(0, 1, 2, 4, 5, 3)[at[0], at[1], at[2]]  # (n, H, W, C)
-    rows = _on(images, flipped)
-    return crops.index_copy_(0, rows, crops[rows].flip(2))
+def _crop(images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray) -> torch.Tensor:
+    """Cuts an H x W window at (top, left), (n,) each, out of each padded (n, H, W, 3) image."""
+    _, height, width, _ = images.shape
+    padded = F.pad(images, (0, 0, pad, pad, pad, pad))
+    places = zip(padded, top, left, strict=True)
+    return torch.stack([image[y : y + height, x : x + width] for image, y, x in places])
 
 
 def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
-    """Applies gain * (x / 255) ** gamma; `exponents` (2, n) holds gammas and gains; black stays."""
-    gamma, gain = _on(images, exponents.astype(np.float32))[:, :, None, None, None]
+    """Applies e^b * (x / 255) ** e^a to each image; `exponents` (2, n) holds a and b."""
+    gamma, gain = _on(images, np.exp(exponents).astype(np.float32))[:, :, None, None, None]
     return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
 
 
-def _erase(batch: torch.Tensor, chosen: np.ndarray, draws: np.ndarray, fills: np.ndarray) -> None:
-    """Fills a rectangle of each `chosen` (k,) image in place; `draws`, `fills` have k columns."""
+def _erase(batch: torch.Tensor, rows: np.ndarray, draws: np.ndarray, colours: np.ndarray) -> None:
+    """Fills a rectangle of the images `rows` (k,) in place with their `colours` (n, 3)."""
     _, _, height, width = batch.shape
     area = ERASE_AREA[0] + draws[Draw.ERASE_AREA] * (ERASE_AREA[1] - ERASE_AREA[0])
     pixels = area * height * width
-    ratio = np.exp((2 * draws[Draw.ERASE_ASPECT] - 1) * math.log(ERASE_ASPECT))
+    ratio = ERASE_ASPECT ** (2 * draws[Draw.ERASE_ASPECT] - 1)
     tall = np.clip(np.sqrt(pixels * ratio), 1, height).astype(np.int64)
     wide = np.clip(np.sqrt(pixels / ratio), 1, width).astype(np.int64)
     places = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all
     place = (draws[Draw.ERASE_PLACE] * places).astype(np.int64)
     top, left = np.divmod(place, width - wide + 1)
-    colours = _on(batch, fills.T)[:, :, None, None]  # (k, 3, 1, 1)
-    for row, y, x, h, w, colour in zip(chosen, top, left, tall, wide, colours, strict=True):
-        batch[row, :, y : y + h, x : x + w] = colour
+    colours = _on(batch, colours)[:, :, None, None]  # (n, 3, 1, 1)
+    for i in rows:
+        batch[i, :, top[i] : top[i] + tall[i], left[i] : left[i] + wide[i]] = colours[i]

@@ -27,20 +27,27 @@ FIGURE = ROOT / "docs/study.png"
 HEALTH_NAMES = [f"{level}/{name}" for level in LEVELS for name in HEALTH if name != "entropy"]
 KEY = ["table", "method", "split", "direction"]
 COLUMNS = [*KEY, *METRICS, *HEALTH_NAMES, "data", "commit"]
+TABLES = {  # table and data set of `reproduce.py`
+    "continued": ("continued", "regdb"),
+    "study": ("study", "regdb"),
+    "sysu": ("continued", "sysu"),
+}
 PANELS = {"continued": "from a common start", "study": "from random weights"}
+SYSU = "all 1 seeded"  # all-search, single-shot
 # Folders of evaluations on data of other layouts, below that of a training.
 UNSEEN = {"unseen_sysu": "SYSU-MM01's layout", "unseen_llcm": "LLCM's layout"}
 
 
 def rows_of(table_name: str, runs: Path) -> list[Row]:
     """A table's rows, whether they have been run or not."""
-    return plan(table_name, dataset="regdb", runs=runs, trials=STUDY_SPLITS, extra={})[1]
+    name, dataset = TABLES[table_name]
+    return plan(name, dataset=dataset, runs=runs, trials=STUDY_SPLITS, extra={})[1]
 
 
 def collect(runs: Path) -> list[dict[str, str]]:
     """One line for each result in a folder of runs, with the memory's health in the last epoch."""
     lines = []
-    for table_name, row in ((name, row) for name in PANELS for row in rows_of(name, runs)):
+    for table_name, row in ((name, row) for name in TABLES for row in rows_of(name, runs)):
         for split, (file, training) in enumerate(zip(row.files, row.training, strict=True), 1):
             others = {name: training / name / "results.json" for name in UNSEEN}
             for direction, found in {row.protocol: file, **others}.items():
@@ -63,7 +70,7 @@ def results(lines: list[dict[str, str]], table_name: str, direction: str) -> lis
     """A table's rows with what the lines say of them, in one direction."""
     found = []
     for row in rows_of(table_name, Path()):
-        if row.protocol != "v2i":
+        if row.protocol not in ("v2i", SYSU):
             continue
         key = (table_name, row.setting.name, direction)
         own = [x for x in lines if (x["table"], x["method"], x["direction"]) == key]
@@ -95,9 +102,12 @@ def main() -> int:
             text = replace_block(text, f"{name} {direction}", results_table(own))
             if direction == "v2i":
                 panels[words] = differences(own, REFERENCES[1], "mAP")
-    for direction in UNSEEN:
-        own = [r for r in results(lines, "continued", direction) if r.per_trial]
-        text = replace_block(text, direction, results_table(own) if own else "")
+    for block, table_name, direction in (
+        *((name, "continued", name) for name in UNSEEN),
+        ("sysu", "sysu", SYSU),
+    ):
+        own = [r for r in results(lines, table_name, direction) if r.per_trial]
+        text = replace_block(text, block, results_table(own) if own else "")
     PAGE.write_text(replace_block(text, "health", health_table(lines)))
     title = "What each row gains over the control, in points of mAP (visible to infrared)"
     page.save(charts.differences(panels, title=title), FIGURE)

@@ -50,13 +50,13 @@ def load_network(
             config = {**content["config"], **given}
         else:
             config = {**RELEASED_DEFAULTS, **released_config(state), **given}
+            state = convert_released_state_dict(state)
             if gem_p is None:
                 log.warning(
                     "%s stores no GeM exponent, as no earlier release's file does: taking %g; "
                     "HCT's and the first upload's trainings on RegDB have 10 (--gem-p 10)",
                     *(path, config["gem_p"]),
                 )
-            state = convert_released_state_dict(state)
         if memory is not None:
             if config["memory"] != memory.__name__:
                 raise ValueError(f"its memory is {config['memory']!r}, not {memory.__name__!r}")
@@ -120,38 +120,35 @@ class TrainedOn:
     @property
     def defaults(self) -> dict[str, Any]:
         """Its data set, trial and, if it is here, data folder: what is evaluated unless told."""
-        kinds = {"dataset": "", "trial": 1, "data_path": ""}
-        known = {k: self.options.get(k, v) for k, v in kinds.items()}
-        folder = known.pop("data_path")
-        known |= {"data_path": Path(folder)} if folder and Path(folder).is_dir() else {}
-        return known if known["dataset"] in DATASETS else {}
+        if self.options.get("dataset") not in DATASETS:
+            return {}
+        known = {"dataset": self.options["dataset"], "trial": self.options.get("trial", 1)}
+        folder = self.options.get("data_path")
+        if folder and Path(folder).is_dir():
+            known["data_path"] = Path(folder)
+        return known
 
     def admit(
         self, protocol: EvalSet, data: str, *, trial: int, subset: str, seen: bool
     ) -> tuple[EvalSet, str]:
         """Refuses a protocol whose identities were trained on, unless they may have been `seen`.
 
-        Only those of the same `data`, in the words of `data_manager.data_name`, are compared.
-        Returns the protocol, and what each result has to say of this, which its words then say too.
+        Only those of the same `data`, as `data_manager.data_name` calls it, are compared. Returns
+        the protocol, and what each result has to say of this, which its words then say too.
 
         Raises:
             ValueError: Some of the identities were trained on.
         """
-        facts, own = DATASETS[protocol.dataset], self.defaults.get("trial", trial)
         pids = np.union1d(protocol.query.pids, protocol.gallery.pids).tolist()
         known = self.seen.get(data) or self.seen.get("", frozenset())
         count = len(known.intersection(pids))
+        facts = DATASETS[protocol.dataset]
         if facts.train_pids_are_labels and subset == "test":
             count = 0
-        if not count and self.data not in ("", data):
-            remark = f"trained on {self.data}"
-        elif not known:
-            remark = "training identities unknown"
-        elif not count:
-            return protocol, ""
-        else:
+        if count:
             people = "validation" if subset == "val" else "test"
             remark = f"{count} of {len(pids)} {people} identities were trained on"
+            own = self.defaults.get("trial", trial)
             if not seen:
                 other = facts.splits > 1 and own != trial
                 hint = f"of trial {own}: pass --trial {own}" if other else "or its starting weights"
@@ -159,20 +156,24 @@ class TrainedOn:
                     f"{remark} by {self.path} ({hint}). With --seen-ids, test.py and visualize.py "
                     f"go on, and every result says so"
                 )
+        elif self.data not in ("", data):
+            remark = f"trained on {self.data}"
+        elif not known:
+            remark = "training identities unknown"
+        else:
+            return protocol, ""
         return replace(protocol, protocol=f"{protocol.protocol}; {remark}"), remark
 
 
 def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
     """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
-    unknown = "unknown (checkpoint of an earlier release)"
     trained = info.get("options", {})
     recipe = [f"preset {trained['preset']}"] if "preset" in trained else []
-    recipe += [
-        f"{k} {trained[k]}" for k in ("erase", "channel_aug", "grey", "tone") if trained.get(k)
-    ]
+    augmentation = ("erase", "channel_aug", "grey", "tone")
+    recipe += [f"{name} {trained[name]}" for name in augmentation if trained.get(name)]
     return {
         "checkpoint": str(path),
-        "selection": info.get("selection", unknown),
+        "selection": info.get("selection", "unknown (checkpoint of an earlier release)"),
         "epoch": info.get("epoch"),
         "trained_on": info.get("data", "unknown"),
         "recipe": ", ".join(recipe),

@@ -1,8 +1,4 @@
-"""Evaluation, the same for training, ``test.py``, own folders and figures.
-
-`evaluate` goes from a network and a protocol to features and results; `embed`, `distances` and
-`score` are its steps.
-"""
+"""Evaluation, the same for training, ``test.py``, own folders and figures: see `evaluate`."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +11,7 @@ from tqdm import tqdm
 
 from data_loader import EvalLoader
 from data_manager import EvalSet, ImageList
-from eval_metrics import METRICS, RE_RANKINGS, evaluate_rule, mean_and_std, summarize
+from eval_metrics import METRICS, evaluate_rule, mean_and_std, summarize
 from re_rank import k_reciprocal, random_walk
 
 Features = dict[str, dict[str, np.ndarray]]
@@ -43,16 +39,14 @@ def evaluate(
         (see `score`) with its ``test_feat`` and ``tta`` for each kind of feature and ranking.
 
     Raises:
-        ValueError: When there are no images, or a feature is not finite.
+        ValueError: When a feature is not finite.
     """
     features = {}
+    how = {"amp": amp, "progress": progress, "flip": eval_set.tta == "flip"}
+    device = next(net.parameters()).device
     for role in ("query", "gallery"):
         own = getattr(eval_set, role)
-        if not len(own):
-            raise ValueError(f"no {own.modality} images to embed")
-        device = next(net.parameters()).device
         batches = EvalLoader(images(own), batch_size=batch_size, device=device)
-        how = {"amp": amp, "progress": progress, "flip": eval_set.tta == "flip"}
         features[role] = embed(net, batches, own.modality, test_feats, **how)
     return features, score_kinds(eval_set, features, rankings)
 
@@ -61,12 +55,12 @@ def score_kinds(
     eval_set: EvalSet, features: Features, rankings: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Returns a result (see `score`) for each kind of feature and ranking, which it names."""
-    results = []
-    for name in features["query"]:
-        pair = features["query"][name], features["gallery"][name]
-        about = {"test_feat": name, "tta": eval_set.tta}
-        results += [{**score(eval_set, *pair, r), **about} for r in rankings]
-    return results
+    own = {"tta": eval_set.tta}
+    return [
+        {**score(eval_set, query, features["gallery"][name], ranking), "test_feat": name, **own}
+        for name, query in features["query"].items()
+        for ranking in rankings
+    ]
 
 
 @torch.no_grad()
@@ -89,21 +83,16 @@ def embed(
     """
     net.eval()
     chunks: dict[str, list[Tensor]] = {name: [] for name in test_feats}
-
-    def features(images: Tensor) -> dict[str, Tensor]:
-        inputs = (images, None) if modality == "visible" else (None, images)
-        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            feats = net.embed(*inputs, test_feats)
-        return {name: feat.float() for name, feat in feats.items()}
-
     hidden = None if progress else True
     for images in tqdm(batches, f"embed {modality}", disable=hidden, leave=False):
-        feats = features(images)
-        if flip:
-            mirrored = features(images.flip(3))
-            feats = {name: normalize(feat + mirrored[name]) for name, feat in feats.items()}
-        for name, feat in feats.items():
-            chunks[name].append(feat)  # they stay on the device: no wait for it
+        views = []
+        for view in (images, images.flip(3)) if flip else (images,):
+            inputs = (view, None) if modality == "visible" else (None, view)
+            with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+                views.append(net.embed(*inputs, test_feats))
+        for name in test_feats:
+            feats = sum(view[name].float() for view in views)
+            chunks[name].append(normalize(feats) if flip else feats)  # on the device: no sync
     result = {name: torch.cat(feats).cpu().numpy() for name, feats in chunks.items()}
     for name, feats in result.items():
         if not np.isfinite(feats).all():
@@ -112,17 +101,13 @@ def embed(
 
 
 def distances(query: np.ndarray, gallery: np.ndarray, ranking: str = "no") -> np.ndarray:
-    """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer."""
-    ways = {"no": negative_similarity, "k_reciprocal": k_reciprocal, "random_walk": random_walk}
-    if ranking not in ways:
-        raise ValueError(f"re-ranking must be one of {', '.join(RE_RANKINGS)}, got {ranking!r}")
-    return ways[ranking](query, gallery)
+    """Distances (Q, G) of L2-normalised features (Q, D) and (G, D), smaller is closer.
 
-
-def negative_similarity(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """Minus the cosine similarity of (Q, D) and (G, D), rows of norm 1: (Q, G)."""
-    similarity = query @ gallery.T  # (Q, G)
-    return np.negative(similarity, out=similarity)  # in place: it may take gigabytes
+    Minus the cosine similarity, or what a `ranking` of `eval_metrics.RE_RANKINGS` makes of it.
+    """
+    if ranking == "no":
+        return -query @ gallery.T
+    return {"k_reciprocal": k_reciprocal, "random_walk": random_walk}[ranking](query, gallery)
 
 
 def score(
@@ -140,9 +125,8 @@ def score(
     per_trial, curves = [], []
     for own, rows in zip(asking, eval_set.gallery_trials, strict=True):
         distmat = distances(query[own], gallery[rows], ranking)
-        cameras = q.camids[own], g.camids[rows]
-        pids = q.pids[own], g.pids[rows]
-        result = evaluate_rule(eval_set.camera_rule, distmat, *pids, *cameras)
+        people = q.pids[own], g.pids[rows], q.camids[own], g.camids[rows]
+        result = evaluate_rule(eval_set.camera_rule, distmat, *people)
         per_trial.append(summarize(*result))
         curves.append(result[0])
     mean, std = mean_and_std(per_trial)
@@ -158,7 +142,6 @@ def score(
 
 def format_result(result: Mapping[str, Any]) -> str:
     """One line with a result's numbers in percent and what they were measured on."""
-    names = {"rank1": "R1", "rank5": "R5", "rank10": "R10", "rank20": "R20"}
-    numbers = "  ".join(f"{names.get(key, key)} {100 * result[key]:.2f}" for key in METRICS)
+    numbers = "  ".join(f"{key.replace('rank', 'R')} {100 * result[key]:.2f}" for key in METRICS)
     ranking = "not re-ranked" if result["re_rank"] == "no" else f"re-ranked: {result['re_rank']}"
     return f"{numbers}  ({result['protocol']}; {ranking})"

@@ -1,6 +1,7 @@
 """Features in a file, ours or anyone's, for a protocol: scored without any network."""
 
 import collections
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,15 @@ def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[s
     trial's last, and where each trial has its own queries ``query_trials`` likewise;
     ``protocol``, ``dataset``, ``checkpoint``, ``tta``. None needs pickle to be read.
     """
-    arrays: dict[str, Any] = {}
-    trials = {"gallery": protocol.gallery_trials, "query": protocol.query_trials}
-    for role, each in trials.items():
-        if each is not None:
-            padded = arrays[f"{role}_trials"] = np.full((len(each), max(map(len, each))), -1)
-            for number, rows in enumerate(each):
-                padded[number, : len(rows)] = rows
-    names = ("protocol", "dataset", "checkpoint", "tta")
-    arrays |= {name: np.array(str(row[name])) for name in names}
+    arrays = {name: str(row[name]) for name in ("protocol", "dataset", "checkpoint", "tta")}
     for role in ("query", "gallery"):
-        images = getattr(protocol, role)
+        images, trials = getattr(protocol, role), getattr(protocol, f"{role}_trials")
         arrays |= {f"{role}_{feat}": values for feat, values in features[role].items()}
         arrays[f"{role}_pids"], arrays[f"{role}_camids"] = images.pids, images.camids
-        arrays[f"{role}_paths"] = np.array(images.paths)
-        arrays[f"{role}_modality"] = np.array(images.modality)
+        arrays[f"{role}_paths"], arrays[f"{role}_modality"] = images.paths, images.modality
+        if trials is not None:
+            padded = list(itertools.zip_longest(*trials, fillvalue=-1))  # g rows, a column a trial
+            arrays[f"{role}_trials"] = np.transpose(padded)
     write_atomic(path, lambda stream: np.savez(stream, **arrays))
 
 
@@ -77,15 +72,14 @@ def read_features(path: str | Path, protocol: EvalSet) -> Features:
             f"{path} lacks {len(missing)} of the {len(wanted)} images of {protocol.protocol}, "
             f"{missing[0]!r} first; it has {paths[0]!r}"
         )
-    found: Features = {}
-    for role in ("query", "gallery"):
-        own = [rows[name] for name in getattr(protocol, role).paths]
-        found[role] = {name: values[own].astype(np.float32) for name, values in kinds.items()}
-        for name, values in found[role].items():
-            norms = np.linalg.norm(values, axis=1)
-            if not (abs(norms - 1) < NORM_TOLERANCE).all():  # NaN is not
-                raise ValueError(
-                    f"{path}: {role} rows of {name!r} have norms from {norms.min():.4g} to "
-                    f"{norms.max():.4g}, expected 1: images are ranked by the cosine similarity"
-                )
+    found: Features = {"query": {}, "gallery": {}}
+    for name, values in kinds.items():
+        own = values[[rows[name] for name in wanted]].astype(np.float32)
+        norms = np.linalg.norm(own, axis=1)
+        if not (abs(norms - 1) < NORM_TOLERANCE).all():  # NaN is not
+            raise ValueError(
+                f"{path}: rows of {name!r} have norms from {norms.min():.4g} to {norms.max():.4g}, "
+                "expected 1: images are ranked by the cosine similarity"
+            )
+        found["query"][name], found["gallery"][name] = np.split(own, [len(protocol.query)])
     return found

@@ -1,7 +1,4 @@
-"""The loop over epochs: train, evaluate, report, save.
-
-Networks, criteria, data and numbers come in as arguments; nothing here knows the command line.
-"""
+"""The loop over epochs: train, evaluate, report, save."""
 
 import json
 import logging
@@ -17,7 +14,7 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.run_files import BEST, LAST, PREVIOUS, RunFiles
-from engine.train import REMEDY, NonFiniteLossError, Schedule, TrainSettings, train_epoch
+from engine.train import REMEDY, Schedule, TrainSettings, train_epoch
 from eval_metrics import METRICS
 from loss import CLASSIFYING_TERMS, Criterion
 from memory import SingleGranularityMemory
@@ -56,14 +53,12 @@ def fit(
 ) -> Progress:
     """Trains to the last epoch, evaluating, logging and saving on the way (rank 0 alone).
 
-    Every random draw is a function of (seed, epoch, step): a run that ended anywhere and resumes
-    from ``last.pt`` writes what an unbroken one does, times excepted, and on the CPU with the same
-    bits. `evaluate` returns the results of the present weights, `progress` is an interrupted run's
-    whose states are loaded already. `before_epoch` is called with the number of the epoch to come,
-    counted from 0. Returns the final progress.
+    `evaluate` returns the results of the present weights, `progress` is an interrupted run's whose
+    states are loaded already, `before_epoch` takes the number of the epoch to come, counted from 0.
+    Every random draw is a function of (seed, epoch, step). Returns the final progress.
 
     Raises:
-        NonFiniteLossError: A loss term or a weight is NaN or infinite; nothing broken is saved.
+        ValueError: A loss term or a weight is NaN or infinite; nothing broken is saved.
         OSError: A file cannot be written; the former ones are untouched.
     """
     progress = progress or Progress()
@@ -83,16 +78,11 @@ def fit(
         _compile_backbone(net)
     for epoch in range(progress.epoch, schedule.epochs):
         start = time.perf_counter()
-        line: dict[str, Any] = {"epoch": epoch + 1}
         if before_epoch is not None:
             before_epoch(epoch)
-        line |= train_epoch(
-            *(trained, criterion, optimizer, loader),
-            epoch=epoch,
-            schedule=schedule,
-            settings=settings,
-            scaler=scaler,
-        )
+        how = {"epoch": epoch, "schedule": schedule, "settings": settings, "scaler": scaler}
+        numbers = train_epoch(trained, criterion, optimizer, loader, **how)
+        line: dict[str, Any] = {"epoch": epoch + 1, **numbers}
         check_weights(net, epoch=epoch + 1)
         progress.epoch, progress.scaler = epoch + 1, scaler.state_dict()
         if distributed.is_main() and settings.evaluates(progress.epoch, schedule.epochs):
@@ -105,9 +95,8 @@ def fit(
         if writer is not None:
             with naming(files.tensorboard_dir):
                 _report(progress, schedule.epochs, writer)
-            _warn_of_unread_levels(progress.log, net.memory)
-            ends = progress.epoch == schedule.epochs
-            _save(net, optimizer, progress, files, settings, ends=ends)
+            _warn(progress.log, net.memory)
+            _save(net, optimizer, progress, files, settings, last=epoch + 1 == schedule.epochs)
     if writer is not None:
         with naming(files.tensorboard_dir):
             writer.close()
@@ -130,28 +119,18 @@ def _save(
     files: RunFiles,
     settings: TrainSettings,
     *,
-    ends: bool,
+    last: bool,
 ) -> None:
     """Writes the checkpoints and reports of a complete epoch: best.pt, epoch_NNN.pt, last.pt."""
-    checkpoint = {
-        **files.header,
-        "net": net.state_dict(),
-        "config": net.config,
-        "epoch": progress.epoch,
-        "best": progress.best,
-        "last": progress.last,
-        "log": progress.log,
-        "scaler": progress.scaler,
-    }
+    checkpoint = {**files.header, "net": net.state_dict(), "config": net.config, **vars(progress)}
     if progress.best is not None and progress.best["epoch"] == progress.epoch:
-        selection = progress.best["selection"]
-        save_checkpoint(files.checkpoint(BEST), {**checkpoint, "selection": selection})
+        checkpoint["selection"] = progress.best["selection"]
+        save_checkpoint(files.checkpoint(BEST), checkpoint)
     if settings.save_every and progress.epoch % settings.save_every == 0:
-        file = files.checkpoint(f"epoch_{progress.epoch:03d}.pt")
-        selection = f"epoch {progress.epoch}, fixed beforehand"
-        save_checkpoint(file, {**checkpoint, "selection": selection})
+        checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
+        save_checkpoint(files.checkpoint(f"epoch_{progress.epoch:03d}.pt"), checkpoint)
     # Last, so that a resumed run never finds less than it claims.
-    if ends or progress.epoch % settings.save_last_every == 0:
+    if last or progress.epoch % settings.save_last_every == 0:
         of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         generators = {"cpu": torch.get_rng_state(), **{str(i): s for i, s in enumerate(of_gpus)}}
         checkpoint |= {"optimizer": optimizer.state_dict(), "generators": generators}
@@ -170,17 +149,25 @@ def write_reports(files: RunFiles, progress: Progress) -> None:
 
 
 def check_weights(net: nn.Module, *, epoch: int) -> None:
-    """Raises `NonFiniteLossError` when an epoch has left a weight that is not finite."""
+    """Raises ValueError when an epoch has left a weight that is not finite."""
     state = net.state_dict()
     finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
     if not all(finite):
         name = list(state)[finite.index(False)]
-        raise NonFiniteLossError(f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}")
+        raise ValueError(f"{name!r} holds NaN or infinity after epoch {epoch}; {REMEDY}")
 
 
-def _warn_of_unread_levels(lines: list[dict[str, Any]], memory: nn.Module | None) -> None:
-    """Warns of each level of the memory that read nothing in an epoch for the first time."""
+def _warn(lines: list[dict[str, Any]], memory: nn.Module | None) -> None:
+    """Warns of collapsed features and of memory levels that read nothing, when that begins."""
     *earlier, line = lines
+    collapsed = line["feature_spread"] < COLLAPSED_SPREAD
+    if collapsed and not (earlier and earlier[-1]["feature_spread"] < COLLAPSED_SPREAD):
+        log.warning(
+            "epoch %d: the features have collapsed, all images look alike to the network (spread "
+            "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
+            "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
+            *(line["epoch"], line["feature_spread"]),
+        )
     for key in [k for k in line if k.endswith("/zero_reads")]:
         if line[key] == 1 and all(former.get(key) != 1 for former in earlier):
             level, text = key.split("/")[1], "the memory's threshold"
@@ -196,7 +183,7 @@ def _warn_of_unread_levels(lines: list[dict[str, Any]], memory: nn.Module | None
 
 def _report(progress: Progress, epochs: int, writer: SummaryWriter) -> None:
     """Writes an epoch's numbers to TensorBoard, and the most telling of them to the log."""
-    *earlier, line = progress.log
+    line = progress.log[-1]
     for name, value in line.items():
         if isinstance(value, float):
             writer.add_scalar(name if "/" in name else f"train/{name}", value, line["epoch"])
@@ -212,11 +199,3 @@ def _report(progress: Progress, epochs: int, writer: SummaryWriter) -> None:
     seconds = [each["seconds"] for each in progress.log[-RECENT:]]
     left = (epochs - line["epoch"]) * sum(seconds) / len(seconds)
     log.info("  ".join([*words, f"{tqdm.format_interval(left)} left"]))
-    collapsed = line["feature_spread"] < COLLAPSED_SPREAD
-    if collapsed and not (earlier and earlier[-1]["feature_spread"] < COLLAPSED_SPREAD):
-        log.warning(
-            "epoch %d: the features have collapsed, all images look alike to the network (spread "
-            "%.4f of the norm, healthy is above 0.1), and the triplet terms hold them there. An "
-            "untrained network needs --preset scratch, or --triplet-ramp 4 9 with a smaller --lr",
-            *(line["epoch"], line["feature_spread"]),
-        )

@@ -9,15 +9,12 @@ import torch
 
 from engine.fit import Progress
 from engine.run_files import LAST, PREVIOUS, RunFiles
-from eval_metrics import RESULT
 from model import TwoStreamNet
-from networks.checkpoint_file import CheckpointError, load_checkpoint, shapes
+from networks.checkpoint_file import CheckpointError, load_checkpoint
 from options import INCIDENTAL, RESUME_LAST
-from utils import check_form
 
 log = logging.getLogger(__name__)
 
-RESULT_OF_RUN = {**RESULT, "epoch": int, "selection": str, "dataset": str}
 ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "options", "identities")
 ENTRIES += ("generators",)
 # On --resume: what may differ without a remark, and what belongs to the run for good. Everything
@@ -27,35 +24,32 @@ FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 
 
 def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] | None:
-    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any."""
+    """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any.
+
+    In training ``last.previous.pt`` replaces a damaged or missing ``last.pt``. Returns entries and
+    ``path`` of the checkpoint, or None to start from the beginning.
+
+    Raises:
+        CheckpointError: When neither can be read, or it is no such checkpoint.
+        ValueError: When there is nothing to evaluate.
+    """
     if given is None:
         if not train:
             raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
     folder = files.checkpoint_dir
-    path = Path(given or files.checkpoint(LAST))
-    if not path.exists() and (folder / path).exists():
-        path = folder / path
     nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
     if given == RESUME_LAST and nothing_yet and train:
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
         return None
-    return read(path, fall_back=train)
-
-
-def read(path: Path, *, fall_back: bool) -> dict[str, Any]:
-    """Reads the checkpoint of an interrupted run; `path` is added to its entries.
-
-    With `fall_back` a damaged or missing ``last.pt`` is replaced by ``last.previous.pt``.
-
-    Raises:
-        CheckpointError: When neither can be read, or it is no such checkpoint.
-    """
+    path = Path(given or files.checkpoint(LAST))
+    if not path.exists() and (folder / path).exists():
+        path = folder / path
     try:
         content = load_checkpoint(path)
     except CheckpointError as error:
         previous = path.with_name(path.name.removesuffix(LAST) + PREVIOUS)
-        if not (fall_back and path.name.endswith(LAST) and previous.is_file()):
+        if not (train and path.name.endswith(LAST) and previous.is_file()):
             raise
         log.warning("%s. Going on from the one before it, %s", error, previous)
         path, content = previous, load_checkpoint(previous)
@@ -109,15 +103,11 @@ def restore(
         ]
         if differing:
             raise ValueError(f"it belongs to another network ({'; '.join(differing)})")
-        if list(content["identities"]) != list(identities):
+        if content["identities"] != list(identities):
             raise ValueError(
                 "it was trained on other identities than this data set and split hold: go on with "
                 "the same --data-path, --trial and --select-on"
             )
-        if shapes(content["net"]) != shapes(net.state_dict()):
-            raise ValueError("its weights have other shapes or types")
-        for name in ("best", "last"):
-            check_form(content[name], (None, RESULT_OF_RUN), name)
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
         for name, state in content["generators"].items():
@@ -141,17 +131,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in ours]:
         raise ValueError("the optimiser's parameters differ")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
-    parameters = [p for group in ours for p in group["params"]]
-    if not saved["state"].keys() <= set(parameters):
-        raise ValueError("the optimiser's state is of other parameters")
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
+        for parameter in group["params"] if group.get("fused") else ():
             state = optimizer.state.get(parameter, {})
             for name, value in state.items():
-                if not torch.is_tensor(value):
-                    continue
-                value.expand_as(parameter)  # raises where the shapes do not fit
-                if value.shape == parameter.shape:  # in its memory format, too
-                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                elif group.get("fused") and name != "step":  # it would read beyond the tensor
+                # A fused step would go beyond a tensor that is smaller, or not dense.
+                if name != "step" and value.shape != parameter.shape:
                     raise ValueError(f"the optimiser's {name!r} has the shape {tuple(value.shape)}")
+                state[name] = value.clone()

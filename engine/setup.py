@@ -1,17 +1,16 @@
 """What the three training scripts share: flags, device, folders, resume, logging.
 
-A script opens a `Run`, builds data, network, criterion, optimiser and schedule in sight, and hands
-them to `engine.fit.fit`. Everything that can be checked is checked before an image is decoded.
+Everything that can be checked is checked before an image is decoded.
 """
 
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ class Run:
     files: RunFiles
     checkpoint: dict[str, Any] | None  # that --resume goes on from; None starts afresh
     command: str  # that started it
+    locks: contextlib.ExitStack  # held until it ends
 
     @property
     def head(self) -> str:
@@ -72,35 +72,23 @@ class Run:
         """Starting weights of a new network; None where a checkpoint brings them."""
         return None if self.checkpoint else self.args.weights
 
-    @property
-    def shows_bars(self) -> bool:
-        """Whether this process shows progress bars."""
-        return distributed.is_main() and not self.args.quiet
-
-    @property
+    @cached_property
     def settings(self) -> TrainSettings:
         """How to train, and when to evaluate and save."""
         args = self.args
+        names = ("seed", "num_strips", "sync_bn", "eval_start", "eval_every", "save_last_every")
         return TrainSettings(
-            seed=args.seed,
-            num_strips=args.num_strips,
+            **{name: getattr(args, name) for name in names},
             amp=devices.amp_dtype(args.amp, self.device),
             compiled=args.compile,
-            sync_bn=args.sync_bn,
-            progress=self.shows_bars,
-            eval_start=args.eval_start,
-            eval_every=args.eval_every,
+            progress=distributed.is_main() and not args.quiet,
             save_every=args.save_epoch,
-            save_last_every=args.save_last_every,
             selection="the validation identities" if args.select_on == "val" else "the test set",
         )
 
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
-        """Lists the images to train and to evaluate on; none is decoded.
-
-        Checkpoints will say from whose identities they learned.
-        """
-        args, header = self.args, self.files.header
+        """Lists the images to train and to evaluate on; none is decoded."""
+        args, header = self.args, self.files.header  # of checkpoints: from whom they learned
         fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
         caches = {"use_cache": not args.no_cache, "size": (args.img_h, args.img_w)}
         train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit, **caches)
@@ -120,10 +108,7 @@ class Run:
         train: TrainSet,
         sampler: IdentitySampler,
     ) -> Progress:
-        """Checks what can be checked, loads the checkpoint if there is one, and opens the folders.
-
-        Returns how far the run is.
-        """
+        """Loads the checkpoint, if any, and opens the folders; returns how far the run is."""
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
@@ -132,28 +117,29 @@ class Run:
             if not args.test_only:
                 changed = resume.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-        if distributed.is_main():
-            logs = args.log_path or files.output_dir
-            events = [] if args.test_only else [files.tensorboard_dir]
-            for folder in (files.output_dir, files.checkpoint_dir, *events, logs):
-                utils.make_writable_dir(folder)
-            utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         data, versions = files.header["data"], utils.versions(self.device)
+        if distributed.is_main():
+            logs = utils.make_writable_dir(args.log_path or files.output_dir)
+            if not args.test_only:
+                own = files.output_dir / ".lock", files.checkpoint_dir / f".{files.prefix}lock"
+                for file in sorted(set(own)):
+                    self.locks.enter_context(utils.lock(file))
+                about = {"method": self.name, "run": files.name, "data": data}
+                about |= {"options": options.to_json(args), "versions": versions}
+                resumed = checkpoint and checkpoint["path"]
+                files.begin(about, overwrite=args.overwrite, resumed=resumed)
+            utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
-        about = (versions[name] for name in ("device", "torch", "version", "commit"))
-        log.info("device: %s; torch %s; version %s, commit %s", *about)
+        where = "device: %(device)s; torch %(torch)s; version %(version)s, commit %(commit)s"
+        log.info(where, versions)
         log.info("%s", options.describe(args, self.sources))
         log.info("data: %s; %s", data, train.description)
         if checkpoint is not None:
             log.warning("resumed %s after epoch %d", checkpoint["path"], progress.epoch)
         if changed:
             log.warning("options changed since then: %s", changed)
-        if distributed.is_main() and not args.test_only:
-            _warn_of_an_unread_memory(net)
-            about = {"method": self.name, "run": files.name, "data": data}
-            about |= {"options": options.to_json(args), "versions": versions}
-            files.begin(about, overwrite=args.overwrite, resumed=checkpoint and checkpoint["path"])
+        _warn_of_an_unread_memory(net)
         return progress
 
     def trains(self, progress: Progress) -> bool:
@@ -168,7 +154,9 @@ class Run:
 
     def _images(self) -> ImageCache:
         args = self.args
-        return ImageCache(args.img_h, args.img_w, workers=args.workers, progress=self.shows_bars)
+        return ImageCache(
+            args.img_h, args.img_w, workers=args.workers, progress=self.settings.progress
+        )
 
     def loader(
         self,
@@ -178,13 +166,12 @@ class Run:
     ) -> TrainLoader:
         """Decodes the training images and builds the loader of augmented batches."""
         args, images = self.args, self._images()
+        augmentation = {each.name: getattr(args, each.name) for each in fields(Augmentation)}
         return TrainLoader(
             visible=ImageStore(images(train.visible), self.device, resident=args.resident),
             infrared=ImageStore(images(train.infrared), self.device, resident=args.resident),
             sampler=sampler,
-            augmentation=Augmentation(
-                **{f.name: getattr(args, f.name) for f in fields(Augmentation)}
-            ),
+            augmentation=Augmentation(**augmentation),
             seed=args.seed,
             device=self.device,
             transform=transform,
@@ -204,17 +191,15 @@ class Run:
         Raises:
             ValueError: The memory is the user's own, whose bank is not known here.
         """
-        if self.args.bank_init == "uniform":
+        args, kind = self.args, type(net.memory)
+        if args.bank_init == "uniform":
             return None
-        if not isinstance(net.memory, SingleGranularityMemory):
-            name = type(net.memory).__name__
-            raise ValueError(f"--bank-init features cannot fill a {name}: leave it out")
-        if self.args.bank_init_epoch >= self.args.epochs:
-            log.warning("--bank-init features: no epoch has the number of --bank-init-epoch")
+        if not issubclass(kind, SingleGranularityMemory):
+            raise ValueError(f"--bank-init features cannot fill a {kind.__name__}: leave it out")
 
         def fill(epoch: int) -> None:
-            if epoch == self.args.bank_init_epoch:
-                fill_bank(net, optimizer, loader, train.labels, seed=self.args.seed)
+            if epoch == args.bank_init_epoch:
+                fill_bank(net, optimizer, loader, train.labels, seed=args.seed)
                 log.info("the prototypes are now features of the training images")
 
         return fill
@@ -241,7 +226,7 @@ class Run:
                 rankings=(args.re_rank,),
                 batch_size=args.test_batch,
                 amp=self.settings.amp,
-                progress=self.shows_bars,
+                progress=self.settings.progress,
             )
             result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
             return {**result, "dataset": header["data"]}
@@ -258,9 +243,8 @@ class Run:
             if result is not None:
                 chosen = f"epoch {result['epoch']}, {result['selection']}; {result['dataset']}"
                 log.info("%s (%s): %s", label, chosen, format_result(result))
-        last = self.files.checkpoint(LAST)
-        script = os.path.relpath(Path(utils.__file__).with_name("test.py"))
-        command = shlex.join([script, "--resume", str(last)])
+        last, script = self.files.checkpoint(LAST), Path(sys.argv[0]).with_name("test.py")
+        command = shlex.join([str(script), "--resume", str(last)])
         log.info("%s is complete. Evaluate it with: python %s", last, command)
 
 
@@ -275,20 +259,21 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
         if args.deterministic:
             devices.make_deterministic()
-        files = _run_files(args, name, options.distinction(args, sources, f"train_{method}.py"))
+        full_name = name + options.distinction(args, sources)
+        output = args.output_dir or Path("runs") / full_name
+        events = args.vis_log_path / full_name if args.vis_log_path else output / "tensorboard"
+        prefix = f"{full_name}_" if args.model_path else ""
+        files = RunFiles(output, args.model_path or output, events, full_name, prefix=prefix)
         utils.setup_logging()
         try:
-            with distributed.processes(args.gpu) as device, contextlib.ExitStack() as held:
+            with distributed.processes(args.gpu) as device, contextlib.ExitStack() as locks:
                 if not distributed.is_main():
                     logging.getLogger().setLevel(logging.WARNING)
-                if distributed.is_main() and not args.test_only:
-                    for file in sorted({files.output_dir / ".lock", files.checkpoint(".lock")}):
-                        held.enter_context(utils.lock(file))
                 files.check(overwrite=args.overwrite, resumes=args.resume is not None)
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
-                yield Run(args, sources, name, device, files, checkpoint, _command(argv))
+                yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
             saved = files.checkpoint(LAST)
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
@@ -317,12 +302,3 @@ def _command(argv: Sequence[str] | None, without: Container[str | None] = ()) ->
     words = sys.argv[1:] if argv is None else argv
     words = [sys.argv[0], *(str(word) for word in words if word not in without)]
     return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {shlex.join(words)}"
-
-
-def _run_files(args: argparse.Namespace, method: str, distinction: str) -> RunFiles:
-    """Where the run will write."""
-    name = method + distinction
-    output = args.output_dir or Path("runs") / name
-    events = args.vis_log_path / name if args.vis_log_path else output / "tensorboard"
-    prefix = f"{name}_" if args.model_path else ""
-    return RunFiles(output, args.model_path or output, events, name, prefix=prefix)

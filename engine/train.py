@@ -1,8 +1,4 @@
-"""One training step, one epoch of them, the optimiser and the learning-rate schedule.
-
-A step: two batches -> `TwoStreamNet` -> the criterion's terms -> their weighted sum -> backward ->
-optimiser. With several processes the terms see the rows of all of them.
-"""
+"""One training step, one epoch of them, the optimiser and the learning-rate schedule."""
 
 import math
 import time
@@ -25,10 +21,6 @@ HEALTH_EVERY = 10  # steps between two updates of the memory's usage, from an ep
 REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"
 NO_SCALING = torch.amp.GradScaler(enabled=False)
 STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
-
-
-class NonFiniteLossError(ValueError):
-    """A loss term or a weight is NaN or infinite; the message names it, epoch and step."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +64,15 @@ def make_optimizer(
     """SGD (Nesterov) or Adam, by name, of the `parameter_groups`; its rates are zero until set."""
     groups = parameter_groups(net, backbone_lr_scale)
     settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
-    if name == "sgd":
-        sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
-        for parameter in (p for group in sgd.param_groups for p in group["params"] if momentum):
-            # Else a fused first step would leave it uninitialised where float16 overflows.
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
     if name == "adam":
         return torch.optim.Adam(groups, **settings)
-    raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
+    if name != "sgd":
+        raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
+    sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
+    for parameter in (p for group in groups for p in group["params"] if momentum):
+        # Else a fused first step would leave it uninitialised where float16 overflows.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 @dataclass(frozen=True)
@@ -135,9 +127,8 @@ def training_step(
     """One optimisation step, at the rates already set, on a `data_loader.Batch`.
 
     `order` is a random order of the stripes, `weights` are those of the terms in the total. With
-    `amp` the network runs under autocast in that type, the losses never do. A step whose scaled
-    gradients overflow float16 changes nothing but the `scaler`, which lowers the scale. `health`
-    accumulates the memory's usage statistics.
+    `amp` the network runs under autocast in that type, the losses never do. `health` accumulates
+    the memory's usage statistics. With several processes the terms see the rows of all of them.
 
     Returns:
         Detached terms, with their ``total``; the feature (N, D) that the triplet acts on.
@@ -162,10 +153,7 @@ def training_step(
 
 
 def feature_spread(feat: Tensor) -> Tensor:
-    """Mean distance of features (N, D) from their mean, relative to their mean norm: a scalar.
-
-    Near 0 every image has the same feature: the network has collapsed.
-    """
+    """Mean distance of features (N, D) from their mean, relative to their mean norm: a scalar."""
     center = feat.mean(dim=0)
     return (feat - center).norm(dim=1).mean() / feat.norm(dim=1).mean().clamp_min(1e-12)
 
@@ -175,12 +163,11 @@ def read_finite(
 ) -> list[dict[str, float]]:
     """Reads the numbers of consecutive steps from the device; all must be finite."""
     rows = torch.stack([torch.stack(list(numbers.values())) for numbers in waiting]).tolist()
-    steps = []
-    for step, values in enumerate(rows, first_step):
-        steps.append(dict(zip(waiting[0], values, strict=True)))
-        for name, value in steps[-1].items():
+    steps = [dict(zip(waiting[0], row, strict=True)) for row in rows]
+    for step, numbers in enumerate(steps, first_step):
+        for name, value in numbers.items():
             if not math.isfinite(value):
-                raise NonFiniteLossError(
+                raise ValueError(
                     f"loss term {name!r} is {value} in epoch {epoch}, step {step}; {REMEDY}"
                 )
     return steps
@@ -199,16 +186,12 @@ def train_epoch(
 ) -> dict[str, float]:
     """Trains one epoch, counted from 0, on the batches of a `data_loader.TrainLoader`.
 
-    `net`, on the loader's device, may be `distributed.parallel` of the network; the optimiser's
-    groups have an `lr_scale`, and `criterion.weights` says how much each term counts.
-
     Returns:
-        Means over the steps: each loss term, ``total``, ``feature_spread``; ``lr``;
-        ``images_per_second``; a GPU's ``allocated_gib`` and ``reserved_gib``, at most; and the
-        memory's usage statistics, those of every `HEALTH_EVERY`-th step, under ``memory/...``.
+        The epoch's line of the log: means over the steps of each loss term, ``total`` and
+        ``feature_spread``; ``lr``; speed; a GPU's peak memory; ``memory/...`` usage statistics.
 
     Raises:
-        NonFiniteLossError: Found at most `CHECK_EVERY` steps after it happened.
+        ValueError: A loss is NaN or infinite; found at most `CHECK_EVERY` steps after it happened.
     """
     net.train()
     start = time.perf_counter()

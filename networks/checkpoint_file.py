@@ -18,19 +18,15 @@ import torch
 from numpy._core import multiarray
 from torch import Tensor
 
-from utils import JSON_LIMIT, CheckpointError, find_checkpoint, parse_json, write_atomic
+from utils import CheckpointError, find_checkpoint, parse_json, write_atomic
 
 FORMAT, FORMER = "mgmra-checkpoint-2", "mgmra-checkpoint-1"
 ABOUT = {  # what the JSON text says, as `utils.parse_json` takes it
     "scaler?": {},  # state of float16's loss scaling
     "config?": {},  # keyword arguments of the network
     "options?": {
-        "img_h?": int,
-        "img_w?": int,
-        "dataset?": str,
-        "trial?": int,
-        "weights?": str,
-        "data_path?": str,
+        **dict.fromkeys(("img_h?", "img_w?", "trial?"), int),
+        **dict.fromkeys(("dataset?", "weights?", "data_path?"), str),
     },
     "epoch?": int,
     "identities?": [int],  # trained on
@@ -39,6 +35,7 @@ ABOUT = {  # what the JSON text says, as `utils.parse_json` takes it
     "optimizer?": {"param_groups": [{"params": [int]}], "state": {}},
     **dict.fromkeys(("method?", "run?", "data?", "selection?"), str),
 }
+TENSORS = ("net", "generators", "optimizer")
 OF_FORMER = ("config", "options", "epoch", "identities", "method", "data", "selection", "versions")
 # The NumPy types in earlier releases' checkpoints: scalars and arrays beside the weights.
 NUMPY_TYPES = [
@@ -50,13 +47,10 @@ NUMPY_TYPES = [
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep: Path | None = None) -> None:
-    """Saves a checkpoint atomically; see `utils.write_atomic`.
+    """Saves a checkpoint atomically, with `keep` as `utils.write_atomic` takes it.
 
-    Args:
-        path: The file.
-        content: ``net`` and perhaps ``generators``, dictionaries of tensors; perhaps ``optimizer``,
-            its `state_dict`; all else is plain values.
-        keep: Where a former file goes.
+    `content` has ``net`` and perhaps ``generators``, dictionaries of tensors; perhaps
+    ``optimizer``, its `state_dict`; all else is plain values.
 
     Raises:
         OSError: It cannot be written (disk full, read-only, ...).
@@ -74,10 +68,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep: Path | None
     try:
         write_atomic(path, lambda stream: stream.write(stored.getbuffer()), keep=keep)
     except OSError as error:
-        state = "the former one is untouched" if path.exists() else "there was none before it"
         raise OSError(
-            f"cannot write the checkpoint {path} ({error}); {state}. Make room or mend the folder, "
-            f"then go on with --resume"
+            f"cannot write the checkpoint {path} ({error}); the former one is untouched. Make room "
+            f"or mend the folder, then go on with --resume"
         ) from error
 
 
@@ -92,13 +85,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):  # torch.load compares no checksums
             with zipfile.ZipFile(path) as archive:
-                if sum(record.file_size for record in archive.infolist()) > size:
-                    raise ValueError("its records are larger than the file")
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"the checksum of its record {damaged} is wrong")
         with torch.serialization.safe_globals(NUMPY_TYPES):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return _unpacked(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises a different type for each kind of damage
         text = str(error).strip() or repr(error)
         # torch's advice on unsafe loading comes before the reason: keep the reason only.
@@ -107,39 +98,33 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} ({size} bytes) is not a readable checkpoint: it is truncated, corrupt, or "
             f"holds objects that are not loaded for safety ({reason[:300]})"
         ) from error
-    try:
-        return _unpacked(content, size)
-    except Exception as error:  # likewise
-        raise CheckpointError(f"{path} is no checkpoint of use: {error}") from error
 
 
-def _unpacked(content: Any, size: int) -> dict[str, Any]:
-    """Returns what is taken of a file of `size` bytes."""
+def _unpacked(content: Any) -> dict[str, Any]:
+    """Returns what is taken of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, expected a dictionary")
-    version = content.get("format")
-    if not isinstance(version, str) or version not in (FORMAT, FORMER):
-        nested = (content.get(key) for key in ("net", "state_dict", "model"))
-        state = next((each for each in nested if isinstance(each, dict)), content)
-        state = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
-        if not state:
-            raise ValueError(f"no network weights (found: {', '.join(map(str, content))[:200]})")
-        return {"net": _dense({k.removeprefix("module."): v for k, v in state.items()}, size)}
-    if version == FORMER:
-        text = _short_json({name: content[name] for name in OF_FORMER if name in content})
-        return {**_about(text), "net": _dense(content["net"], size)}
-    about = _about(content["about"])
-    if "net" not in content:
-        raise ValueError("no network weights")
-    names = ("net", "generators", "optimizer")
-    tensors = {name: _dense(content[name], size) for name in names if name in content}
-    if "optimizer" in about:
-        state: dict[int, dict[str, Any]] = {}
-        for name, value in {**about["optimizer"]["state"], **tensors.pop("optimizer")}.items():
-            number, _, key = name.partition(".")
-            state.setdefault(int(number), {})[key] = value
-        tensors["optimizer"] = {**about["optimizer"], "state": state}
-    return {**about, **tensors}
+    if content.get("format") == FORMAT:
+        about = _about(content["about"])
+        if "net" not in content:
+            raise ValueError("no network weights")
+        tensors = {name: content[name] for name in TENSORS if name in content}
+        if "optimizer" in about:
+            state: dict[int, dict[str, Any]] = {}
+            for name, value in {**about["optimizer"]["state"], **tensors["optimizer"]}.items():
+                number, _, key = name.partition(".")
+                state.setdefault(int(number), {})[key] = value
+            tensors["optimizer"] = {**about["optimizer"], "state": state}
+        return {**about, **tensors}
+    if content.get("format") == FORMER:
+        text = json.dumps({name: content[name] for name in OF_FORMER if name in content})
+        return {**_about(text), "net": content["net"]}
+    nested = (content.get(key) for key in ("net", "state_dict", "model"))
+    state = next((each for each in nested if isinstance(each, dict)), content)
+    net = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if not net:
+        raise ValueError(f"no network weights (found: {', '.join(map(str, content))[:200]})")
+    return {"net": {k.removeprefix("module."): v for k, v in net.items()}}
 
 
 def _about(text: str) -> dict[str, Any]:
@@ -148,32 +133,6 @@ def _about(text: str) -> dict[str, Any]:
         lists = {k: tuple(v) for k, v in about["config"].items() if isinstance(v, list)}
         about["config"] |= lists
     return about
-
-
-def _short_json(value: Any) -> str:
-    """Returns JSON, piece by piece: lists within a pickle can stand for any number of copies."""
-    text = ""
-    for piece in json.JSONEncoder().iterencode(value):
-        text += piece
-        if len(text) > JSON_LIMIT // 16:
-            raise ValueError("its entries are too long")
-    return text
-
-
-def _dense(tensors: Mapping[Any, Any], size: int) -> dict[str, Tensor]:
-    """Checks that tensors are whole, dense and within the file; returns them bare."""
-    for name, value in tensors.items():
-        plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
-        formats = (torch.contiguous_format, torch.channels_last)
-        if not (
-            isinstance(name, str)
-            and plain
-            and value.device.type == "cpu"
-            and any(value.is_contiguous(memory_format=each) for each in formats)
-            and value.untyped_storage().nbytes() <= size
-        ):
-            raise ValueError(f"{str(name)[:80]!r} is no dense tensor")
-    return {name: value.detach() for name, value in tensors.items()}
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:

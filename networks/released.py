@@ -1,8 +1,4 @@
-"""Checkpoints of the earlier releases, and starting from another network's weights.
-
-`convert_released_state_dict` maps the names of AGW, HCT, SG-MRA and MG-MRA checkpoints to this
-project's; `released_config` tells which network such a checkpoint belongs to.
-"""
+"""Checkpoints of the earlier releases, and starting from another network's weights."""
 
 import logging
 import re
@@ -33,12 +29,6 @@ RENAMED = (  # how a released name begins, and how ours does
     (r"bottleneck\.", r"neck."),
     (r"classifier\.", r"classifier."),
 )
-DEPTHS = {  # blocks of layer3, and whether a block has a third convolution
-    (2, False): "resnet18",
-    (6, False): "resnet34",
-    (6, True): "resnet50",
-    (23, True): "resnet101",
-}
 
 
 def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None:
@@ -57,8 +47,7 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None
     if len(fitting) < len(own) / 2:
         raise CheckpointError(
             f"{origin} fits only {len(fitting)} of the network's {len(own)} entries; it belongs to "
-            f"another network (--arch, --method, --share_net): its entries are "
-            f"{', '.join(list(state)[:4])}, ..."
+            f"another network (--arch, --method, --share_net)"
         )
     net.load_state_dict(fitting, strict=False)
     kept = [k for k in own if k not in fitting]
@@ -75,7 +64,7 @@ def is_released(state: Iterable[str]) -> bool:
 
 
 def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Maps an earlier release's checkpoint to the `TwoStreamNet` that `released_config` describes.
+    """Maps an AGW, HCT, SG-MRA or MG-MRA checkpoint to the `TwoStreamNet` of `released_config`.
 
     Names may have DataParallel's ``module.`` prefix. Entries the releases never use (AGW's second
     copies of the residual stages, the memory methods' second batch norm) are dropped.
@@ -84,14 +73,9 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
         ValueError: When it is no such checkpoint.
     """
     state = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if not is_released(state):
-        raise ValueError(
-            f"not a checkpoint of the earlier releases: no base_resnet.base.* among "
-            f"{', '.join(list(state)[:4])}, ..."
-        )
-    shared_from = _first_shared_stage(state)
-    of_memory = "memory_" if "mem_rep.memory.weight" in state else ""
-    converted: dict[str, Tensor] = {}
+    config = released_config(state)
+    shared_from, of_memory = config["share_net"], "memory_" if config["memory"] else ""
+    converted = _stacked_stripes(state, config["num_strips"]) if config["head"] == "pcb" else {}
     for name, value in state.items():
         renamed = [re.sub(f"^{old}", new, name) for old, new in RENAMED if re.match(old, name)]
         stage = re.match(r"(\w+)\.layer(\d)\.", *renamed) if renamed else None
@@ -99,19 +83,11 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
             continue  # nothing that is ever run
         prefix = of_memory if renamed[0].startswith(("neck.", "classifier.")) else ""
         converted[prefix + renamed[0]] = value
-    return converted | _stacked_stripes(state)
+    return converted
 
 
-def _first_shared_stage(state: Iterable[str]) -> int:
-    """`share_net` of a released checkpoint: the lowest stage among the shared entries."""
-    return min(map(int, _found(r"base_resnet\.base\.layer(\d)", state)), default=5)
-
-
-def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _stacked_stripes(state: dict[str, Tensor], stripes: int) -> dict[str, Tensor]:
     """The released per-stripe convolutions, batch norms and classifiers, stacked."""
-    stripes = len(_found(r"fc_list\.(\d+)\.bias$", state))
-    if not stripes:
-        return {}
 
     def column(template: str) -> list[Tensor]:
         return [state[template.format(i)] for i in range(stripes)]
@@ -128,28 +104,23 @@ def _stacked_stripes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _found(pattern: str, names: Iterable[str]) -> set[str]:
-    """The different values that a pattern's group has among names."""
-    return {m[1] for m in (re.match(pattern, name) for name in names) if m}
-
-
-def released_config(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+def released_config(state: dict[str, Tensor]) -> dict[str, Any]:
     """Keyword arguments of the `TwoStreamNet` that a released checkpoint belongs to.
 
-    The GeM exponent and the memory variant are not stored in such a file: the caller names them.
+    All releases train a ResNet-50. The GeM exponent and the memory variant are not stored in such a
+    file: the caller names them.
 
     Raises:
-        ValueError: When the entries are no released network's.
+        ValueError: When it is no such checkpoint.
     """
-    state = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    blocks = len(_found(r".*\.layer3\.(\d+)\.", state))
-    bottleneck = any(k.endswith("layer4.0.conv3.weight") for k in state)
-    if (blocks, bottleneck) not in DEPTHS:
-        raise ValueError(f"unknown backbone: {blocks} blocks in layer3")
-    config: dict[str, Any] = {"arch": DEPTHS[blocks, bottleneck], "memory": None}
-    config["share_net"] = _first_shared_stage(state)
+    if not is_released(state):
+        raise ValueError("not a checkpoint of the earlier releases: no base_resnet.base.* in it")
+    shared = re.findall(r"\bbase_resnet\.base\.layer(\d)", " ".join(state))
+    config: dict[str, Any] = {"arch": "resnet50", "memory": None}
+    config["share_net"] = min(map(int, shared))
     if "fc_list.0.weight" in state:
-        config |= {"head": "pcb", "num_strips": len(_found(r"fc_list\.(\d+)\.bias$", state))}
+        config["head"] = "pcb"
+        config["num_strips"] = len([k for k in state if re.match(r"fc_list\.\d+\.bias$", k)])
         config["local_feat_dim"] = len(state["local_conv_list.0.0.weight"])
         config["num_ids"] = len(state["fc_list.0.weight"])
     else:  # AGW by its non-local blocks, without these HCT's baseline

@@ -65,6 +65,5 @@ def paired_table(results: Sequence[Result], references: Sequence[str]) -> Table:
         "Differences in points on the same splits and seeds: mean +- half the width of its "
         f"{LEVEL:.0%} interval (Student's t)."
     )
-    return Table(
-        f"{results[0].row.title}, split by split", caption, ["method", "splits", *columns], rows
-    )
+    title = f"{results[0].row.title}, split by split"
+    return Table(title, caption, ["method", "splits", *columns], rows)

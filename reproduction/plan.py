@@ -59,16 +59,11 @@ METHODS = (
 # has w_center 1 without smoothing, the release's script 2 with it; the authors' first README has
 # the rate 0.1, as the preset, the later one 0.01.
 SMOOTHED = {"w_center": 2.0, "label_smooth": "on"}
-RECIPES = {
-    "sysu": tuple(
-        Setting(f"MG-MRA, {name}", train=train, published="MG-MRA")
-        for name, train in (
-            ("rate 0.01", {"lr": 0.01}),
-            ("w_center 2, smoothing", SMOOTHED),
-            ("w_center 2, smoothing, rate 0.01", {**SMOOTHED, "lr": 0.01}),
-        )
-    )
-}
+RECIPES = (
+    ("MG-MRA, rate 0.01", {"lr": 0.01}),
+    ("MG-MRA, w_center 2, smoothing", SMOOTHED),
+    ("MG-MRA, w_center 2, smoothing, rate 0.01", {**SMOOTHED, "lr": 0.01}),
+)
 
 # Reads that are selective at every level; this project's (`docs/what_the_memory_does.md`).
 COSINE = {"addressing": "cosine", "shrink": "auto", "shrink-scale": 3}
@@ -146,7 +141,8 @@ SEEDED = {"study": STUDY, "continued": CONTINUED, "unseen": UNSEEN}
 def settings_of(table: str) -> list[Setting]:
     """Returns a table's settings, in its order; "memory" is "ablation" without the rest."""
     if table in DATASETS:
-        return [*METHODS, *RECIPES.get(table, ())]
+        recipes = RECIPES if table == "sysu" else ()
+        return [*METHODS, *(Setting(k, train=v, published="MG-MRA") for k, v in recipes)]
     if table in SEEDED:
         return [replace(setting, group=table) for setting in SEEDED[table]]
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
@@ -277,17 +273,6 @@ def evaluations(
     return [(dataset, protocol, {}) for protocol in (protocols if everywhere else protocols[:1])]
 
 
-def _splits(table: str, dataset: str, trials: int) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Returns what each training is of, and how many gallery draws an evaluation has."""
-    if DATASETS[dataset].splits == 1 and table not in SEEDED:
-        return [{"dataset": dataset}], {"trials": trials}
-    splits: list[dict[str, Any]] = [{"dataset": dataset} for _ in range(trials)]
-    for number, split in enumerate(splits, start=1):
-        split |= {"trial": number} if DATASETS[dataset].splits > 1 else {}
-        split |= {"seed": number} if table in SEEDED else {}
-    return splits, {}
-
-
 def plan(
     table: str,
     *,
@@ -305,13 +290,18 @@ def plan(
     and evaluate with the usual number of draws. `unseen`: data sets on which the table of this name
     evaluates, with their folders; None takes a default: all others, and their usual folders.
     """
-    splits, draws = _splits(table, dataset, trials)
+    numbered = ["trial"] if DATASETS[dataset].splits > 1 else []
+    numbered += ["seed"] if table in SEEDED else []
+    splits = [{"dataset": dataset, **dict.fromkeys(numbered, n + 1)} for n in range(trials)]
+    draws = {}
+    if not numbered:  # one training, evaluated on several draws
+        splits, draws = splits[:1], {"trials": trials}
     # What a checkpoint knows itself, an evaluation is not told.
     test_flags = vars(_parser(False).parse_args([]))
     test_flags = {*test_flags} - {*test_flags["ignored"], *options.AS_TRAINED_FLAGS}
     test_extra = {k: v for k, v in extra.items() if k in test_flags}
     rows = []
-    steps: dict[Path, list[Step]] = {}  # of each training by folder, itself first
+    steps: dict[Path, dict[Path, Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
     for setting in settings_of(table):
         trainings = []
@@ -321,39 +311,37 @@ def plan(
         for split in splits:
             words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
             words += [str(word) for option in setting.train.items() for word in option]
-            ending = [f"{name}{split[name]}" for name in ("trial", "seed") if name in split]
+            ending = [f"{name}{split[name]}" for name in numbered]
             values = {**split, **used, **own}
             if table == "continued":
                 start = {name: value for name, value in own.items() if name == "method"}
                 start_words = ["HCT", dataset, *itertools.chain(*start.items())]
                 folder = runs / "_".join([*start_words, *ending])
-                steps.setdefault(folder, [Step("train_HCT.py", {**split, **used, **start}, folder)])
+                first = Step("train_HCT.py", {**split, **used, **start}, folder)
+                steps.setdefault(folder, {folder: first})
                 values = {**CONTINUING, **values, "weights": str(folder / "last.pt")}
                 words.insert(0, "continued")
             step = Step(setting.script, values, runs / "_".join([*words, *ending]))
-            same = json.dumps([step.script, step.resolved])
-            trainings.append(folder_of.setdefault(same, step.folder))
-            steps.setdefault(trainings[-1], [step])
-        last_only = setting.test or table in SEEDED
+            folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), step.folder)
+            steps.setdefault(folder, {folder: step})
+            trainings.append(folder)
         for target, protocol, where in evaluations(table, setting, dataset, unseen or {}):
             asked = {**DATASETS[target].protocols[protocol], **setting.test}
-            name = [] if target == dataset else [target]
-            for checkpoint in ("last",) if last_only else ("last", "best"):
-                files = []
+            about = {**test_extra, **asked, "dataset": target, **where, **draws}
+            about = {name: value for name, value in about.items() if value is not None}
+            words = [*([] if target == dataset else [target]), *map(str, asked.values())]
+            for checkpoint in ("last",) if setting.test or table in SEEDED else ("last", "best"):
+                name = "_".join([*words, checkpoint])
                 for training, split in zip(trainings, splits, strict=True):
-                    folder = training / "_".join([*name, *map(str, asked.values()), checkpoint])
-                    values = {**test_extra, **asked, "dataset": target, **where}
-                    values = {k: v for k, v in values.items() if v is not None}
-                    values |= draws
+                    values = {**about, "resume": str(training / f"{checkpoint}.pt")}
                     if target == dataset and "trial" in split:
                         values["trial"] = split["trial"]
-                    values["resume"] = str(training / f"{checkpoint}.pt")
-                    if all(step.folder != folder for step in steps[training]):
-                        steps[training].append(Step("test.py", values, folder))
-                    files.append(folder / "results.json")
+                    step = Step("test.py", values, training / name)
+                    steps[training].setdefault(step.folder, step)
+                files = [training / name / "results.json" for training in trainings]
                 count = draws.get("trials", len(files))
                 rows.append(Row(target, protocol, setting, checkpoint, files, count, trainings))
-    return [step for group in steps.values() for step in group], rows
+    return [step for group in steps.values() for step in group.values()], rows
 
 
 def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
@@ -372,12 +360,9 @@ def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> 
 
 def check_lists(steps: Sequence[Step]) -> None:
     """Reads every list that the steps need once: a DataError before any work, if one is wrong."""
-    seen = []
+    read_train, read_test = functools.cache(train_set), functools.cache(eval_set)
     for step in steps:
-        read, names = eval_set, options.PROTOCOL
         if step.trains:
-            read, names = train_set, ("dataset", "data_path", "trial")
-        values = {name: step.resolved[name] for name in names}
-        if (read, values) not in seen:
-            seen.append((read, values))
-            read(**values)
+            read_train(**{name: step.resolved[name] for name in ("dataset", "data_path", "trial")})
+        else:
+            read_test(**{name: step.resolved[name] for name in options.PROTOCOL})

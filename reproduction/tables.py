@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data_manager import DATASETS
-from eval_metrics import LOG_LINE, METRICS, RESULT, mean_and_std
+from eval_metrics import LOG_LINE, METRICS, REPORTED_RANKS, RESULT, mean_and_std
 from networks.settings import HEALTH, LEVELS
 from reproduction.plan import MEMORY_ABLATIONS, PAIRED, Row
 from utils import read_json
 
-HEADERS = ("Rank-1", "Rank-5", "Rank-10", "Rank-20", "mAP", "mINP")  # of METRICS
+TITLES = {f"rank{k}": f"Rank-{k}" for k in REPORTED_RANKS}  # of columns
 ENTRY = {**RESULT, "test_feat": str, "dataset": str, "selection": str, "tta?": str}
 ENTRY["per_trial"] = [dict.fromkeys(METRICS, float)]
 RESULTS = {"rows": [ENTRY], "versions": {"commit": str}}  # of results.json, as `utils.parse_json`
@@ -36,10 +36,6 @@ def published(dataset: str, protocol: str) -> dict[str, dict[str, str]]:
     with PUBLISHED.open(newline="", encoding="utf-8") as stream:
         lines = csv.DictReader(stream)
         return {line["method"]: line for line in lines if wanted.items() <= line.items()}
-
-
-def _percent(line: dict[str, str], metric: str) -> str:
-    return f"{float(line[metric]):.2f}" if line.get(metric) else "-"
 
 
 # --- Reading results ------------------------------------------------------------------------------
@@ -79,17 +75,15 @@ def measure(row: Row) -> Result:
 
 
 def _read_result(file: Path, row: Row) -> dict[str, Any]:
+    content = read_json(file, RESULTS)
     feat = row.setting.test.get("test_feat")  # None: the first, which is the method's headline
-    try:
-        content = read_json(file, RESULTS)
-        wanted = (row.re_rank, feat or content["rows"][0]["test_feat"])
-        found = [r for r in content["rows"] if (r["re_rank"], r["test_feat"]) == wanted]
-        return {"tta": "no", **found[0], "commit": content["versions"]["commit"]}
-    except (ValueError, IndexError) as error:
-        raise ValueError(
-            f"{file} has no result with re-ranking {row.re_rank!r} and feature "
-            f"{feat or 'of the method'!r} ({error}); remove it and run again"
-        ) from error
+    for entry in content["rows"]:
+        if entry["re_rank"] == row.re_rank and feat in (None, entry["test_feat"]):
+            return {"tta": "no", **entry, "commit": content["versions"]["commit"]}
+    raise ValueError(
+        f"{file} has no result with re-ranking {row.re_rank!r} and feature "
+        f"{feat or 'of the method'!r}; remove it and run again"
+    )
 
 
 def _distinct(results: Sequence[Result], entry: str) -> str:
@@ -109,14 +103,17 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def without_empty_columns(self) -> "Table":
-        """Returns the columns in which some row has a value."""
-        kept = [i for i in range(len(self.header)) if any(row[i] != "-" for row in self.rows)]
-        header, *rows = ([line[i] for i in kept] for line in (self.header, *self.rows))
-        return Table(self.title, self.caption, header, rows)
+
+def _table(
+    title: str, caption: str, columns: Sequence[str], lines: Sequence[dict[str, str]]
+) -> Table:
+    """Lays lines out under those columns in which some line has a value."""
+    kept = [name for name in columns if any(line.get(name) for line in lines)]
+    header = [TITLES.get(name, name.removeprefix("memory/").replace("_", " ")) for name in kept]
+    return Table(title, caption, header, [[line.get(x) or "-" for x in kept] for line in lines])
 
 
-def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Table]:
+def arrange(title: str, results: Sequence[Result]) -> list[Table]:
     """Lays rows out: one table for each protocol, kind of checkpoint, and re-ranked or not.
 
     Raises:
@@ -131,7 +128,7 @@ def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Ta
     caption = f"{title}. Data: {data}. Percent, mean +- population standard deviation over trials."
     if any(entry.get("stand_in") for entry in entries):
         caption += " Numbers on stand-in data say nothing of the real data set."
-    caption += f" Code: {_distinct(results, 'commit')}.{f' {note}' if note else ''}"
+    caption += f" Code: {_distinct(results, 'commit')}."
     kinds: dict[tuple[str, str, bool], list[Result]] = {}
     for result in results:
         row = result.row
@@ -142,51 +139,49 @@ def arrange(title: str, results: Sequence[Result], *, note: str = "") -> list[Ta
         first = {result.row.protocol: result.row for result in results}
         tables += [_published_table(row, ours) for row in first.values()]
     tables.append(_health_table(caption, [result.row for result in results]))
-    return [table.without_empty_columns() for table in tables if table.rows]
+    return [table for table in tables if table.rows]
 
 
 def _results_table(caption: str, results: Sequence[Result]) -> Table:
-    first = results[0].row
+    first, flip = results[0].row, _distinct(results, "tta")
     title = f"{first.title}, {_distinct(results, 'selection') or f'{first.checkpoint} epoch'}"
     title += "" if first.re_rank == "no" else ", re-ranked"
-    flip = _distinct(results, "tta")
     title += f", tta: {flip}" if flip not in ("", "no") else ""
     known = published(first.dataset, first.protocol)
     lines = []
     for result in results:
         setting, ranking = result.row.setting, result.row.re_rank
         label = setting.name if ranking == "no" else f"{setting.name}, {ranking}"
-        theirs = known.get(setting.published, {})
-        numbers = f"{_percent(theirs, 'rank1')} / {_percent(theirs, 'mAP')}" if theirs else "-"
-        source = theirs.get("source", "-")
-        lines.append((setting.group or "-", label, *_cells(result), numbers, source))
-    header = ("varied", "method", *HEADERS, "trials", "published Rank-1 / mAP", "source")
-    return Table(title, caption, header, lines)
+        line = {"varied": setting.group, "method": label, **_cells(result)}
+        if setting.published in known:
+            theirs = known[setting.published]
+            line["published Rank-1 / mAP"] = f"{theirs['rank1']} / {theirs['mAP'] or '-'}"
+            line["source"] = theirs["source"]
+        lines.append(line)
+    columns = ("varied", "method", *METRICS, "trials", "published Rank-1 / mAP", "source")
+    return _table(title, caption, columns, lines)
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: Result) -> dict[str, str]:
     """Returns the metrics and the trials of a row."""
     trials = result.row.trials
     if result.missing:
-        found = f"{trials - len(result.missing)} of {trials}"
+        count = f"{trials - len(result.missing)} of {trials}"
         missing = ", ".join(map(str, result.missing))
-        return [*["missing"] * len(METRICS), f"{found}, missing: {missing}"]
-    numbers = [f"{100 * result.mean[metric]:.2f}" for metric in METRICS]
-    if trials > 1:
-        spread = [f"{100 * result.std[metric]:.2f}" for metric in METRICS]
-        numbers = [f"{mean} +- {std}" for mean, std in zip(numbers, spread, strict=True)]
-    return [*numbers, str(trials)]
+        return {**dict.fromkeys(METRICS, "missing"), "trials": f"{count}, missing: {missing}"}
+    cells = {"trials": str(trials)}
+    for metric in METRICS:
+        spread = f" +- {100 * result.std[metric]:.2f}" if trials > 1 else ""
+        cells[metric] = f"{100 * result.mean[metric]:.2f}{spread}"
+    return cells
 
 
 def _published_table(row: Row, ours: set[str | None]) -> Table:
-    lines = [
-        (method, *(_percent(line, metric) for metric in METRICS), line["source"])
-        for method, line in published(row.dataset, row.protocol).items()
-        if method not in ours
-    ]
+    known = published(row.dataset, row.protocol)
+    lines = [line for method, line in known.items() if method not in ours]
     caption = "Published numbers in percent; nothing here was measured by this project."
     title = f"{row.title}, others as published"
-    return Table(title, caption, ("method", *HEADERS, "source"), lines)
+    return _table(title, caption, ("method", *METRICS, "source"), lines)
 
 
 def _health_table(caption: str, rows: Sequence[Row]) -> Table:
@@ -194,22 +189,19 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in rows:
-        if row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last":
-            files = [folder / "log.jsonl" for folder in row.training]
-            logs = [read_json(file, LOG_LINE) if file.exists() else [] for file in files]
-            if not all(logs):
-                continue
-            epochs = [log[-1] for log in logs]
+        files = [folder / "log.jsonl" for folder in row.training]
+        wanted = row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last"
+        if wanted and all(file.exists() for file in files):
+            epochs = [read_json(file, LOG_LINE)[-1] for file in files]
             numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
-            cells = (f"{numbers[name]:.3g}" if name in numbers else "-" for name in names)
-            if numbers:
-                lines.append((row.setting.group, row.setting.name, *cells))
+            cells = {name: f"{number:.3g}" for name, number in numbers.items()}
+            if cells:
+                lines.append({"varied": row.setting.group, "method": row.setting.name, **cells})
     caption += (
         " Memory health in training's last epoch, mean over trials: share of positions whose read "
         "is zero, prototypes above the threshold per position, share of prototypes used, entropy."
     )
-    titles = (name.removeprefix("memory/").replace("_", " ") for name in names)
-    return Table("Memory health", caption, ("varied", "method", *titles), lines)
+    return _table("Memory health", caption, ("varied", "method", *names), lines)
 
 
 # --- Formats --------------------------------------------------------------------------------------
@@ -251,12 +243,11 @@ def comma_separated(results: Sequence[Result]) -> str:
         line |= {"method": setting.name, "checkpoint": row.checkpoint, "re_rank": row.re_rank}
         line |= {"test_feat": setting.test.get("test_feat"), "trials": row.trials}
         line["missing"] = ", ".join(map(str, result.missing))
-        line |= {
-            name: _distinct([result], name) for name in ("dataset", "selection", "tta", "commit")
-        }
-        line |= {f"{metric}_mean": result.mean.get(metric) for metric in METRICS}
-        line |= {f"{metric}_std": result.std.get(metric) for metric in METRICS}
+        for name in ("dataset", "selection", "tta", "commit"):
+            line[name] = _distinct([result], name)
         theirs = published(row.dataset, row.protocol).get(setting.published, {})
+        for name, numbers in (("mean", result.mean), ("std", result.std)):
+            line |= {f"{metric}_{name}": numbers.get(metric) for metric in METRICS}
         line |= {f"published_{metric}_percent": theirs.get(metric) for metric in METRICS}
         lines.append({**line, "published_source": theirs.get("source")})
     out = io.StringIO()

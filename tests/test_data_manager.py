@@ -142,9 +142,12 @@ BAD_REGDB = {
     ),
     "deleted image": (remove(FIRST), r"train_visible_1.txt:1 names Visible/31"),
     "twice": (edit(VISIBLE, 0, f"{FIRST} 0"), r":13 names .*again; expected each image once"),
-    "label of another": (relabel(7, 0), r"Visible/8/.* has label 0 and identity 8, .* 31; "),
-    "two labels": (relabel(1, 6), r"Visible/31/.* has label 0 and identity 31, .* label 6"),
-    "gap": (both(drop_label("visible", 2), drop_label("thermal", 2)), r"label 2 is not among them"),
+    "label of another": (relabel(7, 0), r"identity 8 has label 0 in the lists of .*; expected one"),
+    "two labels": (relabel(1, 6), r"identity 31 has label 0 in the lists of"),
+    "gap": (
+        both(drop_label("visible", 2), drop_label("thermal", 2)),
+        r"identity .* has label 3 in",
+    ),
     "visible only": (drop_label("thermal", 5), r"identity 2 has no infrared image"),
     "infrared only": (drop_label("visible", 5), r"identity 2 has no visible image"),
     "empty list": (write(f"idx/{THERMAL}", " \n\n"), r"train_thermal_1.txt is empty"),
@@ -165,26 +168,9 @@ def test_bad_regdb(tiny_regdb, case):
         train_set("regdb", tiny_regdb)
 
 
-@pytest.mark.parametrize("trial", [0, 11, -1, "1", 1.5, None])
-def test_trial_out_of_range(tiny_regdb, tiny_sysu, trial):
-    with pytest.raises(DataError, match=r"trial is .*; expected 1\.\.10"):
-        train_set("regdb", tiny_regdb, trial=trial)
-    with pytest.raises(DataError, match=r"trial is .*; expected 1\.\.10"):
-        eval_set("sysu", tiny_sysu, trial=trial)
-
-
 def test_a_split_that_is_not_there_is_named(tiny_regdb):
     with pytest.raises(DataError, match="train_visible_2.txt does not exist"):
         train_set("regdb", tiny_regdb, trial=2)
-
-
-def test_one_identity_is_too_few_to_hold_one_out(tiny_regdb):
-    for word in ("visible", "thermal"):
-        for label in range(1, 6):
-            drop_label(word, label)(tiny_regdb)
-    assert train_set("regdb", tiny_regdb).num_ids == 1
-    with pytest.raises(DataError, match="too few"):
-        train_set("regdb", tiny_regdb, subset="fit")
 
 
 # --- Layout ---------------------------------------------------------------------------------------
@@ -192,13 +178,12 @@ def test_one_identity_is_too_few_to_hold_one_out(tiny_regdb):
 
 @pytest.mark.parametrize("dataset", ["regdb", "sysu"])
 def test_a_missing_folder_says_how_to_get_the_data(tmp_path, dataset):
-    for path in (tmp_path / "nowhere", tmp_path / "a\0b"):
-        with pytest.raises(DataError, match="does not exist") as caught:
-            train_set(dataset, path)
-        text = str(caught.value)
-        assert "signed form" in text and f"stand_in.py --layout {dataset}" in text
+    with pytest.raises(DataError, match="does not exist") as caught:
+        train_set(dataset, tmp_path / "nowhere")
+    text = str(caught.value)
+    assert "signed form" in text and f"stand_in.py --layout {dataset}" in text
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="file is a file, not a folder"):
+    with pytest.raises(DataError, match="file does not exist, or is a file"):
         eval_set(dataset, tmp_path / "file")
 
 
@@ -231,7 +216,7 @@ def test_each_regdb_folder_is_looked_for(tiny_regdb, folder):
     ("dataset", "folder", "hint"),
     [
         ("regdb", "idx", "comes apart from the images"),
-        ("sysu", "exp", "train_id.txt, val_id.txt and test_id.txt is part of the data set's"),
+        ("sysu", "exp", "exp/ is part of the data set's download"),
         ("llcm", "idx", "put it beside test_vis/"),
     ],
 )
@@ -240,28 +225,6 @@ def test_where_the_lists_alone_are_missing_it_is_said(dataset, folder, hint, req
     (root / folder).rename(root / "gone")
     with pytest.raises(DataError, match=f"has no {folder}/.*the lists are not: .*{hint}"):
         eval_set(dataset, root)
-
-
-BAD_OPTIONS = [
-    {"direction": "v2v"}, {"mode": "outdoor"}, {"gallery": "random"}, {"shots": 5},
-    {"trials": 0}, {"trials": 11}, {"trials": "10"}, {"subset": "fit"}, {"subset": None},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("options", BAD_OPTIONS, ids=str)
-def test_bad_options(tiny_regdb, options):
-    (name,) = options
-    with pytest.raises(DataError, match=f"{name} is .*; expected"):
-        eval_set("regdb", tiny_regdb, **options)
-
-
-def test_bad_data_set_and_subset(tiny_regdb):
-    with pytest.raises(DataError, match="dataset is 'market'; expected regdb or sysu"):
-        train_set("market", tiny_regdb)
-    with pytest.raises(DataError, match="subset is 'val'; expected all or fit"):
-        train_set("regdb", tiny_regdb, subset="val")
-    with pytest.raises(TypeError):
-        eval_set("regdb", tiny_regdb, tirals=3)
 
 
 # --- ImageList ------------------------------------------------------------------------------------
@@ -378,13 +341,13 @@ TRAIN = "train_vis.txt"
 SHAPE = r"train_vis.txt:2 of .* is .*; expected `<folder>/<file> <label>`"
 BAD_LLCM = {
     "no label": (edit(TRAIN, 2, "vis/0020/000.jpg"), SHAPE),
-    "twice": (edit(TRAIN, 2, "vis/0020/000.jpg 0"), r":2 names vis/0020/000.jpg again"),
     "dots": (edit(TRAIN, 2, "vis/../../x.jpg 0"), r"vis/../.. leads to .*outside"),
     "absolute": (edit(TRAIN, 2, "/etc/passwd 0"), r"/etc leads to .*outside"),
     "no folder": (edit(TRAIN, 2, "x.jpg 0"), SHAPE),
     "backslashes": (edit(TRAIN, 2, "vis\\20\\x.jpg 0"), SHAPE),
     "no such file": (edit(TRAIN, 2, "vis/0020/9.jpg 0"), r"no such file"),
-    "gap": (edit(TRAIN, 0, "nir/0020/000.jpg 9"), r"label 6 is not among them"),
+    "twice": (edit(TRAIN, 2, "vis/0020/000.jpg 0"), r":2 names vis/0020/000.jpg again"),
+    "gap": (edit(TRAIN, 0, "nir/0020/000.jpg 9"), r"identity 9 has label 9 in the lists"),
     "empty list": (write(f"idx/{TRAIN}", ""), r"train_vis.txt is empty; expected `<folder>"),
     "no list": (remove(f"idx/{TRAIN}"), r"train_vis.txt does not exist"),
     "binary list": (write(f"idx/{TRAIN}", b"\xff\xfe\x00"), r"cannot be read as text"),
@@ -401,11 +364,10 @@ def test_bad_llcm_training_data(tiny_llcm, case):
 
 
 BAD_LLCM_TEST = {
-    "word": (write("idx/test_id.txt", "3,x"), r"test_id.txt holds 'x'"),
-    "twice": (write("idx/test_id.txt", "3,3"), r"names an identity twice"),
+    "word": (write("idx/test_id.txt", "3,x"), r"test_id.txt: .*'x'; expected one line"),
     "unknown": (
         write("idx/test_id.txt", "9999"),
-        r"empty query: .* no visible image .*idx/test_id.txt in test_vis/",
+        r"empty query: .* no visible image for LLCM, visible to infrared",
     ),
     "no ids": (remove("idx/test_id.txt"), r"test_id.txt does not exist"),
 }

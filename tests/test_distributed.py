@@ -1,6 +1,5 @@
 """Several processes on the CPU (gloo) against one: same loss, same gradients, same results."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from short_run import NARROW, arguments, differences, log_lines, outcome, write_data
+from short_run import arguments, differences, log_lines, outcome, write_data
 
-import test
-import train_MGMRA
 from data_loader import IdentitySampler, ImageStore, TrainLoader
 from datasets.transforms import Augmentation
 from engine import distributed
-from networks.backbone import BACKBONES
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -155,22 +151,6 @@ def test_torchrun_a_dead_rank_ends_all_and_the_run_resumes_to_the_same_bits(tmp_
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     assert differences(outcome(whole), outcome(broken)) == []
-
-
-@pytest.mark.slow
-def test_torchrun_evaluates_to_the_bits_of_one_process(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
-    data = write_data(tmp_path / "data")
-    train_MGMRA.main(arguments(data, tmp_path / "run", "--epochs", 1))
-    flags = ("--dataset", "regdb", "--data-path", data, "--resume", tmp_path / "run" / "last.pt")
-    flags = (*flags, "--gpu", "cpu", "--test-batch", 5, "--quiet", "--output-dir")
-    test.main([str(word) for word in (*flags, tmp_path / "one")])
-    process = torchrun(3, "test", (*flags, tmp_path / "three"))
-    output = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, output
-    assert output.count("wrote ") == 1
-    one, three = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "three"))
-    assert one["rows"] == three["rows"]
 
 
 def children(pid):

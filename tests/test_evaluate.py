@@ -11,8 +11,8 @@ from small_training import small
 
 from data_manager import EvalSet, ImageList
 from engine.checkpoints import SEEN_BEFORE, TrainedOn
-from engine.evaluate import RE_RANKINGS, distances, embed, evaluate, format_result, score
-from eval_metrics import METRICS
+from engine.evaluate import distances, embed, evaluate, format_result, score
+from eval_metrics import METRICS, RE_RANKINGS
 from networks.checkpoint_file import save_checkpoint
 from utils import CheckpointError
 
@@ -63,13 +63,11 @@ def test_each_trial_may_have_queries_of_its_own(ranking):
         assert found["per_trial"][number] == pytest.approx(expected["per_trial"][0])
 
 
-def test_distances_name_the_legal_rankings():
+def test_distances_by_each_ranking():
     feats = np.eye(4, dtype=np.float32)
     np.testing.assert_allclose(distances(feats, feats), -np.eye(4))
     for ranking in ("k_reciprocal", "random_walk"):
         assert distances(feats, feats, ranking).shape == (4, 4)
-    with pytest.raises(ValueError, match="no, k_reciprocal, random_walk, got 'yes'"):
-        distances(feats, feats, "yes")
 
 
 def test_features_are_extracted_in_order_for_each_kind():
@@ -149,9 +147,6 @@ def test_without_a_ranking_there_are_features_alone():
     features, results = evaluate(net, eval_set, noise, rankings=(), **settings)
     assert results == []
     assert len(features["gallery"]["pcb"]) == len(eval_set.gallery)
-    eval_set.query = image_list("visible", [], [])
-    with pytest.raises(ValueError, match="no visible images to embed"):
-        evaluate(net, eval_set, noise, **settings)
 
 
 def people(pids, dataset="regdb"):

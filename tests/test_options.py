@@ -70,15 +70,15 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
 )
 def test_a_run_s_name_holds_what_differs_from_the_preset(line, expected):
     args, sources = resolved(line)
-    assert options.distinction(args, sources, "train_MGMRA.py") == expected
+    assert options.distinction(args, sources) == expected
 
 
 def test_a_long_name_ends_with_a_hash_that_no_trial_changes():
     line = "--seed 1 --lr 1 --w_id 3 --gem-p 4 --flip 0 --erase .5 --arch resnet18 --trial"
-    names = {options.distinction(*resolved(f"{line} {t}"), "train_HCT.py") for t in (1, 2)}
+    names = {options.distinction(*resolved(f"{line} {t}")) for t in (1, 2)}
     (name,) = names
     assert name.startswith("_seed1_arch") and len(name) <= options.LONGEST
-    assert name != options.distinction(*resolved(f"{line} 1 --pad 3"), "train_HCT.py")
+    assert name != options.distinction(*resolved(f"{line} 1 --pad 3"))
 
 
 def test_switches_and_short_forms():
@@ -87,7 +87,6 @@ def test_switches_and_short_forms():
     assert resolved("--resume")[0].resume == options.RESUME_LAST
     assert resolved("--tvsearch True")[0].direction == "i2v"
     assert resolved("--tvsearch False")[0].direction == "v2i"
-    assert resolved("--tvsearch false --direction v2i")[0].direction == "v2i"
     assert resolved("--method awg")[0] == resolved("--method agw")[0]
     assert resolved("--workers 0")[0].workers == 0
     assert resolved("")[0].resume is None
@@ -115,7 +114,7 @@ def test_shrink_is_a_number_or_auto():
     args, _ = resolved("--shrink auto --shrink-scale 2")
     assert (args.shrink, args.shrink_scale) == ("auto", 2.0)
     assert resolved("--shrink auto")[0].shrink_scale == 1.0
-    with pytest.raises(ValueError, match="--shrink_scale has no effect.* is 0.0025"):
+    with pytest.raises(ValueError, match="--shrink_scale has no effect.* is not auto"):
         resolved("--shrink-scale 2")
 
 
@@ -222,7 +221,7 @@ def test_illegal_values_are_refused_by_the_flag_s_name(line):
         ("--triplet-ramp 5 3", "START <= END; got 5 3"),
         ("--bank-init features --memory-ids 206", "leave out --memory-ids"),
         ("--tvsearch yes", "expected no value, True or False, got yes"),
-        ("--lr 0.1 --overwrite True", "--overwrite takes no value, got True"),
+        ("--lr 0.1 --overwrite True", "unrecognized arguments: True; "),
         ("--tvsearch True True", "unrecognized arguments: True; "),
         ("--bacth-size 8", "unrecognized arguments: --bacth-size 8 .did you mean --batch-size"),
         ("--learning=8", "unrecognized arguments: --learning=8; "),
@@ -270,9 +269,8 @@ def test_a_run_s_options_run_again_and_flags_beside_them_win(line, tmp_path):
     file = tmp_path / "options.json"
     file.write_text(json.dumps({"options": options.to_json(first)}))
     again, sources = resolved(f"--options {file}")
-    silent = {*options.INCIDENTAL, "tvsearch"}
     for name, value in vars(first).items():
-        assert name in silent or getattr(again, name) == value, name
+        assert name in options.INCIDENTAL or getattr(again, name) == value, name
     assert sources["lr"] == "--options"
     assert again.output_dir is None
     again, sources = resolved(f"--options {file} --lr 0.75 --direction v2i")
@@ -318,9 +316,6 @@ def test_an_evaluation_keeps_what_it_was_trained_with_unless_told():
     args = options.resolve_evaluation(options.test_parser("").parse_args([]))
     assert [args.img_h, args.img_w, args.gem_p, args.memory_variant] == [None] * 4
     assert (args.mode, args.trials, args.test_batch, args.subset) == ("all", 10, 64, "test")
-    line = ["--tvsearch", "--direction", "v2i"]
-    with pytest.raises(ValueError, match="--tvsearch asks for infrared to visible"):
-        options.resolve_evaluation(options.test_parser("").parse_args(line))
 
 
 def evaluation(line, trained=None):
@@ -340,16 +335,15 @@ def test_an_evaluation_is_of_what_the_checkpoint_was_trained_on_unless_told():
 
 NO_EFFECT = {
     "--top 3": "--top has no effect, since there is no --query-dir",
-    "--query-dir a --subset val": "--subset has no effect, since your own images have no protocol",
-    "--trials 10": "--trials has no effect, since RegDB has one gallery, and --resume no {trial}",
+    "--trials 10": "--trials has no effect, since RegDB has no such choice, and --resume no",
     "--resume a{trial}.pt --trial 2": "--trial has no effect, since {trial} in --resume stands for",
     "--mode indoor": "--mode has no effect, since RegDB has no such choice: leave it out",
     "--shots 10": "--shots has no effect, since RegDB has no such choice",
     "--gallery official": "--gallery has no effect, since RegDB has no such choice",
     "--protocol repository": "--protocol has no effect, since RegDB has no such choice",
     "--dataset llcm --mode indoor": "--mode has no effect, since LLCM has no such choice",
-    "--dataset llcm --trial 2": "--trial has no effect, since LLCM has one split",
-    "--dataset sysu --tvsearch": "--tvsearch has no effect, since SYSU-MM01 has no such choice",
+    "--dataset llcm --trial 2": "--trial has no effect, since LLCM has no such choice",
+    "--dataset sysu --tvsearch": "--direction has no effect, since SYSU-MM01 has no such choice",
     "--dataset sysu --direction i2v": "--direction has no effect, since SYSU-MM01 has no such",
     "--dataset sysu --protocol repository": "--protocol has no effect, since SYSU-MM01 has no such",
     "--query-modality infrared": "--query_modality has no effect, since there is no --query-dir",
@@ -391,7 +385,7 @@ def test_defaults_without_effect_are_ignored_with_one_line(caplog):
     evaluation("--resume a{trial}.pt --trials 10 --tvsearch True")
     assert [record.getMessage() for record in caplog.records] == [
         "no effect, since checkpoint and data set know: --lr, --seed, --mode, --shots",
-        "no effect, since checkpoint and data set know: --direction, --trial",
+        "no effect, since checkpoint and data set know: --trial, --direction",
     ]
 
 
@@ -446,8 +440,8 @@ def test_a_memory_that_is_not_there_has_no_terms():
         ("HCT", "--memory-variant released", "train_HCT.py has no memory"),
         ("HCT", "--memory-ids 206", "train_HCT.py has no memory"),
         ("HCT", "--addressing cosine", "train_HCT.py has no memory"),
-        ("MGMRA", "--temperature 0.1", "--addressing is dot, not cosine"),
-        ("SGMRA", "--bank-init-epoch 2", "--bank-init is uniform, not features"),
+        ("MGMRA", "--temperature 0.1", "--addressing is not cosine"),
+        ("SGMRA", "--bank-init-epoch 2", "--bank-init is not features"),
         ("SGMRA", "--w_alignment 1", "train_SGMRA.py has no multi-granularity memory"),
         ("SGMRA", "--memory-variant paper", "train_SGMRA.py has no multi-granularity memory"),
         ("MGMRA", "--memory-levels none --w_alignment 0.1", "--memory-levels none has no memory"),

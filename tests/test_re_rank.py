@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import re_rank
-from re_rank import KReciprocal, k_reciprocal, random_walk
+from re_rank import k_reciprocal, random_walk
 
 GOLDEN = Path(__file__).parent / "golden" / "rerank_cases.npz"
 SETTINGS = [(20, 6, 0.3), (13, 1, 0.1), (8, 3, 0.5), (1, 1, 0.0), (5, 40, 0.7), (100, 2, 1.0)]
@@ -146,31 +146,20 @@ def test_float32_decides_only_what_it_can():
     rng = np.random.default_rng(7)
     for width, noise in [(3, 1.0), (256, 0.3), (1536, 0.3), (2048, 3.0)]:
         feats = np.concatenate(clustered(rng, 100, 100, 20, width, noise / width**0.5))
-        ranker = KReciprocal(feats.astype(np.float32))
-        near, points = ranker._known, ranker._scaled(feats.astype(np.float32))
+        points = feats - feats[0]
+        near, _ = re_rank._neighbours(points, 100, 22)
         true = ((points[:, None] - points[near.ids]) ** 2).sum(axis=2)
         error = np.abs(np.maximum(near.squared, 0) - true) / (near.farthest[:, None] + true)
         assert error.max() < re_rank.UNDECIDED / 2
 
 
-@pytest.mark.parametrize(("rows", "pairs"), [(7, 5), (100, 1000), (1, 1)])
-def test_block_sizes_do_not_matter(rows, pairs, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_block_sizes_do_not_matter(rows, monkeypatch):
     q_feats, g_feats = clustered(np.random.default_rng(8), 23, 31)
     g_feats[::3] = g_feats[0]
     expected = naive_k_reciprocal(q_feats, g_feats)
     monkeypatch.setattr(re_rank, "ROWS", rows)
-    monkeypatch.setattr(re_rank, "PAIRS", pairs)
     assert_close(k_reciprocal(q_feats, g_feats), expected)
-
-
-def test_trials_share_the_queries():
-    rng = np.random.default_rng(9)
-    q_feats, first = clustered(rng, 40, 20)
-    galleries = [first, clustered(rng, 1, 33)[1].astype(np.float32), first[:3]]
-    ranker = KReciprocal(q_feats, 7, 3, 0.4)
-    for g_feats in (*galleries, galleries[0]):
-        expected = naive_k_reciprocal(q_feats, g_feats, 7, 3, 0.4)
-        assert_close(ranker.distances(g_feats), expected)
 
 
 def test_order_of_images_does_not_matter():
@@ -229,7 +218,7 @@ def test_random_walk_survives_large_similarities():
 
 FEATS = np.arange(12.0).reshape(4, 3)
 BAD_FEATURES = [
-    pytest.param(FEATS[0], FEATS, r"q_feats is float64 of shape \(3,\)", id="vector"),
+    pytest.param(FEATS[0], FEATS, r"q_feats is of shape \(3,\)", id="vector"),
     pytest.param(FEATS, FEATS[None], r"g_feats is .* shape \(1, 4, 3\)", id="cube"),
     pytest.param(FEATS[:0], FEATS, r"q_feats is .* shape \(0, 3\)", id="no query"),
     pytest.param(FEATS, FEATS[:0], r"g_feats is .* shape \(0, 3\)", id="no gallery"),
@@ -237,9 +226,6 @@ BAD_FEATURES = [
     pytest.param(FEATS, FEATS[:, :2], "widths: .*3.*2", id="widths"),
     pytest.param(FEATS * np.nan, FEATS, "q_feats holds NaN", id="nan"),
     pytest.param(FEATS, FEATS - [0, 0, np.inf], "g_feats holds NaN or inf", id="infinity"),
-    pytest.param(FEATS.astype(complex), FEATS, "q_feats is complex", id="complex"),
-    pytest.param(FEATS.astype(str), FEATS, "q_feats is <U", id="text"),
-    pytest.param(FEATS > 1, FEATS, "q_feats is bool", id="bool"),
 ]
 
 
@@ -255,9 +241,7 @@ def test_bad_features(function, q_feats, g_feats, message):
     [
         ({"k1": 0}, "k1 is 0"),
         ({"k1": -3}, "k1 is -3"),
-        ({"k1": 2.5}, "k1 is 2.5"),
         ({"k2": 0}, "k2 is 0"),
-        ({"k2": "6"}, "k2 is 6"),
         ({"lambda_value": -0.1}, "lambda_value is -0.1"),
         ({"lambda_value": 1.1}, "lambda_value is 1.1"),
         ({"lambda_value": float("nan")}, "lambda_value is nan"),
@@ -272,12 +256,6 @@ def test_bad_settings(changes, message):
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match="alpha is"):
         random_walk(FEATS, FEATS, alpha)
-
-
-@pytest.mark.filterwarnings("ignore:overflow")
-def test_features_of_incompatible_scales_are_an_error():
-    with pytest.raises(ValueError, match="one scale"):
-        k_reciprocal(FEATS, FEATS * 1e30)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +290,7 @@ def test_smallest_of_rows_with_and_without_ties(size, distinct):
     rng = np.random.default_rng(8)
     scores = rng.integers(0, distinct, (20, 9)).astype(np.float32)
     scores[3, :5], scores[4, 2] = np.inf, -np.inf
-    columns = re_rank._nearest(scores, size).ids
+    columns = re_rank._nearest(scores, size)
     assert columns.shape == (20, size)
     assert all(len(set(row)) == size for row in columns.tolist())
     found = np.sort(np.take_along_axis(scores, columns, axis=1), axis=1)

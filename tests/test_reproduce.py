@@ -335,7 +335,7 @@ def test_damaged_files_of_a_run_are_named(go, tmp_path, capsys, name, content):
 
 REFUSALS = {
     "decided by the table": (("--table", "regdb", "--trial", 3), "--trial is decided by the table"),
-    "direction": (("--table", "regdb", "--tvsearch"), "--tvsearch is decided by the table"),
+    "direction": (("--table", "regdb", "--tvsearch"), "--direction is decided by the table"),
     "folder": (("--table", "regdb", "--output-dir", "x"), "--output_dir is decided"),
     "unknown flag": (("--table", "regdb", "--speed", "9"), "--speed"),
     "illegal value": (("--table", "regdb", "--lr", "-1"), "above 0"),
@@ -461,7 +461,7 @@ def test_tables_refuse_what_they_can_not_make(go, tmp_path, capsys):
     file.write_text(json.dumps(content))
     assert "different data: RegDB, stand-in data" in refused("--table", "regdb")
     file.write_text("{}")
-    assert "v2i_last/results.json has no result" in refused("--table", "regdb")
+    assert "v2i_last/results.json cannot be used" in refused("--table", "regdb")
     for path in (tmp_path / "runs").rglob("results.json"):
         path.unlink()
     assert "none of the table's results is there yet" in refused("--table", "regdb")

@@ -391,7 +391,7 @@ def test_a_folder_is_listed_by_name_without_hidden_files(folders, caplog):
     with caplog.at_level("INFO"):
         images = folder_images(folders / "people", "visible")
     assert images.paths == ("a.png", "b/c.JPG")
-    expected = "visible images taken: 2; other files skipped: 1 (notes.txt)"
+    expected = "visible images taken: 2; other files skipped: 1 ['notes.txt']"
     assert [text.partition(": ")[2] for text in caplog.messages] == [expected]
     assert (images.root / images.paths[1]).is_file()
     assert (
@@ -474,7 +474,7 @@ def test_own_folders_that_cannot_be_searched(place, folders, capsys):
         assert message in capsys.readouterr().err
     words[1] = folders / "people/a.png"
     evaluate(*words, code=2)
-    assert "a.png is a file, not a folder; expected" in capsys.readouterr().err
+    assert "a.png does not exist, or is a file, not a folder" in capsys.readouterr().err
     (folders / "night/broken.png").write_bytes(b"\x89PNG not quite")
     evaluate(*own(place, folders), code=2)
     error = capsys.readouterr().err
