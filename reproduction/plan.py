@@ -119,6 +119,7 @@ STUDY = (
     Setting("MG-MRA, cosine, 3 / m", train=COSINE),
     Setting("MG-MRA, cosine, 3 / m, features", train=FEATURES),
     Setting("AGW", "train_HCT.py", {"method": "agw"}),
+    Setting("AGW, memory branch, no memory", train={"method": "agw", "memory-levels": "none"}),
     Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
 )
 STUDY_SPLITS = 5
