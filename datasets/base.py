@@ -183,7 +183,7 @@ class DataSet:
         Paths are relative to the data folder `root`, with `/`; `trial` is the split, from 1. Each
         data set has its own, or its own `images`.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} lists no images: give it `items`")
 
     def images(self, root: Path, role: str, trial: int) -> tuple[ImageList, ImageList]:
         """Lists the visible and the infrared images of the "train" or the "test" identities."""

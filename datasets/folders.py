@@ -42,8 +42,9 @@ def folder_images(folder: str | Path, modality: str) -> ImageList:
             (names if image else skipped).append(below.as_posix())
     if not names:
         raise DataError(f"{folder} holds no image, also below; expected {', '.join(FORMATS)}")
-    text = "%s: %s images taken: %d; other files skipped: %d %s"
-    log.info(text, folder, modality, len(names), len(skipped), skipped[:5])
+    ending = f" ({', '.join(skipped[:5])}{', ...' if skipped[5:] else ''})" if skipped else ""
+    text = "%s: %s images taken: %d; other files skipped: %d%s"
+    log.info(text, folder, modality, len(names), len(skipped), ending)
     return image_list(root, [(name, -1, -1) for name in names], modality)
 
 

@@ -139,7 +139,8 @@ class Run:
             log.warning("resumed %s after epoch %d", checkpoint["path"], progress.epoch)
         if changed:
             log.warning("options changed since then: %s", changed)
-        _warn_of_an_unread_memory(net)
+        if distributed.is_main() and not args.test_only:
+            _warn_of_an_unread_memory(net)
         return progress
 
     def trains(self, progress: Progress) -> bool:
@@ -196,6 +197,8 @@ class Run:
             return None
         if not issubclass(kind, SingleGranularityMemory):
             raise ValueError(f"--bank-init features cannot fill a {kind.__name__}: leave it out")
+        if args.bank_init_epoch >= args.epochs:
+            log.warning("--bank-init features: no epoch has the number of --bank-init-epoch")
 
         def fill(epoch: int) -> None:
             if epoch == args.bank_init_epoch:

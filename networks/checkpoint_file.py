@@ -69,7 +69,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep: Path | None
         write_atomic(path, lambda stream: stream.write(stored.getbuffer()), keep=keep)
     except OSError as error:
         raise OSError(
-            f"cannot write the checkpoint {path} ({error}); the former one is untouched. Make room "
+            f"cannot write the checkpoint {path} ({error}); a former one is untouched. Make room "
             f"or mend the folder, then go on with --resume"
         ) from error
 

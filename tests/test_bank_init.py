@@ -74,10 +74,12 @@ def test_what_cannot_be_filled_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(BACKBONES, "resnet18", NARROW["resnet18"])
     data = write_data(tmp_path / "data")
     flags = arguments(data, tmp_path / "run", "--bank-init", "features", "--epochs", "1")
+    assert train_MGMRA.main(flags) == 0
+    assert "no epoch has the number of --bank-init-epoch" in capsys.readouterr().err
 
     class Own(torch.nn.Identity):
         num_ids = 6
 
     with pytest.raises(SystemExit):
-        train_MGMRA.main(flags, memory_class=Own)
+        train_MGMRA.main([*flags, "--overwrite"], memory_class=Own)
     assert "--bank-init features cannot fill a Own" in capsys.readouterr().err

@@ -391,7 +391,7 @@ def test_a_folder_is_listed_by_name_without_hidden_files(folders, caplog):
     with caplog.at_level("INFO"):
         images = folder_images(folders / "people", "visible")
     assert images.paths == ("a.png", "b/c.JPG")
-    expected = "visible images taken: 2; other files skipped: 1 ['notes.txt']"
+    expected = "visible images taken: 2; other files skipped: 1 (notes.txt)"
     assert [text.partition(": ")[2] for text in caplog.messages] == [expected]
     assert (images.root / images.paths[1]).is_file()
     assert (
