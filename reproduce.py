@@ -27,6 +27,7 @@ from reproduction.check_data import check
 from reproduction.plan import (
     PAIRED,
     REFERENCES,
+    SEEDED,
     STUDY_SPLITS,
     TABLES,
     check_lists,
@@ -36,15 +37,21 @@ from reproduction.plan import (
 )
 from utils import make_writable_dir, read_json, user_errors, write_atomic, write_json
 
+MAX_TRIALS = 10
+
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     """`run`: prints the commands, then runs those that are not done until one fails."""
     data = DATASETS[args.dataset]
-    most = max(data.splits, data.gallery_draws)
-    # An ablation trains on one split unless told otherwise.
-    trials = 1 if args.table != data.name and data.splits > 1 else most
-    usual = {**dict.fromkeys(PAIRED, STUDY_SPLITS), "unseen": 1}
-    trials = min(args.trials or usual.get(args.table, trials), most)
+    most = usual = max(data.splits, data.gallery_draws)
+    if args.table in SEEDED:
+        most = data.splits if data.splits > 1 else MAX_TRIALS
+        usual = STUDY_SPLITS if args.table in PAIRED else 1
+    elif args.table != data.name and data.splits > 1:
+        usual = 1  # an ablation trains on one split unless told otherwise
+    if args.unseen and args.table != "unseen":
+        raise ValueError(f"--unseen has no effect on --table {args.table}: leave it out")
+    trials = min(args.trials or usual, most)
     about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
     about |= {"unseen": dict(args.unseen)}
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
@@ -133,8 +140,9 @@ def build_parser() -> options.Parser:
         text = "folder of all runs (default: runs/reproduce)"
         add("--runs", type=Path, default=Path("runs/reproduce"), help=text)
     add = commands.choices["run"].add_argument
-    text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1)"
-    add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
+    text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1); study, "
+    text += "continued, unseen: trainings with the seeds 1..N (default: 5, 5, 1)"
+    add("--trials", type=int, choices=range(1, MAX_TRIALS + 1), metavar="N", help=text)
     add("--dry-run", action="store_true", help="print the commands only")
     text = "--table unseen: data sets to evaluate on, and their folders (default: all others)"
     add("--unseen", nargs="+", type=_unseen, default=[], metavar="DATASET=FOLDER", help=text)

@@ -4,12 +4,10 @@
     python visualize.py cmc runs/*/test_regdb_v2i_trial1_last --names HCT MG-MRA
     python visualize.py curves runs/MGMRA_regdb_trial1
 
-Test identities only: without --seen-ids no figure shows an identity that the checkpoint says it was
-trained on. Every figure goes beside its input, or where --out says; --no-title leaves title and
-note to the paper's caption. --help after a figure's name lists what can be chosen.
+Identities that the checkpoint was trained on are refused, unless --seen-ids is given. A figure is
+written beside its input, or to --out; --no-title leaves title and note to the paper's caption.
+--help after a figure's name lists what can be chosen.
 """
-
-from __future__ import annotations
 
 import argparse
 import logging
@@ -43,10 +41,11 @@ log = logging.getLogger(__name__)
 
 
 class Subject:
-    """A checkpoint's network `net`, and the test images `trial` that the flags name.
+    """What a checkpoint's figures need.
 
-    `images` maps an image list to its pixels at the network's size; `data` are data and protocol in
-    words, `title` the same and the end of the checkpoint's path.
+    Its network `net`; `trial`, the images of the protocol's first trial; `images`, which decodes an
+    image list at the network's size; `data`, data set and protocol in words; `title`, the same with
+    the checkpoint's name.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -146,7 +145,7 @@ def prototypes(args: argparse.Namespace) -> Figure:
     rows = prototype_patches(weights, shown, shape, **choice)
     searched = " and ".join(f"{len(images)} {modality}" for modality, images in shown.items())
     note = (
-        f"The patches, of {searched} test images, whose middle (framed) addresses a prototype "
+        f"The patches, of {searched} images, whose middle (framed) addresses a prototype "
         "most, at most one per image; below each the prototype's weight there."
     )
     if all(own.nnz == np.prod(own.shape) and alike(own.data) for own in weights.values()):
@@ -172,15 +171,14 @@ def cmc(args: argparse.Namespace) -> Figure:
 
 def read_result(file: Path) -> dict[str, Any]:
     """Reads a ``results.json``; raises ValueError when `test.py` did not write it."""
-    hint = "write one with test.py --output-dir FOLDER"
     schema = {"cmc": [float], "mAP": float, "dataset": str, "protocol": str, "re_rank": str}
     try:
         content = read_json(file, schema)
         if not content["cmc"]:
             raise ValueError(f"{file} has an empty cmc")
-        return {name: content[name] for name in schema}
     except ValueError as error:
-        raise ValueError(f"{error}: {hint}") from error
+        raise ValueError(f"{error}: write one with test.py --output-dir FOLDER") from error
+    return content
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
@@ -211,51 +209,51 @@ def health(args: argparse.Namespace) -> Figure:
     return charts.memory_health(lines, title=title)
 
 
-def figure_parser(description: str) -> options.Parser:
-    """Returns the parser of ``visualize.py``: one command per figure."""
-    parser = options.Parser(description)
-    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    most = charts.MAX_CURVES
-
-    def command(draw: Callable[..., Figure], *flags: Flag) -> argparse.ArgumentParser:
-        name, text = draw.__name__, draw.__doc__
-        figure = commands.add_parser(name, help=text, description=text)
-        figure.set_defaults(draw=draw)
-        out = f"file, .png or .pdf (default: {name}.png beside the input)"
-        options.add_flags(figure, {"file": (Flag("out", None, out, Path), options.NO_TITLE)})
-        options.add_flags(figure, {"figure": flags})
-        return figure
-
-    def checkpoint_command(draw: Callable[..., Figure], *flags: Flag) -> None:
-        seed = Flag("seed", 0, "seed of the figure's random choices", COUNT_OR_0)
-        options.add_flags(command(draw, seed, *flags), options.EVALUATION)
-
-    checkpoint_command(
-        ranked,
+MOST = charts.MAX_CURVES
+IDS = f"identities, 1..{MOST}, which can be told apart"
+BEFORE = "weights before training: imagenet, none or a file (default: those trained from)"
+SEED = Flag("seed", 0, "seed of the figure's random choices", COUNT_OR_0)
+NAMES = Flag("names", None, "names of the curves (default: the folders)", nargs="+")
+# The figures by what they are drawn from, each with the flags of its own.
+OF_CHECKPOINT: dict[Callable[..., Figure], tuple[Flag, ...]] = {
+    ranked: (
         Flag("num-queries", 8, "queries", COUNT),
         Flag("top", 10, "gallery images per query", COUNT),
-    )
-    text = "weights before training: imagenet, none or a file (default: those trained from)"
-    checkpoint_command(distances, Flag("before", None, text))
-    text = f"identities, 1..{most}, which can be told apart"
-    checkpoint_command(embedding, Flag("ids", most, text, range(1, most + 1)))
-    checkpoint_command(
-        addressing,
+    ),
+    distances: (Flag("before", None, BEFORE),),
+    embedding: (Flag("ids", MOST, IDS, range(1, MOST + 1)),),
+    addressing: (
         Flag("ids", 3, "identities, two images each", COUNT),
         Flag("top", 3, "prototypes per image and level", COUNT),
-    )
-    checkpoint_command(
-        prototypes,
+    ),
+    prototypes: (
         Flag("level", "part", "granularity", LEVELS),
         Flag("count", 8, "prototypes, the most addressed ones", COUNT),
         Flag("top", 6, "patches per prototype and modality", COUNT),
         Flag("images", 200, "images per modality to look through", COUNT),
-    )
-    names = Flag("names", None, "names of the curves (default: the folders)", nargs="+")
-    figure = command(cmc, names)
-    figure.add_argument("results", nargs="+", type=Path, help="results.json, or folders with one")
-    for draw in (curves, health):
-        command(draw).add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
+    ),
+}
+OF_FILES: dict[Callable[..., Figure], tuple[Flag, ...]] = {cmc: (NAMES,), curves: (), health: ()}
+
+
+def figure_parser(description: str) -> options.Parser:
+    """Returns the parser of ``visualize.py``: one command per figure."""
+    parser = options.Parser(description)
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    for draw, flags in {**OF_CHECKPOINT, **OF_FILES}.items():
+        name, text = draw.__name__, draw.__doc__
+        figure = commands.add_parser(name, help=text, description=text)
+        figure.set_defaults(draw=draw)
+        out = Flag("out", None, f"file, .png or .pdf (default: {name}.png beside the input)", Path)
+        groups = {"file": (out, options.NO_TITLE), "figure": flags}
+        if draw in OF_CHECKPOINT:
+            groups |= {"figure": (SEED, *flags), **options.EVALUATION}
+        options.add_flags(figure, groups)
+    results = commands.choices["cmc"].add_argument
+    results("results", nargs="+", type=Path, help="results.json, or folders with one")
+    for name in ("curves", "health"):
+        run = commands.choices[name].add_argument
+        run("run", type=Path, help="a run's folder, or its log.jsonl")
     return parser
 
 
@@ -267,15 +265,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "resume" in args:
             if not args.resume:
                 raise ValueError("name the checkpoint to draw from: --resume PATH")
-            args.resume = find_checkpoint(args.resume, args.model_path)
+            resume = find_checkpoint(args.resume, args.model_path)
+            args.resume = resume.replace("{trial}", str(args.trial or 1))
             args = options.resolve_evaluation(args, TrainedOn.read(args.resume).defaults)
-        out, given = args.out, vars(args)
-        if out and not (out.suffix.lower() in FORMATS and os.access(out.parent, os.W_OK)):
+        source = Path(vars(args).get("run") or vars(args).get("resume") or args.results[0])
+        out = args.out or (source if source.is_dir() else source.parent) / f"{args.figure}.png"
+        writable = out.suffix.lower() in FORMATS and os.access(out.parent, os.W_OK)
+        if not writable and (args.out or source.exists()):
             raise ValueError(f"--out {out}: expected a .png or .pdf in a folder to write into")
-        figure = args.draw(args)
-        source = Path(given.get("run") or given.get("resume") or args.results[0])
-        out = out or (source if source.is_dir() else source.parent) / f"{args.figure}.png"
-        save(figure, out, heading=not args.no_title)
+        save(args.draw(args), out, heading=not args.no_title)
         log.info("wrote %s", out)
     return 0
 

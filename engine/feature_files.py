@@ -48,11 +48,14 @@ def read_features(path: str | Path, protocol: EvalSet) -> Features:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         groups = ("",) if "paths" in arrays else ("query_", "gallery_")
-        paths = np.concatenate([arrays[f"{group}paths"] for group in groups]).tolist()
-        names = [name for name in arrays if name.startswith(groups[0]) and arrays[name].ndim == 2]
-        names = [name.removeprefix(groups[0]) for name in names if arrays[name].dtype.kind == "f"]
+        paths = np.concatenate([arrays[f"{group}paths"] for group in groups]).ravel().tolist()
+        names = [
+            name.removeprefix(groups[0])
+            for name, values in arrays.items()
+            if name.startswith(groups[0]) and values.ndim == 2 and values.dtype.kind == "f"
+        ]
         kinds = {n: np.concatenate([arrays[group + n] for group in groups]) for n in names}
-        if not kinds or any(len(values) != len(paths) for values in kinds.values()):
+        if not paths or not kinds or any(len(values) != len(paths) for values in kinds.values()):
             raise ValueError({name: values.shape for name, values in arrays.items()})
     except Exception as error:  # a damaged file makes numpy raise nearly anything
         raise ValueError(

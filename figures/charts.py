@@ -1,7 +1,5 @@
 """Charts: results, distances, embeddings, and what the log of a run holds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any

@@ -1,9 +1,7 @@
 """Figures of an evaluation: from a protocol and the features of its images to what is drawn.
 
-Test identities only, and one gallery: that of the protocol's first trial (`first_trial`).
+They show one gallery: that of the protocol's first trial (`first_trial`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,13 +22,12 @@ MAX_IMAGES = 20  # of an identity and modality in the plane
 
 
 def first_trial(protocol: EvalSet) -> EvalSet:
-    """Returns a protocol with its first trial's images alone, which its words then say."""
+    """Restricts a protocol to the images of its first trial, which its words then say."""
     drawn = "gallery" if protocol.query_trials is None else "queries"
     words = protocol.protocol
     words += f"; first trial's {drawn}" if len(protocol.gallery_trials) > 1 else ""
-    query, gallery = (
-        getattr(protocol, role).take(rows) for role, rows in first_rows(protocol).items()
-    )
+    rows = first_rows(protocol)
+    query, gallery = protocol.query.take(rows["query"]), protocol.gallery.take(rows["gallery"])
     everyone = {"gallery_trials": (np.arange(len(gallery)),), "query_trials": None}
     return replace(protocol, query=query, gallery=gallery, protocol=words, **everyone)
 
@@ -83,7 +80,8 @@ def draw_ranked(
 ) -> Figure:
     """Draws ranked lists of a trial by a `ranking` of `engine.evaluate.distances`.
 
-    Images are "query" and "gallery" as in `image_grids.ranked_lists`, whose `choice` follows.
+    `images` holds the pixels of "query" and "gallery"; `choice` goes on to
+    `image_grids.ranked_lists`.
     """
     kind = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
     distmat = distances(features["query"], features["gallery"], ranking)
@@ -102,7 +100,7 @@ def draw_distances(trial: EvalSet, features: Mapping[str, Features], *, title: s
     """Draws distances across modalities, a panel for each of several features by name."""
     panels = {name: pair_distances(trial, own) for name, own in features.items()}
     sides = f"{trial.query.modality} queries and {trial.gallery.modality} gallery images"
-    note = f"Pairs of {sides} of test identities."
+    note = f"Pairs of {sides}."
     return charts.distance_histograms(panels, title=title, note=note)
 
 
@@ -130,7 +128,7 @@ def draw_embedding(
         axis_names=axis_names,
         title=title,
         note="Principal components of the features shown. "
-        f"{len(wanted)} test identities, drawn at random (seed {seed}).",
+        f"{len(wanted)} identities, drawn at random (seed {seed}).",
     )
 
 
@@ -161,7 +159,7 @@ def evaluation_figures(
         "distances": draw_distances(trial, {"after training": features}, title=title),
         "embedding": draw_embedding(trial, features, title=title),
     }
-    for name, figure in figures.items():
-        for form in FORMATS:
-            save(figure, folder / f"{name}{form}", heading=heading)
-    return [f"{name}{form}" for name in figures for form in FORMATS]
+    files = {f"{name}{form}": figure for name, figure in figures.items() for form in FORMATS}
+    for name, figure in files.items():
+        save(figure, folder / name, heading=heading)
+    return list(files)

@@ -1,7 +1,5 @@
 """Figures made of images: ranked lists, addressing maps and the patches of prototypes."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -5,8 +5,6 @@ by colour-blind readers. Heading and legend stand outside the figure's own size:
 to what is drawn, so that neither is ever cut off. Nothing here touches pyplot's state.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

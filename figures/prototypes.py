@@ -4,8 +4,6 @@ Each image's strongest prototypes (`fired`), each prototype's best patches (`pro
 What is counted are the addressing weights that the memory itself reads with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -56,11 +54,11 @@ def addressing_weights(
         )
     found: dict[str, list[sparse.csr_matrix]] = {}
     for images in batches:
-        x = net.feature_map(*((images, None) if modality == "visible" else (None, images)))
+        x = net.feature_map(**{modality: images})
         for level, weights in net.memory(x).weights.items():
             dense = weights.to_dense().float().cpu().numpy()
             found.setdefault(level, []).append(sparse.csr_matrix(dense))
-    return {level: sparse.vstack(parts).tocsr() for level, parts in found.items()}, x.shape[2:]
+    return {level: sparse.vstack(own, "csr") for level, own in found.items()}, x.shape[2:]
 
 
 def alike(weights: np.ndarray) -> bool:
@@ -76,8 +74,7 @@ def fired(weights: sparse.csr_matrix, shape: tuple[int, int], top: int) -> Fired
     totals = by_image.sum(axis=1, dtype=np.float64)  # (n, prototypes)
     numbers = np.argsort(-totals, axis=1, kind="stable")[:, :top]
     maps = np.take_along_axis(by_image, numbers[:, None], axis=2).swapaxes(1, 2)  # (n, k, h*w)
-    addressed_at_all = np.take_along_axis(totals, numbers, axis=1) > 0
-    numbers = np.where(addressed_at_all, numbers, -1)
+    numbers[np.take_along_axis(totals, numbers, axis=1) == 0] = -1
     return Fired(size, numbers, maps.reshape(*numbers.shape, *shape))
 
 
@@ -102,10 +99,9 @@ def cut_patch(image: np.ndarray, position: int, shape: tuple[int, int]) -> np.nd
     """
     cell, side = OUTPUT_STRIDE, OUTPUT_STRIDE * PATCH_CELLS
     margin = (side - cell) // 2
-    padded = np.full((*(cell * n + 2 * margin for n in shape), 3), BEYOND, np.uint8)
-    padded[margin : margin + image.shape[0], margin : margin + image.shape[1]] = image
-    row, column = divmod(position, shape[1])
-    return padded[row * cell : row * cell + side, column * cell : column * cell + side]
+    padded = np.pad(image, [(margin, side), (margin, side), (0, 0)], constant_values=BEYOND)
+    top, left = (cell * place for place in divmod(position, shape[1]))
+    return padded[top : top + side, left : left + side]
 
 
 def prototype_patches(
@@ -133,10 +129,10 @@ def prototype_patches(
             f"no position of the images reads any {level} prototype (all weights are at or below "
             "lambda): look at `visualize.py health`, or train longer"
         )
-    numbers = np.argsort(-both, kind="stable")[:count].tolist()
+    numbers = [n for n in np.argsort(-both, kind="stable")[:count].tolist() if both[n]]
     positions = shape[0] * shape[1]
     rows = []
-    for number in filter(both.__getitem__, numbers):
+    for number in numbers:
         patches, values = {}, {}
         for m in MODALITIES:
             best, values[m] = best_positions(columns[m], number, positions, top)

@@ -27,9 +27,9 @@ class Difference:
     def half_width(self) -> float:
         """Half the width of Student's interval of the mean; NaN with fewer than three splits."""
         n = len(self.values)
-        if n < 3:  # two say next to nothing: their interval is 9 times as wide as their gap
+        if n < 3:  # two say next to nothing: their interval is 13 times as wide as their gap
             return float("nan")
-        return float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * self.values.std(ddof=1) / np.sqrt(n))
+        return float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * stats.sem(self.values))
 
     def __str__(self) -> str:
         half = "" if np.isnan(self.half_width) else f" +- {self.half_width:.1f}"

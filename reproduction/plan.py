@@ -15,14 +15,13 @@ from typing import Any
 import options
 from data_manager import DATASETS, EvalOptions, eval_set, train_set
 from networks.settings import VARIANTS
-from options import flags_of
 from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
 # Of a data set: the methods under all its protocols.
 TABLES = (*DATASETS, "ablation", "memory", "study", "continued", "unseen")
 # Options that the tables themselves decide: they cannot follow on the command line.
-FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "tvsearch", "re_rank")
+FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
 FIXED += ("output_dir", "model_path", "log_path", "vis_log_path", "options")
 
@@ -123,7 +122,9 @@ STUDY = (
     Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
 )
 STUDY_SPLITS = 5
-UNSEEN = (STUDY[0], STUDY[1], STUDY[3], STUDY[8])  # evaluated on data sets not trained on
+# Evaluated on data sets not trained on.
+UNSEEN_NAMES = (*REFERENCES, "MG-MRA, paper", "MG-MRA, cosine, 3 / m, features")
+UNSEEN = tuple(setting for setting in STUDY if setting.name in UNSEEN_NAMES)
 # The study's rows from a common start: each goes on from the weights of its split's HCT, or AGW.
 # When a training from random weights leaves its first plateau is chance, and decides more than the
 # row.
@@ -161,15 +162,17 @@ def settings_of(table: str) -> list[Setting]:
 
 
 @functools.cache
-def _parser(train: bool) -> Any:
-    text = "flags of the training scripts, for `reproduce.py run`"
-    return options.train_parser(text) if train else options.test_parser("")
+def _parser(train: bool) -> options.Parser:
+    parser = options.train_parser("") if train else options.test_parser("")
+    parser.prog = "train_MGMRA.py" if train else "test.py"  # whose --help errors name
+    return parser
 
 
 def given_options(flags: Sequence[str]) -> dict[str, Any]:
     """Returns what training flags ask for other than the defaults; refuses the tables' own."""
-    given, default = (vars(_parser(True).parse_args(words)) for words in (list(flags), []))
-    extra = {name: value for name, value in given.items() if value != default[name]}
+    parser = _parser(True)
+    given = vars(parser.parse_args(flags))
+    extra = {name: value for name, value in given.items() if value != parser.get_default(name)}
     for name in FIXED:
         if name in extra:
             raise ValueError(f"--{name} is decided by the table; leave it out")
@@ -221,12 +224,12 @@ class Step:
         """Script and flags; a training resumes where it was stopped, if it was."""
         values = {**self.options, "output_dir": self.folder}
         values |= {"resume": True} if self.trains else {}
-        return [os.path.relpath(ROOT / self.script), *flags_of(values)]
+        return [os.path.relpath(ROOT / self.script), *options.flags_of(values)]
 
     @functools.cached_property
     def resolved(self) -> dict[str, Any]:
         """All options of the script as plain values, as it understands those given."""
-        args = _parser(self.trains).parse_args(flags_of(self.options))
+        args = _parser(self.trains).parse_args(options.flags_of(self.options))
         if self.trains:
             return options.to_json(options.resolve(args, self.script)[0])
         return options.to_json(options.resolve_evaluation(args))
@@ -262,6 +265,20 @@ class Step:
         return bool(last) and last["epoch"] == saved.get("epochs")
 
 
+def training_of(setting: Setting, split: Options, runs: Path, extra: Options) -> Step:
+    """Returns a setting's training on a split, with those options in `extra` that it uses.
+
+    `split` holds its data set, and by "trial" and "seed" what numbers it in the folder's name.
+    """
+    own = {name.replace("-", "_"): value for name, value in setting.train.items()}
+    unused = options.unused(setting.script, {**split, **extra, **own})
+    used = {name: value for name, value in extra.items() if name not in unused}
+    method = setting.script.removeprefix("train_").removesuffix(".py")
+    numbers = [f"{name}{value}" for name, value in split.items() if name != "dataset"]
+    words = [method, split["dataset"], *itertools.chain(*setting.train.items()), *numbers]
+    return Step(setting.script, {**split, **used, **own}, runs / "_".join(map(str, words)))
+
+
 def evaluations(
     table: str, setting: Setting, dataset: str, unseen: Mapping[str, str | None]
 ) -> list[tuple[str, str, dict[str, Any]]]:
@@ -291,6 +308,8 @@ def plan(
     and evaluate with the usual number of draws. `unseen`: data sets on which the table of this name
     evaluates, with their folders; None takes a default: all others, and their usual folders.
     """
+    if table in SEEDED and "seed" in extra:
+        raise ValueError("--seed is decided by the table; leave it out")
     numbered = ["trial"] if DATASETS[dataset].splits > 1 else []
     numbered += ["seed"] if table in SEEDED else []
     splits = [{"dataset": dataset, **dict.fromkeys(numbered, n + 1)} for n in range(trials)]
@@ -298,31 +317,22 @@ def plan(
     if not numbered:  # one training, evaluated on several draws
         splits, draws = splits[:1], {"trials": trials}
     # What a checkpoint knows itself, an evaluation is not told.
-    test_flags = vars(_parser(False).parse_args([]))
-    test_flags = {*test_flags} - {*test_flags["ignored"], *options.AS_TRAINED_FLAGS}
+    test_flags = {flag.name for flags in options.EVALUATION.values() for flag in flags}
+    test_flags -= {*options.AS_TRAINED_FLAGS}
     test_extra = {k: v for k, v in extra.items() if k in test_flags}
     rows = []
     steps: dict[Path, dict[Path, Step]] = {}  # of each training by folder, itself first
     folder_of: dict[str, Path] = {}  # what is trained -> its folder
     for setting in settings_of(table):
         trainings = []
-        own = {name.replace("-", "_"): value for name, value in setting.train.items()}
-        useless = options.unused(setting.script, {"dataset": dataset, **extra, **own})
-        used = {name: value for name, value in extra.items() if name not in useless}
         for split in splits:
-            words = [setting.script.removeprefix("train_").removesuffix(".py"), dataset]
-            words += [str(word) for option in setting.train.items() for word in option]
-            ending = [f"{name}{split[name]}" for name in numbered]
-            values = {**split, **used, **own}
+            step = training_of(setting, split, runs, extra)
             if table == "continued":
-                start = {name: value for name, value in own.items() if name == "method"}
-                start_words = ["HCT", dataset, *itertools.chain(*start.items())]
-                folder = runs / "_".join([*start_words, *ending])
-                first = Step("train_HCT.py", {**split, **used, **start}, folder)
-                steps.setdefault(folder, {folder: first})
-                values = {**CONTINUING, **values, "weights": str(folder / "last.pt")}
-                words.insert(0, "continued")
-            step = Step(setting.script, values, runs / "_".join([*words, *ending]))
+                method = {k: v for k, v in setting.train.items() if k == "method"}
+                first = training_of(Setting("", "train_HCT.py", method), split, runs, extra)
+                steps.setdefault(first.folder, {first.folder: first})
+                values = {**CONTINUING, **step.options, "weights": str(first.folder / "last.pt")}
+                step = replace(step, options=values, folder=runs / f"continued_{step.folder.name}")
             folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), step.folder)
             steps.setdefault(folder, {folder: step})
             trainings.append(folder)

@@ -119,9 +119,9 @@ def arrange(title: str, results: Sequence[Result]) -> list[Table]:
     Raises:
         ValueError: No file is there at all, or the files are of different data.
     """
-    if not any(result.read for result in results):
-        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
     entries = [read for result in results for read in result.read]
+    if not entries:
+        raise ValueError("none of the table's results is there yet: reproduce.py run makes them")
     data = _distinct(results, "dataset")
     if len({e["dataset"] for e in entries}) > len({r.row.dataset for r in results if r.read}):
         raise ValueError(f"the results are of different data: {data}; use a folder each")
@@ -133,7 +133,7 @@ def arrange(title: str, results: Sequence[Result]) -> list[Table]:
     for result in results:
         row = result.row
         kinds.setdefault((row.protocol, row.checkpoint, row.re_rank != "no"), []).append(result)
-    tables = [_results_table(caption, kinds[kind]) for kind in kinds]
+    tables = [_results_table(caption, own) for own in kinds.values()]
     if not any(result.row.setting.group for result in results):  # ablations compare with themselves
         ours = {result.row.setting.published for result in results}
         first = {result.row.protocol: result.row for result in results}
@@ -164,11 +164,10 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
 
 def _cells(result: Result) -> dict[str, str]:
     """Returns the metrics and the trials of a row."""
-    trials = result.row.trials
-    if result.missing:
-        count = f"{trials - len(result.missing)} of {trials}"
-        missing = ", ".join(map(str, result.missing))
-        return {**dict.fromkeys(METRICS, "missing"), "trials": f"{count}, missing: {missing}"}
+    trials, missing = result.row.trials, result.missing
+    if missing:
+        count = f"{trials - len(missing)} of {trials}, missing: {', '.join(map(str, missing))}"
+        return {**dict.fromkeys(METRICS, "missing"), "trials": count}
     cells = {"trials": str(trials)}
     for metric in METRICS:
         spread = f" +- {100 * result.std[metric]:.2f}" if trials > 1 else ""
@@ -188,11 +187,12 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     """Returns the memory's health in the last epoch of each training that has it in its log."""
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
-    for row in rows:
+    for row in (row for row in rows if row.protocol == rows[0].protocol):  # each training once
         files = [folder / "log.jsonl" for folder in row.training]
+        logs = [read_json(file, LOG_LINE) for file in files if file.exists()]
         wanted = row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last"
-        if wanted and all(file.exists() for file in files):
-            epochs = [read_json(file, LOG_LINE)[-1] for file in files]
+        if wanted and len(logs) == len(files) and all(logs):
+            epochs = [lines[-1] for lines in logs]
             numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
             cells = {name: f"{number:.3g}" for name, number in numbers.items()}
             if cells:

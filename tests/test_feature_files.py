@@ -52,6 +52,7 @@ def damaged(name, paths, values):
         "NaN": {"paths": paths, "features": np.where(values > 0.5, np.nan, values)},
         "lengths": {"paths": paths, "features": values[1:]},
         "no features": {"paths": paths},
+        "no images": {"paths": paths[:0], "features": values[:0]},
         "no paths": {"features": values},
         "pickled": {"paths": np.array(paths, dtype=object), "features": values},
         "mirror": {"paths": paths, "features": values, "tta": "flip"},
@@ -67,6 +68,7 @@ def damaged(name, paths, values):
         "NaN": "norms from nan to nan, expected 1",
         "lengths": "cannot be used.*expected arrays `paths`",
         "no features": "expected arrays `paths`",
+        "no images": "expected arrays `paths`",
         "no paths": "KeyError.*expected arrays `paths`",
         "pickled": "allow_pickle",
         "mirror": "was written with --tta flip",
@@ -77,6 +79,14 @@ def test_what_cannot_be_scored_is_said(protocol, tmp_path, name, text):
     np.savez(tmp_path / "f.npz", **damaged(name, paths, random_features(len(paths))))
     with pytest.raises(ValueError, match=text):
         read_features(tmp_path / "f.npz", protocol)
+
+
+def test_paths_may_stand_in_a_column(protocol, tmp_path):
+    paths = np.array(all_paths(protocol))[:, None]
+    np.savez(tmp_path / "f.npz", paths=paths, features=random_features(len(paths)))
+    assert len(read_features(tmp_path / "f.npz", protocol)["query"]["features"]) == len(
+        protocol.query
+    )
 
 
 def test_files_that_are_no_npz_are_named(protocol, tmp_path):

@@ -99,6 +99,16 @@ def test_tables_share_trainings_and_no_folder_with_those_of_other_seeds(tmp_path
     assert not study.keys() & regdb.keys()
 
 
+def test_a_training_has_one_line_of_its_memory_s_health(tmp_path):
+    _, rows = plan("study", dataset="regdb", trials=2, runs=tmp_path, extra={})
+    fill(rows, lambda p, t: 0.5)
+    for number, folder in enumerate(dict.fromkeys(f for row in rows for f in row.training)):
+        lines = json.dumps({"epoch": 1, "memory/part/used": 0.5}) + "\n" if number else ""
+        (folder / "log.jsonl").write_text(lines)
+    table = arrange("t", [measure(row) for row in rows])[-1]
+    assert [line[1] for line in table.rows] == [setting.name for setting in STUDY[1:]]
+
+
 def test_one_split_is_trained_on_with_every_seed(tmp_path):
     """Each training's mean over SYSU-MM01's draws is one value of the paired comparison."""
     steps, rows = plan("study", dataset="sysu", trials=3, runs=tmp_path, extra={})

@@ -336,6 +336,11 @@ def test_damaged_files_of_a_run_are_named(go, tmp_path, capsys, name, content):
 REFUSALS = {
     "decided by the table": (("--table", "regdb", "--trial", 3), "--trial is decided by the table"),
     "direction": (("--table", "regdb", "--tvsearch"), "--direction is decided by the table"),
+    "seed": (("--table", "study", "--seed", 3), "--seed is decided by the table"),
+    "elsewhere": (
+        ("--table", "regdb", "--unseen", "sysu"),
+        "--unseen has no effect on --table reg",
+    ),
     "folder": (("--table", "regdb", "--output-dir", "x"), "--output_dir is decided"),
     "unknown flag": (("--table", "regdb", "--speed", "9"), "--speed"),
     "illegal value": (("--table", "regdb", "--lr", "-1"), "above 0"),

@@ -183,6 +183,22 @@ def test_refusals(name, capsys, tmp_path, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(place, capsys, monkeypatch):
+    monkeypatch.setattr(visualize.os, "access", lambda path, mode: path != place)
+    monkeypatch.setattr(visualize, "Subject", None)
+    draw("ranked", *flags(place), code=2)
+    assert f"--out {place / 'ranked.png'}: expected" in capsys.readouterr().err
+
+
+def test_of_several_splits_the_first_is_drawn(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "Subject", lambda args: seen.append(args.resume) or 1 / 0)
+    seen, pattern = [], place / "mg{trial}.pt"
+    (place / "mg1.pt").write_bytes((place / "mg.pt").read_bytes())
+    with pytest.raises(ZeroDivisionError):
+        draw("ranked", "--resume", pattern, "--dataset", "regdb", "--out", tmp_path / "a.png")
+    assert seen == [str(place / "mg1.pt")]
+
+
 NETWORK_REFUSALS = {
     "no memory": (("addressing",), "none", "train_MGMRA.py"),
     "no memory to search": (("prototypes",), "none", "no memory"),
