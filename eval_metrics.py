@@ -164,7 +164,7 @@ def excluded(
     return mask if mask.any() else None
 
 
-def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:  # noqa: N803
+def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:
     """Names the reported fractions as in `METRICS`; a short CMC goes on with its last value."""
     ranks = {f"rank{k}": float(cmc[min(k, len(cmc)) - 1]) for k in REPORTED_RANKS}
     return {**ranks, "mAP": float(mAP), "mINP": float(mINP)}

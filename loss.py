@@ -1,8 +1,9 @@
 """The losses: identity, the three triplets, part alignment, part decorrelation.
 
 Triplet losses take features (N, D) and labels (N,), give a scalar, and raise ValueError where the
-shapes disagree. All use Euclidean distances whose squares are clamped at 1e-12 before the root. A
-batch in which a term is undefined (a single identity, say) gives 0 and still back-propagates.
+shapes disagree. All use Euclidean distances whose squares are clamped at 1e-12 before the root.
+Without any negative (a single identity) the hinges are 0 and AGW's triplet is softplus(d+); all
+terms still back-propagate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ class HeteroCenterTripletLoss(nn.Module):
     """
 
     def __init__(self, margin: float = MARGIN, images_per_id: int = 1) -> None:
-        """With `images_per_id` K, the K rows of each centre stand together in a batch."""
+        """With `images_per_id` K, the K rows of each centre are adjacent in a batch."""
         super().__init__()
         self.margin, self.images_per_id = margin, images_per_id
 
@@ -83,7 +84,7 @@ class HeteroCenterTripletLoss(nn.Module):
             features = features.unsqueeze(1)  # (N, 1, D)
         same_identity = labels[:, None] == labels  # (N, N)
         same_center = same_identity & (modality[:, None] == modality)  # (N, N)
-        weight = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,) one over a centre's rows
+        weight = 1 / same_center.sum(dim=1, dtype=features.dtype)  # (N,) 1/K for a centre's K rows
         rows = slice(None, None, self.images_per_id)  # n: one of each centre if K is given, or all
         centers = torch.einsum("nm,msd->snd", same_center[rows] * weight, features)  # (S, n, D)
         same_identity = same_identity[rows, rows]

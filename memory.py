@@ -21,7 +21,7 @@ from networks import sparse_read
 from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, VARIANTS
 
 EPSILON = 1e-12  # of the releases' divisions
-RECOMPUTED_ENTRIES = 1 << 24  # weights n * m above which the backward recomputes, not keeps them
+RECOMPUTED_ENTRIES = 1 << 24  # weights, n * m, above which the backward pass recomputes them
 
 
 def read(
@@ -31,7 +31,7 @@ def read(
 
     ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
     renormalised; ``value = weights @ bank``. Under autocast the products run in half precision; the
-    part that all prototypes have in common is kept out of them.
+    prototypes' mean, which would swamp what tells them apart, is kept out of them.
 
     Args:
         x: Queries, (B, C, H, W).
@@ -42,8 +42,8 @@ def read(
 
     Returns:
         The values, a map of x's shape, zero where no weight is above `shrink`; and the addressing
-        weights (n, m), float32 or wider, whose rows sum to 1 or are zero (of large banks the
-        survivors alone).
+        weights (n, m), float32 or wider, without gradient, whose rows sum to 1 or are zero (of
+        large banks the survivors alone).
 
     Source: MemAE (Gong et al., ICCV 2019).
     """
@@ -84,7 +84,7 @@ def hard_shrink(weights: Tensor, shrink: float) -> Tensor:
 
     Deviation: MemAE and the releases multiply by ``excess / (excess + 1e-12)``, where ``excess =
     weights - shrink``. Its derivative explodes within 1e-8 of the threshold, which float32 hardly
-    resolves; float64 keeps it, since the releases' first five steps depend on it.
+    resolves; float64, for tests alone, keeps it: the releases' first five steps depend on it.
     """
     if weights.dtype != torch.float64:
         return F.threshold(weights, shrink, 0.0)
@@ -100,13 +100,13 @@ class MemoryRead(NamedTuple):
         instance: Read from the instance bank (MG-MRA's cascades), (B, C, H, W).
         semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
         weights: By level the addressing weights (n, m) or their survivors, without gradient, for
-            statistics.
+            statistics; a memory may leave them out.
     """
 
     part: Tensor
     instance: Tensor | None = None
     semantic: Tensor | None = None
-    weights: Mapping[str, Tensor | sparse_read.Survivors] | None = None
+    weights: Mapping[str, Tensor | sparse_read.Survivors] = {}
 
     def coarsest(self) -> Tensor:
         """The read of the coarsest granularity there is: the method's own result."""
@@ -174,7 +174,9 @@ class SingleGranularityMemory(nn.Module):
 
     def bank_sizes(self) -> dict[str, int]:
         """Returns how many prototypes m the bank of each level has."""
-        return {"part": len(self.part_bank)}
+        instances = self.num_ids * self.instances_per_id
+        sizes = {"part": len(self.part_bank), "instance": instances, "semantic": self.num_ids}
+        return {level: sizes[level] for level in self.levels}
 
     def read(
         self, level: str, x: Tensor, bank: Tensor
@@ -196,8 +198,8 @@ class MultiGranularityMemory(SingleGranularityMemory):
     - ``paper``, the paper's figure: a cascade, in which the part read queries the instances and the
       instance read the semantics; an instance is the gated mean of its own parts.
     - ``first``, the release's first upload: the same cascade, gated and averaged interleaved: the
-      flat memory of an instance is viewed as (C, R), so that channel c is the mean of R
-      neighbouring entries of a single part.
+      flat memory of an instance is viewed as (C, R), so that channel c averages R neighbouring
+      entries of one part in place of the R parts.
     - ``released``, its later upload: interleaved too, but x queries every level, and there is no
       instance read.
 
@@ -230,12 +232,6 @@ class MultiGranularityMemory(SingleGranularityMemory):
         self.levels = ("part", "semantic") if variant == "released" else LEVELS
         self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
         self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
-
-    def bank_sizes(self) -> dict[str, int]:
-        """Returns how many prototypes m the bank of each level has."""
-        instances = self.num_ids * self.instances_per_id
-        sizes = (len(self.part_bank), instances, self.num_ids)
-        return {k: m for k, m in zip(LEVELS, sizes, strict=True) if k in self.levels}
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""

@@ -9,7 +9,6 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,6 @@ from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRI
 
 HEADS = ("pcb", "global", "agw")
 MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
-MEMORY_SETTINGS = {  # of a memory that the network builds, and their defaults
-    "instances_per_id": INSTANCES_PER_ID,
-    "parts_per_instance": PARTS_PER_INSTANCE,
-    "shrink": SHRINK,
-    "shrink_scale": None,
-    "temperature": None,
-}
 
 
 class TwoStreamNet(nn.Module):
@@ -39,7 +31,7 @@ class TwoStreamNet(nn.Module):
     others once (``shared``). The memory acts in training only: evaluation does not run it unless a
     memory feature is asked for.
 
-    Source: AGW, HCT and MG-MRA (see `README.md`), section by section in the README's table.
+    Source: AGW, HCT and MG-MRA, detail by detail in `docs/details.md`.
     """
 
     def __init__(
@@ -57,7 +49,11 @@ class TwoStreamNet(nn.Module):
         *,
         memory_levels: str | None = None,
         memory_ids: int | None = None,
-        **memory_settings: Any,
+        instances_per_id: int = INSTANCES_PER_ID,
+        parts_per_instance: int = PARTS_PER_INSTANCE,
+        shrink: float = SHRINK,
+        shrink_scale: float | None = None,
+        temperature: float | None = None,
     ) -> None:
         """Builds the network for L = `num_ids` training identities.
 
@@ -66,14 +62,14 @@ class TwoStreamNet(nn.Module):
         all but the stem, ..., 5 nothing. The `weights` are "imagenet", a file with a torchvision
         backbone or any checkpoint, or None (also "none") for random ones.
 
-        The memory is "sg", "mg", a module from a map (N, C, H, W) to a `MemoryRead`, or a class,
-        built like `memory.MultiGranularityMemory`: `memory_variant` and `memory_settings` (see
-        `MEMORY_SETTINGS`) are of one that is built here, with prototypes for `memory_ids`
+        The memory is "sg", "mg", a class built like `memory.MultiGranularityMemory`, or a finished
+        module from a map (N, C, H, W) to a `MemoryRead`. The first three are built here, with
+        `memory_variant`, the settings from `instances_per_id` on, and prototypes for `memory_ids`
         identities (None: L; the releases' has 206 whatever the data set).
 
-        `memory_levels` is the one level whose read is added to the map: None is the method's own,
-        SG-MRA's "part" and MG-MRA's "semantic"; "instance" is between; "none" keeps pooling, neck,
-        classifier and losses of the memory branch and drops the memory: a control.
+        `memory_levels` names the one level whose read is added to the map. None: the method's own,
+        SG-MRA's "part" and MG-MRA's "semantic". "none": a control that keeps pooling, neck,
+        classifier and losses of the memory branch and has no memory.
 
         Raises:
             ValueError: When an argument has no legal value, or weights do not fit.
@@ -115,10 +111,18 @@ class TwoStreamNet(nn.Module):
             self.classifier = linear_classifier(self.dim, num_ids)
 
         # Memory branch: the memory, and neck and classifier of its own.
-        memory_settings = MEMORY_SETTINGS | memory_settings
+        memory_settings = {
+            "instances_per_id": instances_per_id,
+            "parts_per_instance": parts_per_instance,
+            "shrink": shrink,
+            "shrink_scale": shrink_scale,
+            "temperature": temperature,
+        }
         memory = MEMORIES.get(memory, memory)
         if isinstance(memory, type):
-            variant = {} if memory is SingleGranularityMemory else {"variant": memory_variant}
+            single = issubclass(memory, SingleGranularityMemory)
+            single = single and not issubclass(memory, MultiGranularityMemory)
+            variant = {} if single else {"variant": memory_variant}
             memory = memory(memory_ids or num_ids, dim=self.dim, **memory_settings, **variant)
         self.memory = None if memory_levels == "none" else memory
         self.memory_neck = None
@@ -131,12 +135,12 @@ class TwoStreamNet(nn.Module):
             self.memory.part_gate.requires_grad_(memory_levels != "part")
             self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))
 
-        own_name = None if memory is None else type(memory).__name__
+        names = {kind: name for name, kind in MEMORIES.items()}
         memory_ids = getattr(memory, "num_ids", memory_ids)
         self.config = {
             "num_ids": num_ids,
             "head": head,
-            "memory": next((k for k, v in MEMORIES.items() if type(memory) is v), own_name),
+            "memory": None if memory is None else names.get(type(memory), type(memory).__name__),
             "memory_variant": getattr(memory, "variant", memory_variant),
             "share_net": share_net,
             "num_strips": num_strips,
@@ -151,7 +155,7 @@ class TwoStreamNet(nn.Module):
             load_matching(self, state, str(weights))
 
     def check_image_height(self, height: int) -> None:
-        """Raises ValueError, with heights that do fit, unless the map divides into the stripes."""
+        """Raises ValueError, with heights that fit, unless the image's map divides into stripes."""
         needs_stripes = self.head == "pcb" or self.memory is not None
         map_height = math.ceil(height / OUTPUT_STRIDE)
         if needs_stripes and map_height % self.num_strips:
@@ -171,7 +175,7 @@ class TwoStreamNet(nn.Module):
             modules = (self.neck, self.classifier)
         return [p for module in modules for p in module.parameters() if p.requires_grad]
 
-    def feature_map(self, visible: Tensor | None, infrared: Tensor | None) -> Tensor:
+    def feature_map(self, visible: Tensor | None = None, infrared: Tensor | None = None) -> Tensor:
         """Maps images (n, 3, H, W) of either or both modalities to (N, C, H/16, W/16)."""
         streams = ((self.visible, visible), (self.infrared, infrared))
         maps = [stream(images) for stream, images in streams if images is not None]
@@ -182,8 +186,7 @@ class TwoStreamNet(nn.Module):
     def part_features(self, feature_map: Tensor) -> Tensor:
         """Stripe features (N, S, d) of a map (N, C, H, W)."""
         n, c, h, w = feature_map.shape
-        if h % self.num_strips:
-            self.check_image_height(h * OUTPUT_STRIDE)
+        self.check_image_height(h * OUTPUT_STRIDE)
         stripes = feature_map.reshape(n, c, self.num_strips, h // self.num_strips, w)
         pooled = gem(stripes, self.gem_p, dims=(3, 4)).transpose(1, 2)  # (N, S, C)
         reduced = self.part_reduce(pooled)
@@ -192,7 +195,7 @@ class TwoStreamNet(nn.Module):
     def forward(
         self, visible: Tensor | None, infrared: Tensor | None
     ) -> dict[str, Tensor | MemoryRead] | Tensor:
-        """Training: everything the losses need; evaluation: the headline of `test_feats`, (N, D).
+        """Training: everything the losses need; evaluation: the first of `test_feats`, (N, D).
 
         In training mode a dict with N = all rows, visible first: with the pcb head ``feat``
         (N, S*d), ``part_feats`` (N, S, d) and ``part_logits`` (N, S, L), with the others ``feat``
@@ -219,23 +222,25 @@ class TwoStreamNet(nn.Module):
         return out
 
     def _memory_feature(self, x: Tensor) -> tuple[Tensor, MemoryRead | None]:
-        """Mean over positions of the map x plus its read, (N, C), and all reads."""
+        """Mean over positions of the map x plus its read, (N, C), and all reads if any."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         feat = x.mean(dim=(2, 3), dtype=dtype)
         if self.memory is None:
             return feat, None
         read = self.memory(x)
         added = getattr(read, self.memory_levels) if self.memory_levels else read.coarsest()
+        if added is None:
+            raise ValueError(f"the memory reads no {self.memory_levels} level (memory_levels)")
         return feat + added.mean(dim=(2, 3), dtype=dtype), read
 
     def test_feats(self) -> tuple[str, ...]:
         """Names that `embed` accepts, the headline first."""
-        names = ("pcb",) if self.head == "pcb" else ("neck", "pool")
+        names = self.default_test_feats()
         return names if self.memory_neck is None else (*names, "memory", "both")
 
     def default_test_feats(self) -> tuple[str, ...]:
         """Features that are reported when none is asked for; none of them runs the memory."""
-        return tuple(name for name in self.test_feats() if name not in ("memory", "both"))
+        return ("pcb",) if self.head == "pcb" else ("neck", "pool")
 
     def embed(
         self, visible: Tensor | None, infrared: Tensor | None, test_feats: Sequence[str]

@@ -160,7 +160,7 @@ TRAIN = {
         Flag("memory-variant", "paper", "MG-MRA: paper, or first, later upload", settings.VARIANTS),
         Flag("shrink", settings.SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
-        Flag("addressing", "dot", "of prototypes: dot, or cosine / T", settings.ADDRESSINGS),
+        Flag("addressing", "dot", "of prototypes: dot, or cosine / T", ("dot", "cosine")),
         Flag("temperature", settings.TEMPERATURE, "T of --addressing cosine", FACTOR),
         Flag("bank-init", "uniform", BANK_INIT, ("uniform", "features")),
         Flag("bank-init-epoch", 4, "epochs before --bank-init features", COUNT_OR_0),

@@ -41,7 +41,7 @@ def k_reciprocal(
         raise ValueError(f"lambda_value is {lambda_value}, expected 0..1")
     points, count = np.concatenate(_checked(q_feats, g_feats)), len(q_feats)  # (n, D)
     # Moving and scaling them leaves the result as it is, and makes the errors of float32 small.
-    points -= points[0].copy()
+    points -= points[0]
     points *= 2.0 ** -np.frexp(max(points.max(), -points.min()))[1]
     bounds = k1 + 1, round(k1 / 2) + 1, k2  # so many neighbours are used, with the point itself
     near, distances = _neighbours(points, count, max(bounds) + 1)
@@ -152,7 +152,9 @@ def _decide(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> No
 
 def _codes(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> sparse.csr_array:
     """Returns V of Zhong et al., the encodings: (n, n), rows sum to 1."""
-    nearest, half = (_reciprocal(near.ids[:, :k]) for k in bounds[:2])  # R(i, k1), R(j, k1 / 2)
+    # R(i, k1) and R(j, k1 / 2), (n, n) each: 1 where two points are each other's neighbours.
+    within = (_members(near.ids[:, :k]) for k in bounds[:2])
+    nearest, half = (each.multiply(each.T).tocsr() for each in within)
     # For j in R(i, k1): |R(i, k1) and R(j, k1 / 2)|, then whether R(j, k1 / 2) joins.
     joins = (nearest @ half.T).multiply(nearest).tocsr()
     joins.data = (3 * joins.data > 2 * np.diff(half.indptr)[joins.indices]).astype(np.float32)
@@ -180,12 +182,6 @@ def _shared_weight(queries: sparse.csr_array, gallery: sparse.csc_array) -> np.n
     rows = np.repeat(np.arange(shape[0]), np.diff(queries.indptr))  # (weights,)
     places = np.repeat(rows, partners) * shape[1] + met.indices  # (pairs,)
     return np.bincount(places, smaller, minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _reciprocal(ids: np.ndarray) -> sparse.csr_array:
-    """Returns R(i, k), (n, n): 1 where two points are among each other's neighbours (n, k + 1)."""
-    within = _members(ids)
-    return within.multiply(within.T).tocsr()
 
 
 def _members(ids: np.ndarray, values: np.ndarray | None = None) -> sparse.csr_array:

@@ -12,6 +12,8 @@ images need no identities: ``ranks.csv``, ``ranks.json`` and a picture show the 
 """
 
 import argparse
+import csv
+import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,6 @@ from engine import devices
 from engine.checkpoints import TrainedOn, describe, open_network
 from engine.evaluate import Features, distances, evaluate, score_kinds
 from engine.feature_files import read_features, save_features
-from engine.own_folders import write_ranks
 from eval_metrics import METRICS, mean_and_std
 from figures.evaluation import evaluation_figures
 from figures.image_grids import ranked_lists
@@ -97,7 +98,8 @@ def evaluate_checkpoints(
 ) -> None:
     """Evaluates every checkpoint asked for, prints the table and writes the results.
 
-    `trained` are the first one's options. What is wrong with any is found before the long work.
+    `trained` are the first one's options. Missing files, identities that were trained on and
+    folders that cannot be written are found before the first evaluation.
     """
     data = data_name(args.dataset, args.data_path)
     work = []
@@ -136,7 +138,7 @@ def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
     if "{trial}" not in args.resume:
         return [(args.trial, args.resume)]
     if DATASETS[args.dataset].splits == 1:
-        raise ValueError("{trial} in --resume is for RegDB, whose trials are trained one by one")
+        raise ValueError("{trial} in a path is for RegDB, whose trials are trained one by one")
     found = [(t, args.resume.replace("{trial}", str(t))) for t in range(1, args.trials + 1)]
     missing = [path for _, path in found if not Path(path).is_file()]
     if missing:
@@ -186,8 +188,8 @@ def write_results(
 
 def table(rows: Rows) -> str:
     """The results in percent, mean +- standard deviation where there are several trials."""
-    header = ("R1", "R5", "R10", "R20", "mAP", "mINP")
-    lines = [f"{'feature':8} {'re-ranked':12}" + "".join(f"{name:>8}" for name in header)]
+    header = "".join(f"{name.replace('rank', 'R'):>8}" for name in METRICS)
+    lines = [f"{'feature':8} {'re-ranked':12}{header}"]
     for row in rows:
         numbers = "".join(f"{100 * row[metric]:8.2f}" for metric in METRICS)
         lines.append(f"{row['test_feat']:8} {row['re_rank']:12}{numbers}")
@@ -328,6 +330,34 @@ def rank_folders(
     )
     save(figure, output / "ranked_lists.png", heading=not args.no_title)
     log.info("wrote ranks.csv, ranks.json and ranked_lists.png into %s", output)
+
+
+def write_ranks(
+    folder: Path, protocol: EvalSet, distmat: np.ndarray, about: dict[str, Any], top: int
+) -> None:
+    """Writes each query's nearest gallery images, nearest first: ``ranks.csv``, ``ranks.json``.
+
+    A rank's ``score`` is minus the distance in `distmat` (Q, G); ties keep gallery order. `top` are
+    the gallery images per query, `about` further entries of the JSON file, ``re_rank`` among them.
+    """
+    names = protocol.gallery.paths
+    ranks, lines = [], [("query", "rank", "gallery", "score")]
+    for name, row in zip(protocol.query.paths, distmat, strict=True):
+        nearest = np.argsort(row, kind="stable")[:top].tolist()
+        answers = [
+            {"rank": place, "image": names[g], "score": round(float(-row[g]), 6)}
+            for place, g in enumerate(nearest, start=1)
+        ]
+        ranks.append({"query": name, "gallery": answers})
+        lines += [(name, *answer.values()) for answer in answers]
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    utils.write_atomic(folder / "ranks.csv", lambda stream: stream.write(content))
+    score = "cosine similarity of the features, from -1 to 1: higher is more alike"
+    if about["re_rank"] != "no":
+        score = "minus the re-ranked distance: higher is more alike, comparable within one query"
+    utils.write_json(folder / "ranks.json", {**about, "score": score, "ranks": ranks})
 
 
 if __name__ == "__main__":

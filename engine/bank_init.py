@@ -48,7 +48,7 @@ def fill_bank(
         for start in range(0, num_ids, IMAGES_AT_A_TIME):
             ids = slice(start, start + IMAGES_AT_A_TIME)
             x = normalize(getattr(loader, modality).gather(np.array(chosen[ids])))  # (b, 3, H, W)
-            x = net.feature_map(x, None) if modality == "visible" else net.feature_map(None, x)
+            x = net.feature_map(**{modality: x})
             rows = (np.arange(num_parts) + down[ids, t]) * x.shape[2] / num_parts  # (b, R)
             columns = across[ids, t] * x.shape[3]  # (b, R)
             rows, columns = (torch.from_numpy(at).long() for at in (rows, columns))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -19,7 +18,7 @@ from networks.checkpoint_file import CheckpointError, load_checkpoint
 from networks.settings import STAGES
 
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
-OUTPUT_STRIDE = 16  # pixels of the image per position of the last map
+OUTPUT_STRIDE = 16  # pixels of the image per position of the last map, which is not negative
 
 Stages = OrderedDict[str, nn.Module]
 
@@ -52,7 +51,7 @@ class NonLocal(nn.Module):
 class Stage(nn.Module):
     """One residual stage: its blocks, the last of them followed by non-local blocks."""
 
-    def __init__(self, blocks: nn.Sequential, channels: int, num_non_local: int = 0) -> None:
+    def __init__(self, blocks: nn.Sequential, channels: int, num_non_local: int) -> None:
         super().__init__()
         self.blocks = blocks
         count = min(num_non_local, len(blocks))
@@ -115,7 +114,7 @@ class Backbone:
     """A backbone that ``--arch`` can name."""
 
     channels: int  # C, of the last map
-    # From weights, their origin and whether non-local blocks are wanted to the stages.
+    # (weights or None, where they come from, whether to add non-local blocks) -> stages by name
     build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
 
 
@@ -148,8 +147,8 @@ def read_weights(arch: str, weights: str | Path) -> dict[str, Tensor]:
         return load_checkpoint(weights)["net"]
     imagenet = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
     try:
-        return imagenet.get_state_dict(progress=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+        return imagenet.get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
         name = imagenet.url.rsplit("/", 1)[1]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise FileNotFoundError(

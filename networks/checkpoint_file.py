@@ -130,8 +130,7 @@ def _unpacked(content: Any) -> dict[str, Any]:
 def _about(text: str) -> dict[str, Any]:
     about = parse_json(text, ABOUT)
     if "config" in about:  # JSON has no tuples, and the network's arguments no lists
-        lists = {k: tuple(v) for k, v in about["config"].items() if isinstance(v, list)}
-        about["config"] |= lists
+        about["config"] |= {k: tuple(v) for k, v in about["config"].items() if isinstance(v, list)}
     return about
 
 

@@ -56,7 +56,7 @@ class StripeLinear(nn.Module):
 
 
 def neck_norm(dim: int, *, train_bias: bool = False) -> nn.BatchNorm1d:
-    """Batch norm before a classifier; AGW's BNNeck keeps its bias, the memory's trains it."""
+    """Batch norm before a classifier; AGW's BNNeck has no trained bias, the memory's has."""
     neck = nn.BatchNorm1d(dim)
     nn.init.normal_(neck.weight, 1.0, 0.01)
     neck.bias.requires_grad_(train_bias)

@@ -26,8 +26,6 @@ RENAMED = (  # how a released name begins, and how ours does
     (r"mem_rep\.memory\.weight$", r"memory.part_bank"),
     (r"mem_rep\.memory\.reweight_layer_part\.", r"memory.part_gate."),
     (r"mem_rep\.memory\.reweight_layer_ins\.", r"memory.instance_gate."),
-    (r"bottleneck\.", r"neck."),
-    (r"classifier\.", r"classifier."),
 )
 
 
@@ -60,7 +58,7 @@ def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None
 
 def is_released(state: Iterable[str]) -> bool:
     """Whether a state dict carries an earlier release's names."""
-    return any(k.removeprefix("module.").startswith("base_resnet.base.") for k in state)
+    return any(k.startswith("base_resnet.base.") for k in state)
 
 
 def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -74,15 +72,16 @@ def convert_released_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tens
     """
     state = {k.removeprefix("module."): v for k, v in state_dict.items()}
     config = released_config(state)
-    shared_from, of_memory = config["share_net"], "memory_" if config["memory"] else ""
+    of_memory = "memory_" if config["memory"] else ""  # whose neck and classifier they are
+    necks = ((r"bottleneck\.", f"{of_memory}neck."), (r"classifier\.", f"{of_memory}classifier."))
     converted = _stacked_stripes(state, config["num_strips"]) if config["head"] == "pcb" else {}
     for name, value in state.items():
-        renamed = [re.sub(f"^{old}", new, name) for old, new in RENAMED if re.match(old, name)]
-        stage = re.match(r"(\w+)\.layer(\d)\.", *renamed) if renamed else None
-        if not renamed or stage and (stage[1] == "shared") != (int(stage[2]) >= shared_from):
-            continue  # nothing that is ever run
-        prefix = of_memory if renamed[0].startswith(("neck.", "classifier.")) else ""
-        converted[prefix + renamed[0]] = value
+        own_stage = re.match(r"(visible|thermal)_module\.\w+\.layer(\d)\.", name)
+        if own_stage and int(own_stage[2]) >= config["share_net"]:
+            continue  # AGW's second copy of a shared stage, which is never run
+        for old, new in (*RENAMED, *necks):
+            if re.match(old, name):
+                converted[re.sub(old, new, name, count=1)] = value
     return converted
 
 

@@ -4,7 +4,6 @@ VARIANTS = ("paper", "first", "released")  # of MG-MRA's memory
 LEVELS = ("part", "instance", "semantic")  # granularities, the finest first
 HEALTH = ("zero_reads", "survivors", "used", "entropy")  # numbers of `MemoryHealth.summary`
 
-ADDRESSINGS = ("dot", "cosine")
 TEMPERATURE = 0.02  # of cosine addressing; this project's
 SHRINK = 0.0025  # lambda: addressing weights at or below it are dropped
 INSTANCES_PER_ID = 5  # T

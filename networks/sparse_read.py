@@ -82,7 +82,7 @@ def sparse_read(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        weights = _survivors(queries.detach().to(dtype), keys.detach().to(dtype), shrink, bounded)
+        weights = _survivors(queries.to(dtype), keys.to(dtype), shrink, bounded)
         common = bank.mean(dim=0)
         gathered = dtype if device in HALF_ROWS else bank.dtype
         rows = [x.to(gathered) for x in (queries, keys, bank - common)]
@@ -182,7 +182,7 @@ def products(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor, offsets
             return sparse_kernels.products(left, right, columns, offsets)
     own = int(offsets[-1])
     found = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        *(left, right.contiguous(), columns[:own], offsets[:-1], rows[:own], 0)
+        left, right.contiguous(), columns[:own], offsets[:-1], rows[:own], 0
     )
     return F.pad(found.float(), (0, len(rows) - own))
 

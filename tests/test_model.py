@@ -5,9 +5,10 @@ from recipe import GOLDEN, METHODS, images, released_state_dict
 
 from engine.checkpoints import load_network
 from loss import part_alignment_loss
-from memory import MemoryRead, MultiGranularityMemory
+from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
 from model import TwoStreamNet
 from networks.checkpoint_file import CheckpointError, save_checkpoint
+from networks.memory_health import MemoryHealth
 from networks.released import convert_released_state_dict, released_config
 
 
@@ -173,7 +174,13 @@ def test_a_memory_of_ones_own_is_added_as_it_reads():
     expected = (x + net.memory(x).semantic).mean(dim=(2, 3))
     torch.testing.assert_close(net._memory_feature(x)[0], expected)
     net = small(memory=Halves())
-    torch.testing.assert_close(net._memory_feature(x)[0], 1.5 * x.mean(dim=(2, 3)))
+    feat, read = net._memory_feature(x)
+    torch.testing.assert_close(feat, 1.5 * x.mean(dim=(2, 3)))
+    health = MemoryHealth()
+    health.update(read.weights)  # it says nothing of them
+    assert health.summary() == {}
+    with pytest.raises(ValueError, match="the memory reads no instance level"):
+        small(memory=Halves(), memory_levels="instance")._memory_feature(x)
     assert net(*pictures(2))["memory_read"].part.shape[0] == 4
 
 
@@ -193,6 +200,20 @@ def test_a_memory_of_ones_own_is_saved_by_name_and_loaded_by_its_class(tmp_path,
     torch.testing.assert_close(without.eval()(visible, None), net(visible, None))
     with pytest.raises(CheckpointError, match="its memory is 'Doubled', not 'Halves'"):
         load_network(tmp_path / "x.pt", memory=Halves)
+
+
+def test_a_memory_like_sg_mra_s_is_built_without_a_variant(tmp_path):
+    class Own(SingleGranularityMemory):
+        pass
+
+    net = small(memory=Own)
+    save_checkpoint(tmp_path / "x.pt", {"net": net.state_dict(), "config": net.config})
+    assert isinstance(load_network(tmp_path / "x.pt", memory=Own)[0].memory, Own)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="shrnk"):
+        small(shrnk=0.3)
 
 
 @pytest.mark.parametrize(("memory", "level"), [("mg", "part"), ("mg", "instance"), ("sg", "part")])
