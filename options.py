@@ -15,11 +15,12 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_manager import DATASETS, TTA
+from data_manager import DATASETS, TTA, EvalOptions
 from eval_metrics import RE_RANKINGS
 from networks import settings
 from utils import parse_json
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 def _checked(
     kind: Callable[[str], Any], expected: str, legal: Callable[[Any], bool]
 ) -> Callable[[str], Any]:
-    """Returns a parser of values, for argparse, whose errors say what was expected."""
+    """Returns a type for argparse: `kind`, but its errors say what was `expected` and legal."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -40,7 +41,7 @@ def _checked(
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where `kind` refuses the text
+    parse.__name__ = kind.__name__  # in argparse's "invalid int value", where `kind` refuses
     return parse
 
 
@@ -78,15 +79,15 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     # What recent methods add to their baselines; measured by nobody with the methods here.
     "strong": {"img_h": 384, "img_w": 144, "erase": 0.5, "channel_aug": 0.8, "tta": "flip"},
 }
-ON_TOP = ("strong",)  # change a few values of the data set's preset, in place of all
+ON_TOP = ("strong",)  # change a few values of the data set's preset instead of replacing it
 PRESET_SOURCES = {
     **{name: data.preset_source for name, data in DATASETS.items()},
     "scratch": "this project, on stand-in data",
     "strong": "the data set's; 384 x 144: DEEN, IDKL, RLE; erasing and channel augmentation: CAJ; "
     "flip averaging: CAJ, DEEN, CSDN, RLE",
 }
-# AGW's own settings, whatever the data set. The first ones are what AGW is; in the others, how long
-# it trains and on what, a preset that is asked for by its name wins.
+# AGW's own settings on every data set. The first define the method and win over any preset; the
+# others, schedule and batch, are overridden by a preset that is given by name.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
 AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
 METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
@@ -97,9 +98,9 @@ NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none
 
 
 class Flag:
-    """A flag; the kind is a parser of its value, or the legal values.
+    """A command-line flag; `kind` is a type for argparse, or the legal values.
 
-    With a default of None its text says what happens; one of False makes it a switch.
+    A default of None means that `text` says what happens without it; False makes it a switch.
     """
 
     def __init__(
@@ -287,15 +288,15 @@ TEST = {
 }
 
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
-PROTOCOL = ("dataset", "data_path", "trial", "direction", "protocol", "mode", "gallery", "shots")
-PROTOCOL += ("trials", "tta")
+PROTOCOL = ("dataset", "data_path", *(f.name for f in fields(EvalOptions) if f.name != "subset"))
 # Flags without influence on a number.
 INCIDENTAL = (
     *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
     *("overwrite", "test_only", "save_epoch", "save_last_every", "resident", "test_batch"),
     *("figures", "options", "no_cache"),
 )
-# Not among the options that end a run's name: in its front, or without influence.
+# Not among the options that end a run's name: in its front, without influence, or the epochs, which
+# may grow when it is resumed.
 UNNAMED = ("dataset", "trial", "method", "pcb", "preset", "data_path", "deterministic", "epochs")
 LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
 AS_TRAINED_FLAGS = tuple(f.name for f in EVALUATION["checkpoint"] if f.default == AS_TRAINED)
@@ -345,7 +346,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(
     parser: argparse.ArgumentParser, groups: Mapping[str, Sequence[Flag]], *, presets: bool = False
 ) -> None:
-    """Adds flags by the headings of --help; those in `DEFAULTS` stay None until they are resolved.
+    """Adds flags by the headings of --help; those in `DEFAULTS` are None until they are resolved.
 
     The help of each ends with its default, and with the values that `presets` and AGW give it.
     """
@@ -401,8 +402,8 @@ def resolve(
     given = {**saved, **flags}
     method = given.get("method", DEFAULTS["method"])
     of_method = METHOD_VALUES.get(method, {})
-    data = given.get("dataset") or DEFAULTS["dataset"]
-    preset = given.get("preset") or data
+    data = given.get("dataset", DEFAULTS["dataset"])
+    preset = given.get("preset", data)
     if "preset" in given:
         of_method = {k: v for k, v in of_method.items() if k in AGW or k not in PRESETS[preset]}
     values, sources = {**vars(args), "preset": preset}, {}
@@ -422,7 +423,8 @@ def resolve(
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     for name, reason in unused(script, given).items():
         usual = name in PROTOCOL and flags.get(name) == DEFAULTS.get(name)
-        if flags.get(name) and not usual:  # a weight of 0 is what an absent term has
+        absent = name.startswith("w_") and flags.get(name) == 0  # what a term without use has
+        if name in flags and not (usual or absent):
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
     start, end = values["triplet_ramp"]
     if not 0 <= start <= end:
@@ -444,7 +446,7 @@ OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a training with those `given`, and why."""
-    values = {**DEFAULTS, "memory_levels": None, **given}
+    values = {**DEFAULTS, **given}
     flags = _unused_by_data(values["dataset"])
     for holds, names, reason in (
         (values["shrink"] != "auto", ["shrink_scale"], "--shrink is not auto"),
@@ -452,7 +454,7 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
         (values["bank_init"] != "features", ["bank_init_epoch"], "--bank-init is not features"),
         (values["pcb"] == "off", OF_STRIPES, "--pcb off has no stripes"),
         (values["method"] == "agw", OF_STRIPES, "--method agw has no stripes"),
-        (values["memory_levels"] == "none", OF_MEMORY, "--memory-levels none has no memory"),
+        (values.get("memory_levels") == "none", OF_MEMORY, "--memory-levels none has no memory"),
         (script == "train_SGMRA.py", OF_LEVELS, f"{script} has no multi-granularity memory"),
         (script == "train_HCT.py", OF_MEMORY + OF_BRANCH, f"{script} has no memory"),
     ):
@@ -460,12 +462,39 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     return flags
 
 
+def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the flags that have no effect on an evaluation with these values, and why."""
+    if values.get("query_dir") or values.get("gallery_dir"):
+        names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
+        return dict.fromkeys(names, "your own images have no protocol")
+    flags = _unused_by_data(values["dataset"])
+    if "query_dir" in values:
+        of_folders = ("query_modality", "gallery_modality", "top")
+        flags |= dict.fromkeys(of_folders, "there is no --query-dir")
+    if "{trial}" in (values["resume"] or ""):
+        flags.pop("trials", None)
+        flags.setdefault("trial", "{trial} in --resume stands for the trials 1 to --trials")
+    elif "trials" in flags:
+        flags["trials"] += ", and --resume no {trial} in it"
+    return flags
+
+
+def _unused_by_data(dataset: str) -> dict[str, str]:
+    """Returns the flags of other data sets' protocols, and why they have no effect."""
+    data = DATASETS[dataset]
+    choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
+    choices |= {"trial"} if data.splits > 1 else set()
+    choices |= {"trials"} if data.gallery_draws > 1 else set()
+    return {name: f"{data.title} has no such choice" for name in PROTOCOL if name not in choices}
+
+
 def resolve_evaluation(
     args: argparse.Namespace, trained: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
     """Fills in the flags of an evaluation that were not given, but for those `AS_TRAINED_FLAGS`.
 
-    `trained` holds dataset, trial and data_path of the checkpoint's training; {}: it says none.
+    `trained` holds dataset, trial and data_path of the checkpoint's training: {} where it does not
+    say them, None without a checkpoint.
 
     Raises:
         ValueError: When flags contradict each other, or have no effect.
@@ -497,7 +526,8 @@ def resolve_evaluation(
 
 def _differing(args: argparse.Namespace, sources: Mapping[str, str]) -> dict[str, str]:
     """Returns the options that differ from the preset's, and the preset's values in words."""
-    preset = {**DEFAULTS, **PRESETS[args.preset], "preset": args.preset}
+    below = PRESETS[args.dataset] if args.preset in ON_TOP else {}
+    preset = {**DEFAULTS, **below, **PRESETS[args.preset], "preset": args.preset}
     return {
         name: _words(preset.get(name, "unset"))
         for name, value in vars(args).items()
@@ -506,11 +536,16 @@ def _differing(args: argparse.Namespace, sources: Mapping[str, str]) -> dict[str
 
 
 def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
-    """Returns what tells a run's name from that of the preset's values: "_seed3_lr0.05", or ""."""
-    words = [] if args.preset == args.dataset else [f"_{args.preset}"]
-    for name in sorted(_differing(args, sources), key=lambda name: name != "seed"):
-        if sources[name] in ("flag", "--options") and name not in UNNAMED:
-            value = getattr(args, name)
+    """Returns what tells a run's name from that without other flags: "_seed3_lr0.05", or ""."""
+    chosen = {"dataset": args.dataset, "method": args.method, "pcb": args.pcb}
+    words = []
+    if args.preset != args.dataset:
+        chosen["preset"], words = args.preset, [f"_{args.preset}"]
+    usual = vars(resolve(train_parser("").parse_args(flags_of(chosen)))[0])
+    named = [k for k in sources if k not in (*UNNAMED, *INCIDENTAL)]
+    for name in sorted(named, key=lambda name: name != "seed"):
+        value = getattr(args, name)
+        if sources[name] in ("flag", "--options") and value != usual[name]:
             words.append(f"_{name.replace('_', '-')}{'' if value is True else _words(value)}")
     text = re.sub(r"[^\w.+-]", "-", "".join(words))
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
@@ -525,32 +560,6 @@ def describe(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     differing = "these options differ" if lines else "no option differs"
     source = PRESET_SOURCES[args.preset]
     return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
-
-
-def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the flags that have no effect on an evaluation with these values, and why."""
-    if values.get("query_dir") or values.get("gallery_dir"):
-        names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
-        return dict.fromkeys(names, "your own images have no protocol")
-    flags = _unused_by_data(values["dataset"])
-    if "query_dir" in values:
-        of_folders = ("query_modality", "gallery_modality", "top")
-        flags |= dict.fromkeys(of_folders, "there is no --query-dir")
-    if "{trial}" in (values["resume"] or ""):
-        flags.pop("trials", None)
-        flags.setdefault("trial", "{trial} in --resume stands for the trials 1 to --trials")
-    elif "trials" in flags:
-        flags["trials"] += ", and --resume no {trial} in it"
-    return flags
-
-
-def _unused_by_data(dataset: str) -> dict[str, str]:
-    """Returns the flags of other data sets' protocols, and why they have no effect."""
-    data = DATASETS[dataset]
-    choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
-    choices |= {"trial"} if data.splits > 1 else set()
-    choices |= {"trials"} if data.gallery_draws > 1 else set()
-    return {name: f"{data.title} has no such choice" for name in PROTOCOL if name not in choices}
 
 
 def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
@@ -575,7 +584,7 @@ def read_options(path: Path) -> dict[str, Any]:
     """
     try:
         saved = parse_json(path.read_bytes(), {"options": {}})["options"].items()
-        known = {k: v for k, v in saved if k not in (*INCIDENTAL, "tvsearch")}
+        known = {k: v for k, v in saved if k not in INCIDENTAL}
         words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
         return _given(train_parser("").parse_args(words))
     except (OSError, ValueError) as error:

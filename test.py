@@ -180,7 +180,7 @@ def write_results(
         "rows": rows,
         "checkpoints": [own[0]["checkpoint"] for own in results],
         "options": options.to_json(args),
-        "versions": utils.versions(device),
+        "versions": devices.versions(device),
     }
     utils.write_json(output / "results.json", content)
     log.info("wrote %s", output / "results.json")

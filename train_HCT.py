@@ -32,20 +32,12 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
         )
 
         # Network: two streams and the head: stripes or the whole map.
-        net = TwoStreamNet(
-            train.num_ids,
-            head=run.head,
-            weights=run.weights,
-            **run.shape,
-        ).to(run.device, memory_format=torch.channels_last)
+        net = TwoStreamNet(train.num_ids, head=run.head, weights=run.weights, **run.shape)
+        net.to(run.device, memory_format=torch.channels_last)
 
         # Loss: terms and their weights.
         criterion = criterion_class(
-            {
-                "id": args.w_id,
-                "triplet": args.w_triplet,
-                "center_triplet": args.w_center,
-            },
+            {"id": args.w_id, "triplet": args.w_triplet, "center_triplet": args.w_center},
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
             head=run.head,

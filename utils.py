@@ -1,7 +1,5 @@
 """Files, signals, logging: what every script needs and no part of the method."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -11,17 +9,12 @@ import platform
 import reprlib
 import secrets
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -31,6 +24,7 @@ except ImportError:  # on Windows, where nothing is locked
 log = logging.getLogger(__name__)
 
 VERSION = "2.0.0"  # of this project, see CHANGELOG.md
+RECORD = "%(asctime)s %(levelname)s %(message)s"  # of the log
 
 
 class CheckpointError(ValueError):
@@ -75,7 +69,7 @@ def user_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names a path in those system errors that name none, such as a full disk's."""
+    """Adds the path to system errors that name none, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -88,9 +82,8 @@ def setup_logging() -> None:
     """Logs to standard error, and keeps the records for `log_to`."""
     screen = logging.StreamHandler()
     kept = logging.handlers.MemoryHandler(1000, flushLevel=100)  # above every level
-    form = "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(
-        level=logging.INFO, format=form, datefmt="%H:%M", handlers=[screen, kept], force=True
+        level=logging.INFO, format=RECORD, datefmt="%H:%M", handlers=[screen, kept], force=True
     )
     logging.captureWarnings(True)
     for chatty in ("fontTools", "matplotlib"):  # each glyph of a PDF, each font found
@@ -100,35 +93,13 @@ def setup_logging() -> None:
 def log_to(file: Path) -> None:
     """Appends to a file, with dates, what is logged from now on and what was since the start."""
     handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(RECORD))
     for kept in logging.getLogger().handlers[:]:
         if isinstance(kept, logging.handlers.MemoryHandler):
             kept.setTarget(handler)
             kept.close()  # writes the records
             logging.getLogger().removeHandler(kept)
     logging.getLogger().addHandler(handler)
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Versions, hardware and commit (marked where the code has local changes) of a number."""
-    import torch  # takes seconds, and --help does without
-
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    on_gpu = device.type == "cuda"
-    return {
-        "version": VERSION,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        **{name: metadata.version(name) for name in ("torchvision", "numpy")},
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
-        "commit": commit or "unknown",
-    }
 
 
 def make_writable_dir(path: Path) -> Path:
@@ -138,14 +109,14 @@ def make_writable_dir(path: Path) -> Path:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(
-            f"cannot write into {path}: {error.strerror}; choose another folder with --output-dir"
+            f"cannot write into {path}: {error.strerror}; choose another folder (--output-dir, ...)"
         ) from error
     return path
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Holds a lock file, in a folder that it makes; the system frees it when this process ends.
+    """Holds a lock on a file, whose folder is made; the system frees it when this process ends.
 
     Raises:
         ValueError: Another process, which the message names, holds it.
@@ -197,9 +168,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def find_checkpoint(name: str | Path, *folders: Path) -> str:
-    """Returns the path of a checkpoint, which may lie in one of the `folders`; of a folder last.pt.
+    """Finds a checkpoint by its path, as given or in one of the `folders`; of a folder last.pt.
 
-    ``{trial}`` in it stays: that of trial 1 is looked for.
+    ``{trial}`` stays in what is returned; the file of trial 1 must be there.
 
     Raises:
         CheckpointError: When there is none; it says where it was looked for and what is there.

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import versions, write_json
+from engine.devices import versions
+from utils import write_json
 
 CPU_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the widest first
 

@@ -15,7 +15,7 @@ from model import TwoStreamNet
 
 MODALITIES = ("visible", "infrared")  # of the instances of an identity, in turn
 IMAGES_AT_A_TIME = 64
-BANK_STREAM = 4  # tells this module's random numbers from the others' of the same seed
+BANK_STREAM = 4
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def fill_bank(
     *,
     seed: int,
 ) -> None:
-    """Sets each part prototype to a feature of the kind that its name says.
+    """Sets each part prototype to a feature of its identity and body part.
 
     Prototype (l, t, r) becomes one position, in horizontal part r, of the last map of one image of
     identity l; instances are images of the two modalities in turn. Images and positions are drawn

@@ -32,10 +32,10 @@ def load_network(
 ) -> tuple[TwoStreamNet, dict[str, Any]]:
     """Builds the network of a checkpoint, this project's or an earlier release's, on the CPU.
 
-    `gem_p` and `memory_variant` stand in place of the stored ones; an earlier release's file stores
-    none, and takes 3.0, with a warning, and "released". A memory of the user's own needs its class;
-    without it such a checkpoint is loaded without its memory, which the method's own retrieval
-    feature does not need. Returns the network, and the checkpoint's other entries.
+    `gem_p` and `memory_variant` override the stored values; an earlier release's file stores none,
+    and takes 3.0, with a warning, and "released". A memory of the user's own needs its class;
+    without it the checkpoint is loaded without memory, which the default retrieval features do not
+    need. Returns the network, and the checkpoint's other entries.
 
     Raises:
         CheckpointError: When the file cannot be used.
@@ -103,17 +103,15 @@ class TrainedOn:
 
     path: str
     data: str  # as `data_manager.data_name` calls it
-    seen: dict[str, frozenset[int]]  # raw pids by data, those that starting weights had seen too
+    seen: dict[str, frozenset[int]]  # raw pids trained on, by data; by its starting weights too
     options: dict[str, Any]  # of its training
 
     @classmethod
     def read(cls, path: str | Path, content: Mapping[str, Any] | None = None) -> "TrainedOn":
         """Reads a checkpoint's entries, from its file unless `content` has them."""
         content = load_checkpoint(path) if content is None else content
-        data, before = content.get("data", ""), content.get(SEEN_BEFORE, {})
-        if isinstance(before, list):  # of the same data, as older files have it
-            before = {data: before}
-        seen = {name: frozenset(pids) for name, pids in before.items()}
+        data = content.get("data", "")
+        seen = {name: frozenset(pids) for name, pids in content.get(SEEN_BEFORE, {}).items()}
         seen[data] = seen.get(data, frozenset()) | frozenset(content.get("identities", ()))
         return cls(str(path), data, seen, content.get("options", {}))
 
@@ -131,20 +129,19 @@ class TrainedOn:
     def admit(
         self, protocol: EvalSet, data: str, *, trial: int, subset: str, seen: bool
     ) -> tuple[EvalSet, str]:
-        """Refuses a protocol whose identities were trained on, unless they may have been `seen`.
+        """Checks a protocol against the identities trained on, which are refused unless `seen`.
 
         Only those of the same `data`, as `data_manager.data_name` calls it, are compared. Returns
-        the protocol, and what each result has to say of this, which its words then say too.
+        the protocol, its words completed by a remark, and the remark ("": nothing to say).
 
         Raises:
             ValueError: Some of the identities were trained on.
         """
         pids = np.union1d(protocol.query.pids, protocol.gallery.pids).tolist()
         known = self.seen.get(data) or self.seen.get("", frozenset())
-        count = len(known.intersection(pids))
         facts = DATASETS[protocol.dataset]
-        if facts.train_pids_are_labels and subset == "test":
-            count = 0
+        comparable = subset == "val" or not facts.train_pids_are_labels
+        count = len(known.intersection(pids)) if comparable else 0
         if count:
             people = "validation" if subset == "val" else "test"
             remark = f"{count} of {len(pids)} {people} identities were trained on"

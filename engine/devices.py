@@ -3,38 +3,37 @@
 import ctypes
 import logging
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import torch
+
+from utils import VERSION
 
 log = logging.getLogger(__name__)
 
 
-def make_deterministic() -> None:
-    """Restricts torch to operations with the same bits in each run; call it before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    torch.use_deterministic_algorithms(True)
-
-
 def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.device:
-    """Returns the device of ``--gpu``, or of torchrun's `local_rank`; CUDA's current one from then.
+    """Returns the device of ``--gpu``, or of torchrun's `local_rank`: CUDA's current one from now.
 
-    None is device 0, or the CPU where torch can use no GPU. Raises ValueError where there is no
-    such device, or `gpu` asks for one that is there and that torch cannot use.
+    None is GPU 0, or the CPU, with a warning, where torch can use no GPU. Raises ValueError for a
+    GPU that is not there, or that was asked for and cannot be used.
     """
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
     index = local_rank or gpu or "0"
-    first, *others = index.split(",")
-    if others and all(number.isdigit() for number in (first, *others)):
+    if re.fullmatch(r"\d+(,\d+)+", index):
         log.warning(
             "--gpu %s: one process uses one GPU, here the first of these; for several start it "
             "with torchrun --nproc_per_node=%d",
-            *(index, 1 + len(others)),
+            *(index, 1 + index.count(",")),
         )
-        index = first
+        index = index.partition(",")[0]
     if not index.isdigit():
         raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {index!r}")
     if torch.cuda.is_available() and int(index) >= torch.cuda.device_count():
@@ -79,8 +78,14 @@ def set_up(
 ) -> None:
     """Sets torch up for the device: a CPU's allocator; a GPU's precision and choice of kernels.
 
-    With the precision "high" a GPU's float32 products and convolutions use TF32 where it has it.
+    With the precision "high" a GPU's float32 products and convolutions use TF32 where it has it;
+    `deterministic` allows only operations that give the same bits in each run.
     """
+    if deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         keep_freed_memory()
         return
@@ -100,16 +105,18 @@ def amp_dtype(amp: str | bool, device: torch.device) -> torch.dtype | None:
 
     Below compute capability 8.0 torch emulates bf16: its convolutions are slower than in float32.
     """
-    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    if amp == "bf16" and not native:
-        log.warning("--amp bf16: this GPU has no bf16, which is slow; --amp fp16 is faster")
     if not amp:
         return None
-    return torch.bfloat16 if amp == "bf16" or (amp is True and native) else torch.float16
+    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if amp is True:
+        return torch.bfloat16 if native else torch.float16
+    if amp == "bf16" and not native:
+        log.warning("--amp bf16: this GPU has no bf16, which is slow; --amp fp16 is faster")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """A GPU's memory in GiB at most since the last call, allocated and reserved; else nothing."""
+    """Returns the peaks of a GPU's memory since the last call, in GiB; {} on the CPU."""
     if device.type != "cuda":
         return {}
     peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
@@ -129,3 +136,23 @@ def keep_freed_memory() -> None:
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks are not mapped one by one
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
         libc.mallopt(1, 0)  # M_MXFAST: a freed block takes in the slivers cut off for alignment
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Returns versions, hardware and commit (marked where the code has local changes) of a run."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    on_gpu = device.type == "cuda"
+    return {
+        "version": VERSION,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in ("torchvision", "numpy")},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "commit": commit or "unknown",
+    }

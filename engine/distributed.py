@@ -1,7 +1,7 @@
 """One run in several processes (``torchrun``): ranks, gathered batches, sums and means.
 
-In a process that was started by itself every function is the identity, so that callers need no
-second path. Gathered batches have the rows of the one batch that a single process would have:
+Without torchrun every function returns what it was given, so that callers need no second path.
+Gathered batches have the rows of the one batch that a single process would have:
 visible first, identities in the sampler's order.
 """
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.devices import resolve_device
+from networks.settings import LEVELS
 
 
 def size() -> int:
@@ -43,20 +44,20 @@ def processes(gpu: str | None) -> Iterator[torch.device]:
         yield resolve_device(gpu)
         return
     device = resolve_device(gpu, local_rank=os.environ["LOCAL_RANK"])
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
     yield device
     # Only after success: with a dead peer this would wait for it.
     dist.destroy_process_group()
 
 
-def parallel(net: nn.Module, *, sync_bn: bool = False, partly: bool = False) -> nn.Module:
+def parallel(
+    net: nn.Module, *, sync_bn: bool = False, unused_parameters: bool = False
+) -> nn.Module:
     """The module to train: `net`, on its device, or `net` in DistributedDataParallel.
 
     With `sync_bn` (CUDA only) the statistics of its batch norms become those of all processes.
-    `partly` says that the loss leaves parameters without gradient: each step then looks for them.
+    With `unused_parameters` the loss leaves some without gradient: each step then looks for them.
     """
     if size() == 1:
         return net
@@ -64,7 +65,7 @@ def parallel(net: nn.Module, *, sync_bn: bool = False, partly: bool = False) -> 
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return nn.parallel.DistributedDataParallel(
         net,
-        find_unused_parameters=partly,
+        find_unused_parameters=unused_parameters,
         broadcast_buffers=False,  # `share` sends them once an epoch
     )
 
@@ -107,7 +108,7 @@ def gather_output(
     whole = {k: gather_rows(v) if torch.is_tensor(v) else v for k, v in out.items()}
     read = whole.get("memory_read")
     if whole_reads and read is not None:
-        maps = {k: getattr(read, k) for k in ("part", "instance", "semantic")}
+        maps = {k: getattr(read, k) for k in LEVELS}
         gathered = {k: gather_rows(v) for k, v in maps.items() if v is not None}
         whole["memory_read"] = read._replace(**gathered)
     return whole, gather_rows(labels)

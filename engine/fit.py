@@ -53,8 +53,8 @@ def fit(
 ) -> Progress:
     """Trains to the last epoch, evaluating, logging and saving on the way (rank 0 alone).
 
-    `evaluate` returns the results of the present weights, `progress` is an interrupted run's whose
-    states are loaded already, `before_epoch` takes the number of the epoch to come, counted from 0.
+    `evaluate` returns the results of the current weights; `progress` is that of the run to resume,
+    whose states are loaded; `before_epoch` is called with the number of the next epoch, from 0.
     Every random draw is a function of (seed, epoch, step). Returns the final progress.
 
     Raises:
@@ -64,12 +64,11 @@ def fit(
     progress = progress or Progress()
     writer = None
     if distributed.is_main():
-        # Events of later epochs than the resumed one are hidden.
+        # Hides the events of epochs after the one resumed from.
         with naming(files.tensorboard_dir):
             writer = SummaryWriter(str(files.tensorboard_dir), purge_step=progress.epoch + 1)
-    write_reports(files, progress)
-    partly = 0 in map(criterion.weights.get, CLASSIFYING_TERMS)
-    trained = distributed.parallel(net, sync_bn=settings.sync_bn, partly=partly)
+    unused = any(criterion.weights.get(term) == 0 for term in CLASSIFYING_TERMS)
+    trained = distributed.parallel(net, sync_bn=settings.sync_bn, unused_parameters=unused)
     device = next(net.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == torch.float16)
     if progress.scaler:
@@ -129,7 +128,7 @@ def _save(
     if settings.save_every and progress.epoch % settings.save_every == 0:
         checkpoint["selection"] = f"epoch {progress.epoch}, fixed beforehand"
         save_checkpoint(files.checkpoint(f"epoch_{progress.epoch:03d}.pt"), checkpoint)
-    # Last, so that a resumed run never finds less than it claims.
+    # Written last: everything that last.pt mentions is on the disk by then.
     if last or progress.epoch % settings.save_last_every == 0:
         of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         generators = {"cpu": torch.get_rng_state(), **{str(i): s for i, s in enumerate(of_gpus)}}
@@ -140,12 +139,10 @@ def _save(
 
 
 def write_reports(files: RunFiles, progress: Progress) -> None:
-    """Writes log.jsonl and training.json anew on rank 0: both follow from the progress."""
-    if distributed.is_main():
-        lines = "".join(json.dumps(line) + "\n" for line in progress.log)
-        write_atomic(files.output_dir / "log.jsonl", lambda stream: stream.write(lines.encode()))
-        results = {"last": progress.last, "best": progress.best}
-        write_json(files.output_dir / "training.json", results)
+    """Writes log.jsonl and training.json anew: both follow from the progress."""
+    lines = "".join(json.dumps(line) + "\n" for line in progress.log)
+    write_atomic(files.output_dir / "log.jsonl", lambda stream: stream.write(lines.encode()))
+    write_json(files.output_dir / "training.json", {"last": progress.last, "best": progress.best})
 
 
 def check_weights(net: nn.Module, *, epoch: int) -> None:

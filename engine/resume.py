@@ -12,13 +12,14 @@ from engine.run_files import LAST, PREVIOUS, RunFiles
 from model import TwoStreamNet
 from networks.checkpoint_file import CheckpointError, load_checkpoint
 from options import INCIDENTAL, RESUME_LAST
+from utils import find_checkpoint
 
 log = logging.getLogger(__name__)
 
-ENTRIES = ("net", "config", "optimizer", "epoch", "best", "last", "log", "options", "identities")
-ENTRIES += ("generators",)
-# On --resume: what may differ without a remark, and what belongs to the run for good. Everything
-# else may change, and is reported.
+PROGRESS = ("epoch", "best", "last", "log")  # entries that are fields of `Progress`
+ENTRIES = ("net", "config", "optimizer", "generators", "options", "identities", *PROGRESS)
+# Options on --resume: those that may change silently, those that may not change. Any other change
+# is logged.
 FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 
@@ -31,7 +32,7 @@ def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] |
 
     Raises:
         CheckpointError: When neither can be read, or it is no such checkpoint.
-        ValueError: When there is nothing to evaluate.
+        ValueError: --test-only without --resume.
     """
     if given is None:
         if not train:
@@ -43,9 +44,8 @@ def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] |
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
         return None
     path = Path(given or files.checkpoint(LAST))
-    if not path.exists() and (folder / path).exists():
-        path = folder / path
     try:
+        path = Path(find_checkpoint(path, *([folder] if given else [])))
         content = load_checkpoint(path)
     except CheckpointError as error:
         previous = path.with_name(path.name.removesuffix(LAST) + PREVIOUS)
@@ -115,8 +115,7 @@ def restore(
                 torch.set_rng_state(state)
             elif int(name) < torch.cuda.device_count():
                 torch.cuda.set_rng_state(state, int(name))
-        names = ("epoch", "best", "last", "log")
-        return Progress(*(content[name] for name in names), content.get("scaler", {}))
+        return Progress(*(content[name] for name in PROGRESS), content.get("scaler", {}))
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = " ".join(str(error).split())[:500] or repr(error)
         raise CheckpointError(
@@ -126,7 +125,7 @@ def restore(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """Takes over the state alone: rates, decay and momentum are the flags'."""
+    """Loads the state alone: rates, decay and momentum come from the flags."""
     ours = optimizer.state_dict()["param_groups"]
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in ours]:
         raise ValueError("the optimiser's parameters differ")

@@ -9,25 +9,26 @@ from utils import read_json, write_json
 LAST, PREVIOUS, BEST = "last.pt", "last.previous.pt", "best.pt"
 DAMAGED = "last.damaged.pt"
 CHECKPOINTS = (LAST, PREVIOUS, BEST, DAMAGED, "epoch_*.pt")  # patterns of a run's files
+REPORTS = ("options.json", "log.jsonl", "training.json")
 
 
 @dataclass
 class RunFiles:
-    """Where a run writes."""
+    """A run's name, its folders, and what all its checkpoints say of it."""
 
     output_dir: Path  # log.jsonl, results
     checkpoint_dir: Path
     tensorboard_dir: Path
     name: str = ""  # the run's, which tells it from others
-    header: dict[str, Any] = field(default_factory=dict)  # options, versions, ... in checkpoints
+    header: dict[str, Any] = field(default_factory=dict)  # entries: options, versions, ...
     prefix: str = ""  # of the checkpoints' names, in a folder that runs share
 
     def checkpoint(self, name: str) -> Path:
         """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
         return self.checkpoint_dir / f"{self.prefix}{name}"
 
-    def check(self, *, overwrite: bool, resumes: bool) -> None:
-        """Raises ValueError where the run would overwrite another one."""
+    def check(self, *, overwrite: bool, resumed: Path | None) -> None:
+        """Raises ValueError where the run, `resumed` from a checkpoint, would overwrite another."""
         report = self.output_dir / "options.json"
         others = self.prefix and report.exists()
         if others and read_json(report, {"run?": str}).get("run") != self.name:
@@ -36,26 +37,30 @@ class RunFiles:
                 f"--model_path, but each needs an --output-dir of its own: name another, or leave "
                 f"it out"
             )
-        if overwrite and resumes:
-            raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
         existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
-        if existing and not resumes and not overwrite:
+        own = resumed is not None and self._holds(resumed)
+        if existing and not (own or overwrite):
             raise ValueError(
                 f"{existing[0]} is there already: continue that run with --resume, start it afresh "
                 f"with --overwrite, or choose another --output-dir"
             )
 
+    def _holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of the run's."""
+        same_folder = checkpoint.resolve().parent == self.checkpoint_dir.resolve()
+        return same_folder and checkpoint.name.startswith(self.prefix)
+
     def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
-        folder, last = self.checkpoint_dir, self.checkpoint(LAST)
+        folder, last, previous = self.checkpoint_dir, *map(self.checkpoint, (LAST, PREVIOUS))
         former = [p for name in CHECKPOINTS for p in folder.glob(f".{self.prefix}{name}.*.tmp")]
         if overwrite:
             former += [p for name in CHECKPOINTS for p in folder.glob(f"{self.prefix}{name}")]
-            former += self.output_dir.glob("*.json*")
+            former += [self.output_dir / name for name in REPORTS]
             former += self.tensorboard_dir.glob("events.*")
         for file in former:
-            file.unlink()
-        if resumed == self.checkpoint(PREVIOUS) and last.exists():
-            last.replace(self.checkpoint(DAMAGED))  # no save may put it over the good one
+            file.unlink(missing_ok=True)
+        if resumed and self._holds(resumed) and resumed.name == previous.name and last.exists():
+            last.replace(self.checkpoint(DAMAGED))  # else the next save moves it over the good one
         write_json(self.output_dir / "options.json", about)
         self.header.update(about)

@@ -1,14 +1,15 @@
 """What the three training scripts share: flags, device, folders, resume, logging.
 
-Everything that can be checked is checked before an image is decoded.
+What can be checked is checked before an image is decoded.
 """
 
 import argparse
 import contextlib
 import logging
+import os
 import shlex
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,7 @@ class Run:
     name: str  # method, data set and trial
     device: torch.device
     files: RunFiles
-    checkpoint: dict[str, Any] | None  # that --resume goes on from; None starts afresh
+    checkpoint: dict[str, Any] | None  # entries of the one to resume from; None: a new run
     command: str  # that started it
     locks: contextlib.ExitStack  # held until it ends
 
@@ -87,8 +88,8 @@ class Run:
         )
 
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
-        """Lists the images to train and to evaluate on; none is decoded."""
-        args, header = self.args, self.files.header  # of checkpoints: from whom they learned
+        """Lists the images to train and to evaluate on; the checkpoints will say whose they are."""
+        args, header = self.args, self.files.header
         fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
         caches = {"use_cache": not args.no_cache, "size": (args.img_h, args.img_w)}
         train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit, **caches)
@@ -108,16 +109,22 @@ class Run:
         train: TrainSet,
         sampler: IdentitySampler,
     ) -> Progress:
-        """Loads the checkpoint, if any, and opens the folders; returns how far the run is."""
+        """Checks what is left to check, loads the checkpoint, if any, and opens the folders.
+
+        Returns how far the run is.
+        """
         args, files, checkpoint = self.args, self.files, self.checkpoint
         net.check_image_height(args.img_h)
+        if args.bank_init == "features" and not isinstance(net.memory, SingleGranularityMemory):
+            kind = type(net.memory).__name__
+            raise ValueError(f"--bank-init features cannot fill a {kind}: leave it out")
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
         identities, progress, changed = files.header["identities"], Progress(), ""
         if checkpoint is not None:
             if not args.test_only:
                 changed = resume.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-        data, versions = files.header["data"], utils.versions(self.device)
+        data, versions = files.header["data"], devices.versions(self.device)
         if distributed.is_main():
             logs = utils.make_writable_dir(args.log_path or files.output_dir)
             if not args.test_only:
@@ -128,6 +135,7 @@ class Run:
                 about |= {"options": options.to_json(args), "versions": versions}
                 resumed = checkpoint and checkpoint["path"]
                 files.begin(about, overwrite=args.overwrite, resumed=resumed)
+                write_reports(files, progress)
             utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
@@ -139,7 +147,7 @@ class Run:
             log.warning("resumed %s after epoch %d", checkpoint["path"], progress.epoch)
         if changed:
             log.warning("options changed since then: %s", changed)
-        if distributed.is_main() and not args.test_only:
+        if not args.test_only:
             _warn_of_an_unread_memory(net)
         return progress
 
@@ -150,7 +158,6 @@ class Run:
         if progress.epoch < self.args.epochs:
             return True
         log.info("nothing to train: all %d epochs are done; test.py evaluates them", progress.epoch)
-        write_reports(self.files, progress)
         return False
 
     def _images(self) -> ImageCache:
@@ -187,16 +194,10 @@ class Run:
         loader: TrainLoader,
         train: TrainSet,
     ) -> Callable[[int], None] | None:
-        """Returns what `fit` calls before each epoch; None where the bank stays as it started.
-
-        Raises:
-            ValueError: The memory is the user's own, whose bank is not known here.
-        """
-        args, kind = self.args, type(net.memory)
+        """Returns what `fit` calls before each epoch; None where the bank stays as it started."""
+        args = self.args
         if args.bank_init == "uniform":
             return None
-        if not issubclass(kind, SingleGranularityMemory):
-            raise ValueError(f"--bank-init features cannot fill a {kind.__name__}: leave it out")
         if args.bank_init_epoch >= args.epochs:
             log.warning("--bank-init features: no epoch has the number of --bank-init-epoch")
 
@@ -210,15 +211,20 @@ class Run:
     def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
         """Returns a function that evaluates the present weights; it decodes the images once.
 
-        With --test-only, raises ValueError where the test identities were trained on.
+        Raises ValueError for a feature that the network has not; with --test-only also where the
+        test identities were trained on.
         """
         args, images, header = self.args, self._images(), self.files.header
-        trained = TrainedOn.read(self.args.resume or "", header)
+        path = self.checkpoint["path"] if self.checkpoint else ""
+        trained = TrainedOn.read(path, header)
         which = {"trial": args.trial, "subset": args.select_on, "seen": not args.test_only}
         test, remark = trained.admit(test, header["data"], **which)
-        if remark and distributed.is_main():
+        if remark:
             log.warning("every result of this run says: %s", remark)
         test_feat = args.test_feat or net.test_feats()[0]
+        if test_feat not in net.test_feats():
+            legal = ", ".join(net.test_feats())
+            raise ValueError(f"--test-feat {test_feat}: this network has {legal}")
 
         def evaluate_now() -> dict[str, Any]:
             _, results = evaluate(
@@ -246,8 +252,9 @@ class Run:
             if result is not None:
                 chosen = f"epoch {result['epoch']}, {result['selection']}; {result['dataset']}"
                 log.info("%s (%s): %s", label, chosen, format_result(result))
-        last, script = self.files.checkpoint(LAST), Path(sys.argv[0]).with_name("test.py")
-        command = shlex.join([str(script), "--resume", str(last)])
+        last = self.files.checkpoint(LAST)
+        script = os.path.relpath(Path(options.__file__).with_name("test.py"))
+        command = shlex.join([script, "--resume", str(last)])
         log.info("%s is complete. Evaluate it with: python %s", last, command)
 
 
@@ -257,11 +264,11 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
     with utils.user_errors(), utils.stop_signals():
         given = options.train_parser(description).parse_args(argv)
         args, sources = options.resolve(given, f"train_{method}.py")
+        if args.overwrite and args.resume is not None:
+            raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
         without_stripes = "_AGW" if args.method == "agw" else "_global"
         name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
-        if args.deterministic:
-            devices.make_deterministic()
         full_name = name + options.distinction(args, sources)
         output = args.output_dir or Path("runs") / full_name
         events = args.vis_log_path / full_name if args.vis_log_path else output / "tensorboard"
@@ -271,18 +278,20 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         try:
             with distributed.processes(args.gpu) as device, contextlib.ExitStack() as locks:
                 if not distributed.is_main():
-                    logging.getLogger().setLevel(logging.WARNING)
-                files.check(overwrite=args.overwrite, resumes=args.resume is not None)
+                    logging.getLogger().setLevel(logging.ERROR)
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
+                if not args.test_only:
+                    resumed = checkpoint and checkpoint["path"]
+                    files.check(overwrite=args.overwrite, resumed=resumed)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
             saved = files.checkpoint(LAST)
             kept = f": complete epochs are in {saved}" if saved.exists() else ""
-            former = {"--overwrite", "--resume", "-r", args.resume, f"--resume={args.resume}"}
-            command = _command(argv, without=former)
-            sys.stderr.write(f"{stop}{kept}. Go on with: {command} --resume\n")
+            again = args.test_only or (args.resume and not saved.exists())
+            command = _command(argv, resume=not again)
+            sys.stderr.write(f"{stop}{kept}. Go on with: {command}\n")
             raise SystemExit(stop.exit_code) from None
 
 
@@ -300,8 +309,9 @@ def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
             )
 
 
-def _command(argv: Sequence[str] | None, without: Container[str | None] = ()) -> str:
-    """The command line that started this process, without some of its words."""
-    words = sys.argv[1:] if argv is None else argv
-    words = [sys.argv[0], *(str(word) for word in words if word not in without)]
+def _command(argv: Sequence[str] | None, *, resume: bool = False) -> str:
+    """The command line that started this process; with `resume`, the one that resumes its run."""
+    words = [sys.argv[0], *map(str, sys.argv[1:] if argv is None else argv)]
+    if resume and words[-1] != "--resume":  # the last one counts: without a value last.pt
+        words = [*(word for word in words if word != "--overwrite"), "--resume"]
     return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {shlex.join(words)}"

@@ -16,7 +16,7 @@ from engine.devices import peak_memory
 from loss import TRIPLET_TERMS, Criterion, weighted_total
 from networks.memory_health import MemoryHealth
 
-CHECK_EVERY = 10  # steps between two copies of the losses to the host, which wait for the device
+CHECK_EVERY = 10  # steps between copies of the losses to the host; each waits for the device
 HEALTH_EVERY = 10  # steps between two updates of the memory's usage, from an epoch's first
 REMEDY = "the last checkpoint is untouched; a smaller --lr or longer --warmup-epochs usually helps"
 NO_SCALING = torch.amp.GradScaler(enabled=False)
@@ -25,7 +25,7 @@ STRIPE_ORDER_STREAM = 3  # tells this module's random numbers from the loader's
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train, beside network, criterion, optimiser and schedule; epochs counted from 1."""
+    """How to train, beside network, criterion, optimiser and schedule."""
 
     seed: int = 0  # for the stripe permutations
     num_strips: int = 6  # stripes S
@@ -33,8 +33,7 @@ class TrainSettings:
     compiled: bool = False  # whether the backbone's stages are compiled
     sync_bn: bool = False  # with several processes, batch statistics over all of them (CUDA only)
     progress: bool = True  # whether to show progress bars
-    # The last epoch is always evaluated; before it, counted from 0 as in the releases, 10, 12, ...
-    eval_start: int = 10
+    eval_start: int = 10  # first evaluated epoch, from 0 as in the releases; the last always is
     eval_every: int = 2
     save_every: int = 0  # epochs between numbered checkpoints; 0 keeps none
     save_last_every: int = 1  # epochs between saves of last.pt; the last epoch's always
@@ -61,7 +60,7 @@ def make_optimizer(
     weight_decay: float = 5e-4,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """SGD (Nesterov) or Adam, by name, of the `parameter_groups`; its rates are zero until set."""
+    """SGD (Nesterov) or Adam on the `parameter_groups`; rates are 0 until `set_learning_rate`."""
     groups = parameter_groups(net, backbone_lr_scale)
     settings = {"lr": 0.0, "weight_decay": weight_decay, "fused": True}
     if name == "adam":
@@ -69,9 +68,10 @@ def make_optimizer(
     if name != "sgd":
         raise ValueError(f"the optimiser must be sgd or adam, got {name!r}")
     sgd = torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **settings)
-    for parameter in (p for group in groups for p in group["params"] if momentum):
-        # Else a fused first step would leave it uninitialised where float16 overflows.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    for group in groups if momentum else ():
+        for parameter in group["params"]:
+            # A fused first step that float16's overflow skips would leave it uninitialised.
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
 
 
@@ -198,7 +198,7 @@ def train_epoch(
     lr, scale = schedule.learning_rate(epoch), schedule.triplet_scale(epoch)
     set_learning_rate(optimizer, lr)
     weights = {k: w * scale if k in TRIPLET_TERMS else w for k, w in criterion.weights.items()}
-    health, images = MemoryHealth(), 0
+    health = MemoryHealth()
     peak_memory(next(net.parameters()).device)  # resets the peaks
     waiting: list[dict[str, Tensor]] = []  # numbers of the steps since the last look
     steps: list[dict[str, float]] = []
@@ -206,13 +206,13 @@ def train_epoch(
     name = f"epoch {epoch + 1}/{schedule.epochs}"
     bar = tqdm(loader.epoch(epoch), name, len(loader), disable=hidden, leave=False)
     for step, batch in enumerate(bar):
-        random = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
+        rng = np.random.default_rng((settings.seed, epoch, step, STRIPE_ORDER_STREAM))
         terms, feat = training_step(
             net,
             criterion,
             optimizer,
             batch,
-            order=random.permutation(settings.num_strips).tolist(),
+            order=rng.permutation(settings.num_strips).tolist(),
             weights=weights,
             amp=settings.amp,
             scaler=scaler,
@@ -220,11 +220,11 @@ def train_epoch(
         )
         terms["feature_spread"] = feature_spread(feat)
         waiting.append(distributed.mean_of(terms))
-        images += len(batch.labels) * distributed.size()
         if len(waiting) == CHECK_EVERY or step + 1 == len(loader):
             steps += read_finite(waiting, epoch=epoch + 1, first_step=len(steps))
             waiting.clear()
             bar.set_postfix_str(f"loss={steps[-1]['total']:.3f}, lr={lr:.2g}")
+    images = len(steps) * len(batch.labels) * distributed.size()
     distributed.sum_in_place([*health.counters.values(), *health.used.values()])
     distributed.share(net.buffers())  # running statistics differ by rank: rank 0's are kept
     return {

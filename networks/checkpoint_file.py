@@ -30,7 +30,7 @@ ABOUT = {  # what the JSON text says, as `utils.parse_json` takes it
     },
     "epoch?": int,
     "identities?": [int],  # trained on
-    "identities_before?": ({"*": [int]}, [int]),  # that the starting weights had seen, by data
+    "identities_before?": {"*": [int]},  # that the starting weights had seen, by data
     "log?": [{"epoch": int}],
     "optimizer?": {"param_groups": [{"params": [int]}], "state": {}},
     **dict.fromkeys(("method?", "run?", "data?", "selection?"), str),

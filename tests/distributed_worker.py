@@ -89,7 +89,7 @@ def train_one_epoch() -> list[bool]:
     torch.manual_seed(0)
     net = TwoStreamNet(6, arch="resnet18", num_strips=2, local_feat_dim=8, memory="mg")
     numbers = train_epoch(
-        distributed.parallel(net, partly=True),
+        distributed.parallel(net, unused_parameters=True),
         Criterion(term_weights(net) | {"memory_id": 0.0}),  # nothing trains its classifier
         make_optimizer(net),
         OwnRows(),

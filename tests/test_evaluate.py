@@ -157,7 +157,12 @@ def people(pids, dataset="regdb"):
 SEEN = {  # a checkpoint's entries, the protocol's data set and subset -> what is said of it
     "others": ({"identities": [1, 2]}, "regdb", "test", ""),
     "some": ({"identities": [1, 7, 8]}, "regdb", "test", "2 of 3 test identities were trained on"),
-    "before": ({SEEN_BEFORE: [9]}, "regdb", "test", "1 of 3 test identities were trained on"),
+    "before": (
+        {SEEN_BEFORE: {"D": [9]}},
+        "regdb",
+        "test",
+        "1 of 3 test identities were trained on",
+    ),
     "long before": (
         {SEEN_BEFORE: {"D": [9]}, "identities": [7], "data": "SYSU"},
         *("regdb", "test", "1 of 3 test identities were trained on"),

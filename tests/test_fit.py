@@ -172,4 +172,4 @@ def test_a_classifier_without_loss_is_looked_for(weight, partly, tmp_path, monke
     parallel = distributed.parallel
     monkeypatch.setattr(distributed, "parallel", lambda net, **k: asked.append(k) or parallel(net))
     short_fit(tmp_path, memory="mg", weights={"memory_id": weight})
-    assert [how["partly"] for how in asked] == [partly]
+    assert [how["unused_parameters"] for how in asked] == [partly]

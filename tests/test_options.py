@@ -66,6 +66,9 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
         "--lr 0.05 --seed 3 --milestones 20 50": "_seed3_lr0.05",
         "--preset scratch --weights none --milestones 20 40 --amp": "_scratch_milestones20-40_amp",
         "--weights a/b.pt": "_weightsa-b.pt",
+        "--method agw --gem-p 10 --batch-size 8": "_gem-p10.0",  # AGW's own are 3 and 8
+        "--preset strong --gem-p 10": "_strong",  # the data set's, below strong's
+        "--preset strong --gem-p 3 --img_h 288": "_strong_gem-p3.0_img-h288",
     }.items(),
 )
 def test_a_run_s_name_holds_what_differs_from_the_preset(line, expected):
@@ -437,6 +440,7 @@ def test_a_memory_that_is_not_there_has_no_terms():
         ("HCT", "--w_memory_id 1", "train_HCT.py has no memory"),
         ("HCT", "--memory-levels part", "train_HCT.py has no memory"),
         ("HCT", "--shrink 0.01", "train_HCT.py has no memory"),
+        ("HCT", "--bank-init-epoch 0", "train_HCT.py has no memory"),
         ("HCT", "--memory-variant released", "train_HCT.py has no memory"),
         ("HCT", "--memory-ids 206", "train_HCT.py has no memory"),
         ("HCT", "--addressing cosine", "train_HCT.py has no memory"),

@@ -14,9 +14,9 @@ from PIL import Image
 
 import options
 import stand_in
-import utils
 import visualize
 from data_manager import eval_set
+from engine import devices
 from engine.feature_files import read_features
 from model import TwoStreamNet
 from networks.checkpoint_file import save_checkpoint
@@ -62,7 +62,7 @@ def test_version_and_citation_are_those_in_use():
     changes = (ROOT / "CHANGELOG.md").read_text()
     assert (
         re.search(r"^## ([\d.]+)", changes, re.MULTILINE)[1]
-        == utils.versions(torch.device("cpu"))["version"]
+        == devices.versions(torch.device("cpu"))["version"]
     )
     citation = (ROOT / "CITATION.cff").read_text()
     for name in re.findall(r"(\w+), \w+", re.search(r"author  = {(.*)}", README)[1]):

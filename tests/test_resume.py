@@ -24,6 +24,7 @@ from short_run import (
     write_data,
 )
 
+import options
 import train_HCT
 import train_MGMRA
 import utils
@@ -100,7 +101,7 @@ def interrupted(data, folder, *flags, code):
         (evaluate, "score", 0, 1),  # during an evaluation
         (fit, "save_checkpoint", 0, None),
         (fit, "save_checkpoint", 2, 1),  # best.pt of the second epoch is saved, last.pt is not
-        (fit, "write_reports", 2, 2),  # last.pt is saved, the reports are not
+        (fit, "write_reports", 1, 2),  # last.pt is saved, the reports are not
     ],
 )
 def test_a_signal_ends_a_run_at_once_and_it_goes_on_to_the_same_bits(
@@ -133,7 +134,14 @@ def test_the_command_that_goes_on_is_the_one_that_was_ended(data, tmp_path, monk
             stop_at(patched, engine_train, "training_step", STEPS if len(flags) == 1 else 0)
             interrupted(data, folder, *flags, code=143)
         command = capsys.readouterr().err.splitlines()[-1].split("Go on with: python ")[1]
-        assert shlex.split(command) == [script, *arguments(data, folder), "--resume"]
+        assert (words := shlex.split(command))[0] == script
+        parse = options.train_parser("").parse_args
+        assert parse(words[1:]) == parse([*arguments(data, folder), "--resume"])
+    elsewhere = folder / "last.pt"
+    stop_at(monkeypatch, engine_train, "training_step", 0)
+    interrupted(data, tmp_path / "other", "--resume", elsewhere, code=143)
+    command = capsys.readouterr().err.splitlines()[-1]
+    assert command.endswith(shlex.join(["--resume", str(elsewhere)]))  # no epoch is saved yet
 
 
 def test_a_run_ended_in_every_epoch_reaches_the_same_bits(data, unbroken, tmp_path, monkeypatch):
@@ -155,6 +163,25 @@ def test_a_run_goes_on_in_another_folder_with_its_log_and_best(data, unbroken, s
     train(data, folder, "--epochs", EPOCHS, "--resume", source / "last.previous.pt")
     assert [line["epoch"] for line in log_lines(folder)] == [1, 2, 3]
     assert differences(outcome(unbroken), outcome(folder)) == []
+
+
+def test_a_run_is_not_overwritten_by_another_one_that_goes_on(data, unbroken, tmp_path, capsys):
+    folder, other = tmp_path / "run", unbroken / "last.pt"
+    shutil.copytree(unbroken, folder)
+    before = (folder / "last.pt").read_bytes()
+    interrupted(data, folder, "--epochs", EPOCHS + 1, "--resume", other, code=2)
+    assert "is there already" in capsys.readouterr().err
+    assert (folder / "last.pt").read_bytes() == before
+    (folder / "ranks.json").write_text("{}")
+    train(data, folder, "--epochs", 1, "--overwrite")
+    assert (folder / "ranks.json").read_text() == "{}"  # no run's file
+    assert len(log_lines(folder)) == 1
+
+
+def test_a_feature_that_the_network_has_not_is_refused_first(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ImageCache, "__call__", None)
+    interrupted(data, tmp_path, "--test-feat", "neck", code=2)
+    assert "--test-feat neck: this network has pcb, memory, both" in capsys.readouterr().err
 
 
 def test_a_finished_run_has_nothing_to_do_and_mends_its_reports(data, unbroken, tmp_path, capsys):
@@ -203,6 +230,19 @@ DAMAGES = {
 
 def flipped(data, place):
     return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+def test_a_damaged_checkpoint_is_set_aside_however_it_is_named(
+    data, stopped, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stopped, "run")
+    last = tmp_path / "run/last.pt"
+    last.write_bytes(b"")
+    with monkeypatch.context() as patched:
+        stop_at(patched, engine_train, "training_step", 0)
+        interrupted(data, "run", "--resume", tmp_path / "run", code=143)
+    assert not last.exists() and (tmp_path / "run/last.damaged.pt").exists()
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -27,7 +27,6 @@ from utils import (
     setup_logging,
     stop_signals,
     user_errors,
-    versions,
     write_atomic,
     write_json,
 )
@@ -234,8 +233,8 @@ def test_devices(monkeypatch, caplog):
     assert current == [torch.device("cuda", 1)] * 2
     assert devices.resolve_device(None) == torch.device("cuda", 0)
     assert devices.resolve_device("0", local_rank="1") == torch.device("cuda", 1)
-    assert versions(torch.device("cuda", 1))["device"] == "card 1"
-    assert versions(torch.device("cpu"))["device"] != "card 1"
+    assert devices.versions(torch.device("cuda", 1))["device"] == "card 1"
+    assert devices.versions(torch.device("cpu"))["device"] != "card 1"
     assert "--gpu 1,0: one process uses one GPU, here the first" in caplog.text
     with pytest.raises(ValueError, match=r"2 CUDA device\(s\)"):
         devices.resolve_device("2")
@@ -280,12 +279,14 @@ def test_a_gpu_s_settings_are_set_and_said(monkeypatch, caplog):
     monkeypatch.setattr(torch.backends, "cudnn", backend)
     chosen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", chosen.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     with caplog.at_level("INFO"):
         devices.set_up(torch.device("cuda", 1))
         assert (backend.allow_tf32, backend.benchmark) == (True, True)
         devices.set_up(torch.device("cuda", 1), float32_precision="highest", deterministic=True)
     assert (backend.allow_tf32, backend.benchmark) == (False, False)
-    assert chosen == ["high", "highest"]
+    assert chosen == ["high", True, "highest"]
     assert "card 1" in caplog.messages[0]
     assert [message.split(" convolutions ")[1] for message in caplog.messages] == [
         "in TF32 (--float32-precision highest: without)",
