@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from datasets.decode import ImageCache, load_images  # noqa: F401 - found here as well
 from datasets.transforms import Augmentation, Draw, augment, normalize, transform_each
 
 PREFETCH = 2  # batches made ahead
-RESIDENT_FRACTION = 0.05  # of the device's memory that one store may take unasked
+RESIDENT_FRACTION = 0.05  # of the device's memory, up to which "auto" keeps a store there
 # The last word of (seed, epoch, step, stream): one stream of random numbers for each purpose.
 SAMPLER_STREAM = 0
 AUGMENT_STREAMS = {"visible": 1, "infrared": 2}
@@ -139,8 +138,6 @@ class TrainLoader:
     infrared: ImageStore
     sampler: IdentitySampler
     augmentation: Augmentation
-    seed: int
-    device: torch.device
     rank: int = 0
     world_size: int = 1
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -157,24 +154,25 @@ class TrainLoader:
         visible = self._augmented(self.visible, drawn.visible, "visible", epoch, step)
         infrared = self._augmented(self.infrared, drawn.infrared, "infrared", epoch, step)
         labels = torch.from_numpy(np.tile(drawn.labels[self._rows], 2))
-        return Batch(visible, infrared, labels.to(self.device))
+        return Batch(visible, infrared, labels.to(self.visible.device))
 
     def _augmented(
         self, store: ImageStore, rows: np.ndarray, modality: str, epoch: int, step: int
     ) -> torch.Tensor:
-        """Returns this process's images of a batch; random numbers are drawn for all its `rows`."""
-        images = store.gather(rows[self._rows])
+        """Returns this process's images of a batch; draws random numbers for the whole batch."""
+        images, seed = store.gather(rows[self._rows]), self.sampler.seed
         if self.transform is not None:
-            rng = np.random.default_rng((self.seed, epoch, step, TRANSFORM_STREAMS[modality]))
+            rng = np.random.default_rng((seed, epoch, step, TRANSFORM_STREAMS[modality]))
             seeds = rng.integers(2**63, size=len(rows))[self._rows]
             images = transform_each(images, self.transform, seeds.tolist())
-        rng = np.random.default_rng((self.seed, epoch, step, AUGMENT_STREAMS[modality]))
+        rng = np.random.default_rng((seed, epoch, step, AUGMENT_STREAMS[modality]))
         draws = rng.random((len(Draw), len(rows)))[:, self._rows]
         return augment(images, self.augmentation, draws, modality=modality)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yields the batches of an epoch; closing the iterator early stops the thread."""
-        return _ahead(lambda step: self.batch(epoch, step), range(len(self)), self.device)
+        make = functools.partial(self.batch, epoch)
+        return _ahead(make, range(len(self)), self.visible.device)
 
 
 class EvalLoader:
@@ -192,7 +190,7 @@ class EvalLoader:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The device's one stream for input: freed memory is kept for reuse stream by stream."""
+    """The device's one stream for input: PyTorch reuses freed memory only within a stream."""
     return torch.cuda.Stream(device)
 
 

@@ -16,7 +16,6 @@ from datasets.base import (  # noqa: F401 - found here as well
     ImageList,
     TrainSet,
 )
-from datasets.folders import folder_images  # noqa: F401
 from datasets.llcm import Llcm
 from datasets.regdb import Regdb
 from datasets.sysu_mm01 import Sysu
@@ -100,7 +99,7 @@ def checked_folder(dataset: str, data_path: str | Path) -> Path:
 
 
 def data_name(dataset: str, data_path: str | Path) -> str:
-    """Returns the data's name in printed rows, which tells stand-in data from the real one."""
+    """Returns the data set's name for printed rows; stand-in data is named as such."""
     name = DATASETS[dataset].title
     return f"stand-in data in {name}'s layout" if is_stand_in(data_path) else name
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_loader import load_images
 from data_manager import DATASETS, train_set
+from datasets.decode import load_images
 from datasets.sysu_mm01 import cache_files
 from options import COUNT, Parser
 from utils import make_writable_dir, user_errors, write_atomic

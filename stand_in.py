@@ -44,7 +44,7 @@ def generate(out: Path, *, workers: int = 1, **options: Any) -> Path:
         ValueError: There is something in `out`.
     """
     out, settings = Path(out), Settings(**options)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is there already; delete it, or give another name")
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

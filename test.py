@@ -25,8 +25,9 @@ import torch
 
 import options
 import utils
-from data_loader import ImageCache
-from data_manager import DATASETS, TTA, EvalSet, data_name, eval_set, folder_images, is_stand_in
+from data_manager import DATASETS, TTA, EvalSet, data_name, eval_set, is_stand_in
+from datasets.decode import ImageCache
+from datasets.folders import folder_images
 from engine import devices
 from engine.checkpoints import TrainedOn, describe, open_network
 from engine.evaluate import Features, distances, evaluate, score_kinds

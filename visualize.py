@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from scipy import sparse
 
 import options
-from data_loader import EvalLoader, ImageCache
+from data_loader import EvalLoader
 from data_manager import ImageList, data_name, eval_set
+from datasets.decode import ImageCache
 from engine.checkpoints import TrainedOn, open_network
 from engine.devices import amp_dtype, resolve_device, set_up
 from engine.evaluate import evaluate

@@ -401,8 +401,6 @@ def input_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str, 
         infrared=ImageStore(images[::-1].copy(), device=device),
         sampler=IdentitySampler(labels, labels, ids_per_batch=ids, images_per_id=count, seed=0),
         augmentation=Augmentation(),
-        seed=0,
-        device=device,
     )
     batches = loader.epoch(0)
     next(batches)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 VALIDATION_STEP = 5  # without a validation list every fifth training label is held out
-TTA = {"no": "", "flip": ", flip averaging"}  # test-time augmentation, as a protocol's words end
+TTA = {"no": "", "flip": ", flip averaging"}  # test-time augmentation, and its words in protocols
 DIRECTIONS = {"v2i": "visible to infrared", "i2v": "infrared to visible"}
 
 Item = tuple[str, int, int]  # path relative to the data folder, pid, camid
@@ -43,13 +43,13 @@ class ImageList:
     def take(self, indices: np.ndarray | Sequence[int]) -> "ImageList":
         """Returns the images at `indices` ((m,) integers), in that order."""
         rows = np.asarray(indices, dtype=np.int64)
-        cached = np.arange(len(self)) if self.cache_rows is None else self.cache_rows
+        cached = rows if self.cache_rows is None else self.cache_rows[rows]
         return replace(
             self,
             paths=tuple(self.paths[i] for i in rows) if self.paths else (),
             pids=self.pids[rows],
             camids=self.camids[rows],
-            cache_rows=None if self.cache is None else cached[rows],
+            cache_rows=None if self.cache is None else cached,
         )
 
 
@@ -63,8 +63,6 @@ class TrainSet:
 
     visible: ImageList
     infrared: ImageList
-    visible_labels: np.ndarray  # (n_v,) int64
-    infrared_labels: np.ndarray  # (n_i,) int64
     pids: np.ndarray  # (L,) int64 raw identity of each label
     description: str  # one line for the log
 
@@ -79,8 +77,13 @@ class TrainSet:
 
     @property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Labels of the visible and of the infrared images."""
-        return self.visible_labels, self.infrared_labels
+        """Labels of the visible and of the infrared images, (n,) int64: places in `pids`."""
+        order = np.argsort(self.pids)
+        visible, infrared = (
+            order[np.searchsorted(self.pids, images.pids, sorter=order)]
+            for images in (self.visible, self.infrared)
+        )
+        return visible, infrared
 
     @property
     def num_ids(self) -> int:
@@ -88,17 +91,12 @@ class TrainSet:
         return len(self.pids)
 
     def narrow(self, kept: np.ndarray) -> "TrainSet":
-        """Returns the labels where `kept` (L,) is true, renumbered from 0."""
-        number = np.cumsum(kept) - 1
-        visible, infrared = (np.flatnonzero(kept[labels]) for labels in self.labels)
-        return replace(
-            self,
-            visible=self.visible.take(visible),
-            infrared=self.infrared.take(infrared),
-            visible_labels=number[self.visible_labels[visible]],
-            infrared_labels=number[self.infrared_labels[infrared]],
-            pids=self.pids[kept],
+        """Returns the identities whose label is true in `kept` (L,), renumbered from 0."""
+        visible, infrared = (
+            images.take(np.flatnonzero(kept[labels]))
+            for images, labels in zip((self.visible, self.infrared), self.labels, strict=True)
         )
+        return replace(self, visible=visible, infrared=infrared, pids=self.pids[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,21 +143,21 @@ class EvalOptions:
 class DataSet:
     """A data set: the facts about it, its training images and its protocols.
 
-    One whose test images of one modality are the queries, and of the other the gallery, says its
-    `name`, `title` and `folders`, and lists its images in `items`; the rest is here.
+    One that compares all test images of one modality with all of the other defines `name`, `title`,
+    `folders` and `items` alone.
     """
 
     name: str  # as a value of `--dataset`
     title: str  # in print, and of its default folder below `data/`
-    folders: tuple[str, ...]  # what it consists of; that of its lists, if any, first
-    how_to_get: str = ""  # for the error when its folder is not there
-    lists_hint: str = ""  # where `folders[0]` alone can be had
+    folders: tuple[str, ...]  # that must be there; the one with the lists, if any, first
+    how_to_get: str = ""  # printed where the data folder is missing
+    lists_hint: str = ""  # printed where `folders[0]`, the lists, alone is missing
     has_stand_in: bool = False  # whether `stand_in.py` writes this layout
     preset: Mapping[str, Any] = {}  # values of training options, in place of the defaults
     preset_source: str = "the defaults"
-    train_pids_are_labels = False  # where the training lists name no raw identities
-    splits: int = 1  # into training and test identities, each with a training of its own
-    gallery_draws: int = 1  # galleries drawn at random for one evaluation, at most; 1: none is
+    train_pids_are_labels = False  # the training lists name no identities: labels stand for them
+    splits: int = 1  # number of splits into training and test identities, each trained separately
+    gallery_draws: int = 1  # random galleries of one evaluation, at most; 1: the gallery is fixed
     # Fields of `EvalOptions` for each of the published protocols, by a short key.
     protocols: Mapping[str, Mapping[str, Any]] = {
         direction: {"direction": direction} for direction in DIRECTIONS
@@ -180,8 +178,8 @@ class DataSet:
     def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
         """Lists the visible and the infrared images of the "train" or the "test" identities.
 
-        Paths are relative to the data folder `root`, with `/`; `trial` is the split, from 1. Each
-        data set has its own, or its own `images`.
+        Paths are relative to the data folder `root`, with `/`; `trial` is the split, from 1. A data
+        set implements this method, or overrides `images`.
         """
         raise NotImplementedError(f"{type(self).__name__} lists no images: give it `items`")
 
@@ -194,11 +192,10 @@ class DataSet:
         """Lists the training images; labels number the identities in ascending order."""
         visible, infrared = self.images(root, "train", trial)
         pids = np.union1d(visible.pids, infrared.pids)
-        labels = [np.searchsorted(pids, images.pids) for images in (visible, infrared)]
-        return TrainSet(visible, infrared, *labels, pids, self.title)
+        return TrainSet(visible, infrared, pids, self.title)
 
     def train_from_cache(self, path: Path, size: tuple[int, int] | None = None) -> TrainSet | None:
-        """Returns the training images as decoded before; None where there is no such cache."""
+        """Returns the training images from caches of decoded images; None without such caches."""
         return None
 
     def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
@@ -251,6 +248,6 @@ def seeded_draw(gallery: ImageList, trial: int, shots: int) -> list[int]:
 def drawn_gallery(
     gallery: ImageList, draws: Sequence[list[int]]
 ) -> tuple[ImageList, tuple[np.ndarray, ...]]:
-    """Returns every image that was drawn, once, and the rows of each draw among these."""
+    """Drops images that no draw uses; returns the others, and the rows of each draw among them."""
     kept = np.unique(np.concatenate(draws))
     return gallery.take(kept), tuple(np.searchsorted(kept, rows) for rows in draws)

@@ -3,6 +3,7 @@
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -12,7 +13,7 @@ from datasets.base import DataError, ImageList
 
 log = logging.getLogger(__name__)
 
-# The only Pillow decoders that are tried, by a file's signature; of several frames the first.
+# The only decoders that Pillow tries, by a file's first bytes; of several frames the first is read.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 PERCENTILES = (1, 99)  # of a deep grey image, such as a thermal camera's counts: black and white
 
@@ -32,32 +33,31 @@ def load_images(
     """
     if images.cache is not None:
         return _load_cache(images, height, width)
-    n, out = len(images), np.empty((len(images), height, width, 3), dtype=np.uint8)
+    files, hidden = [images.root / path for path in images.paths], None if progress else True
+    out = np.empty((len(files), height, width, 3), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        decoded = pool.map(lambda index: _decode(images, index, out[index]), range(n))
-        # Raises what a thread raised, and cancels the others.
-        bar = {"unit": "img", "disable": None if progress else True}
-        deep = sum(tqdm(decoded, f"decode {images.modality}", n, **bar))
+        decoded = pool.map(_decode, files, out)  # raises what a thread raised, cancels the others
+        text = f"decode {images.modality}"
+        deep = sum(tqdm(decoded, text, len(files), unit="img", disable=hidden))
     if deep:
         log.warning(
             "%d of %d images of %s have more than 8 bits of grey: each is stretched from its "
             "percentile %d (black) to its percentile %d (white)",
-            *(deep, n, images.root, *PERCENTILES),
+            *(deep, len(files), images.root, *PERCENTILES),
         )
     return out
 
 
-def _decode(images: ImageList, index: int, out: np.ndarray) -> bool:
+def _decode(file: Path, out: np.ndarray) -> bool:
     """Decodes one image into `out` (H, W, 3); returns whether its grey was stretched."""
     height, width, _ = out.shape
-    file = images.root / images.paths[index]
     try:
         with Image.open(file, formats=FORMATS) as image:
             deep = image.mode.startswith(("I", "F"))  # which Pillow would clip at 255
             if deep:
                 counts = np.nan_to_num(np.asarray(image, dtype=np.float64))
                 black, white = np.percentile(counts, PERCENTILES)
-                grey = (counts - black) / max(white - black, np.finfo(float).tiny)
+                grey = (counts - black) / max(white - black, np.finfo(float).eps)
                 image = Image.fromarray(np.uint8(255 * grey.clip(0, 1)))
             image = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             out[:] = np.asarray(image)

@@ -25,7 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 def folder_images(folder: str | Path, modality: str) -> ImageList:
     """Lists the images in any folder and below it, by name; identities are unknown (-1).
 
-    An image is told by its suffix or its first bytes; hidden files and folders are passed over.
+    An image is told by its suffix or its first bytes; hidden files and folders are skipped.
     Logs how many files were taken, and which were not.
 
     Raises:
@@ -80,7 +80,7 @@ def read_text(root: Path, relative: str) -> str:
 
 def files_in(root: Path, folder: str) -> set[str]:
     """Returns the paths of a folder's files, hidden ones left out; none where it is not there."""
-    if not path_inside(root, folder).is_dir():
+    if not os.path.isdir(path_inside(root, folder)):  # False for too long a name as well
         return set()
     with os.scandir(root / folder) as entries:
         files = [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
@@ -93,7 +93,7 @@ def files_in(root: Path, folder: str) -> set[str]:
 def find_images(root: Path, pids: Iterable[int], cameras: Iterable[int], prefix: str) -> list[Item]:
     """Lists every image of these identities in these cameras: by identity, camera, then path.
 
-    Of camera 1 and identity 7 those in `prefix`1/0007/ and in `prefix`1/7/, if there.
+    Camera 1, identity 7: those of `prefix`1/0007/ and of `prefix`1/7/, whichever are there.
     """
     return [
         (path, pid, camera)
@@ -116,64 +116,65 @@ def read_ids(root: Path, name: str) -> set[int]:
         ) from error
 
 
-def read_list(
-    root: Path, name: str, *, modality: str, camid: int, folder: str | None = None
-) -> tuple[ImageList, np.ndarray]:
-    """Reads a list of RegDB or LLCM: lines of an image, a space and its label.
+def read_list(root: Path, name: str, folder: str | None = None) -> dict[str, tuple[int, int]]:
+    """Reads a list of RegDB or LLCM: lines of an image's path, a space and its label.
 
-    The images lie in `folder/<pid>/`; with None anywhere, and labels stand for the unknown
-    identities.
+    With a `folder`, images lie in `folder/<pid>/`; without, anywhere, and the label also serves as
+    the identity, which the list does not name.
 
     Returns:
-        The images, each of which is there and named once, and their labels, (n,) int64.
+        (pid, label) of each path; every path is a file in the data folder and listed once.
     """
     expected = f"expected `{f'{folder}/<pid>' if folder else '<folder>'}/<file> <label>`"
-    parent = rf"{folder}/([0-9]{{1,9}})" if folder else "(.+)"
+    parent = rf"{folder}/([0-9]{{1,9}})" if folder else "([^\0]+)"
     legal = re.compile(rf"\s*({parent}/[^/\\]+?)\s+([0-9]{{1,9}})\s*")
     listing = functools.cache(functools.partial(files_in, root))
-    items: dict[str, Item] = {}
-    labels = []
+    found: dict[str, tuple[int, int]] = {}
     for number, line in enumerate(read_text(root, name).split("\n"), start=1):
         if not line.strip():
             continue
-        found = legal.fullmatch(line)
-        if not found:
+        match = legal.fullmatch(line)
+        if not match:
             raise DataError(f"{name}:{number} of {root} is {line.strip()[:200]!r}; {expected}")
-        path, pid, label = found.groups()
+        path, pid, label = match.groups()
         if path not in listing(path.rpartition("/")[0]):
             raise DataError(
                 f"{name}:{number} names {path}, and there is no such file in {root}; is the data"
                 " set complete, and the list its own?"
             )
-        if path in items:
+        if path in found:
             raise DataError(f"{name}:{number} names {path} again; expected each image once")
-        items[path] = (path, int(pid if folder else label), camid)
-        labels.append(int(label))
-    if not labels:
+        found[path] = int(pid if folder else label), int(label)
+    if not found:
         raise DataError(f"{root / name} is empty; {expected} lines")
-    return image_list(root, list(items.values()), modality), np.array(labels, dtype=np.int64)
+    return found
 
 
 def paired_lists(
-    visible: tuple[ImageList, np.ndarray],
-    infrared: tuple[ImageList, np.ndarray],
+    root: Path,
+    names: tuple[str, str],
     description: str,
+    *,
+    folders: tuple[str | None, str | None] = (None, None),
+    camids: tuple[int, int] = (-1, -1),
 ) -> TrainSet:
-    """Joins what `read_list` returned for either modality: both number the same people.
+    """Reads a visible and an infrared list (see `read_list`) that label the same identities.
 
     Raises:
         DataError: A label stands for two identities, an identity for two labels, labels have gaps,
             or an identity lacks a modality.
     """
-    labels = np.concatenate([visible[1], infrared[1]])
-    numbered = np.stack([labels, np.concatenate([visible[0].pids, infrared[0].pids])], axis=1)
-    pairs = np.unique(numbered, axis=0).tolist()  # [label, pid], ascending
+    lists = [read_list(root, name, folder) for name, folder in zip(names, folders, strict=True)]
+    pairs = sorted({(label, pid) for one in lists for pid, label in one.values()})
     label_of = {pid: label for label, pid in pairs}
     for number, (label, pid) in enumerate(pairs):
         if label != number or label_of[pid] != label:
             raise DataError(
-                f"identity {pid} has label {label} in the lists of {visible[0].root}; expected one"
-                " label for each, 0, 1, ...: are all lists of one split, from one source?"
+                f"identity {pid} has label {label} in the lists of {root}; expected one label for"
+                " each, 0, 1, ... without gaps: are all lists of one split, from one source?"
             )
-    pids = np.array(list(label_of))
-    return TrainSet(visible[0], infrared[0], visible[1], infrared[1], pids, description)
+    visible, infrared = (
+        image_list(root, [(path, pid, camid) for path, (pid, _) in one.items()], modality)
+        for one, camid, modality in zip(lists, camids, ("visible", "infrared"), strict=True)
+    )
+    return TrainSet(visible, infrared, np.array(list(label_of)), description)

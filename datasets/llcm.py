@@ -15,7 +15,7 @@ from datasets.base import (
     drawn_gallery,
     seeded_draw,
 )
-from datasets.folders import find_images, paired_lists, read_ids, read_list
+from datasets.folders import find_images, paired_lists, read_ids
 from datasets.sysu_mm01 import Sysu
 
 CAMERAS = {"vis": (1, 2, 3, 4, 5, 6, 7, 8, 9), "nir": (1, 2, 4, 5, 6, 7, 8, 9)}
@@ -63,9 +63,7 @@ class Llcm(DataSet):
 
     def train(self, root: Path, trial: int) -> TrainSet:
         """Reads the two training lists."""
-        visible = read_list(root, "idx/train_vis.txt", modality="visible", camid=-1)
-        infrared = read_list(root, "idx/train_nir.txt", modality="infrared", camid=-1)
-        return paired_lists(visible, infrared, self.title)
+        return paired_lists(root, ("idx/train_vis.txt", "idx/train_nir.txt"), self.title)
 
     def describe(self, options: EvalOptions) -> str:
         """Returns direction and, where there are two, protocol in words."""

@@ -182,7 +182,7 @@ class Look:
     """What a camera does to every image it takes; pairs are ranges to draw from."""
 
     infrared: bool
-    tint: tuple[float, ...] = (1.0, 1.0, 1.0)
+    tint: tuple[float, ...] = (1.0,)  # factor of each channel, or of all
     background: tuple[float, float] = (0.15, 0.85)
     floor: float = 0.0  # darkest tone of a body: thermal images show warmth
     horizon: tuple[float, float] = (0.5, 0.8)  # in image heights
@@ -501,7 +501,7 @@ def render(
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = pixels ** rng.uniform(0.8, 1.25) * rng.uniform(*look.gain)  # gamma, gain
-    pixels = pixels * np.array(look.tint[: pixels.shape[2]], np.float32)
+    pixels = pixels * np.array(look.tint, np.float32)
     pixels += rng.uniform(*look.noise) * rng.standard_normal(pixels.shape, np.float32)
     pixels = (255 * np.clip(pixels, 0, 1)).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(pixels, (height, width, 3)).copy())

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.base import DataSet, ImageList, TrainSet
-from datasets.folders import paired_lists, read_list
+from datasets.folders import paired_lists
 
 
 class Regdb(DataSet):
@@ -37,10 +37,6 @@ class Regdb(DataSet):
         return people.visible, people.infrared
 
     def _split(self, root: Path, role: str, trial: int) -> TrainSet:
-        visible = f"idx/{role}_visible_{trial}.txt"
-        infrared = f"idx/{role}_thermal_{trial}.txt"
-        return paired_lists(
-            read_list(root, visible, modality="visible", camid=1, folder="Visible"),
-            read_list(root, infrared, modality="infrared", camid=2, folder="Thermal"),
-            f"{self.title} trial {trial}",
-        )
+        names = f"idx/{role}_visible_{trial}.txt", f"idx/{role}_thermal_{trial}.txt"
+        title = f"{self.title} trial {trial}"
+        return paired_lists(root, names, title, folders=("Visible", "Thermal"), camids=(1, 2))

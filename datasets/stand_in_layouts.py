@@ -37,6 +37,12 @@ class Settings:
     img_h: int | None = None  # largest height, pixels; None: the layout's
     img_w: int | None = None  # largest width
 
+    def __post_init__(self) -> None:
+        if self.layout == "sysu" and self.train_ids < 2:
+            raise ValueError(
+                "--train-ids 1: SYSU-MM01's layout takes 2, one of them for validation"
+            )
+
     @property
     def size(self) -> tuple[int, int]:
         """Largest height and width of an image, in pixels."""
@@ -140,21 +146,23 @@ def llcm(settings: Settings) -> tuple[Drawings, Lists]:
     """A few cameras see each identity, in turn; visible and infrared begin with another one."""
     drawings, lists = defaultdict(list), {}
     for role, pids in _roles(settings, LLCM_ROLES).items():
-        for modality, word in enumerate(LLCM_CAMERAS):
-            for pid in pids:
-                rng = np.random.default_rng((settings.seed, pid, 0, 4))
-                seen = np.roll(rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY], modality)
-                if word == "vis" and rng.random() < 0.5:
-                    seen[-1] = 3  # the camera without infrared images
+        for pid in pids:
+            rng = np.random.default_rng((settings.seed, pid, 0, 4))
+            seen = rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY]
+            cameras = {"vis": seen, "nir": np.roll(seen, 1)}
+            if rng.random() < 0.5:
+                cameras["vis"][-1] = 3  # the camera without infrared images
+            for word, own in cameras.items():
                 for number in range(1, settings.images_per_id + 1):
-                    camera = int(seen[(number - 1) % len(seen)])
+                    camera = int(own[(number - 1) % len(own)])
                     folder = f"test_{word}/cam{camera}" if role == "test" else word
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
-                    look = camera + modality * LLCM_INFRARED
+                    look = camera + (LLCM_INFRARED if word == "nir" else 0)
                     drawings[pid].append(Drawing(path, look, number))
-            if role != "val":  # there is none
+        if role != "val":  # there is none
+            lists[f"idx/{role}_id.txt"] = _comma_separated(pids)
+            for word in LLCM_CAMERAS:
                 lists[f"idx/{role}_{word}.txt"] = _numbered(pids, drawings, f"_{word}.jpg")
-                lists[f"idx/{role}_id.txt"] = _comma_separated(pids)
     return drawings, lists
 
 

@@ -47,7 +47,7 @@ class Sysu(DataSet):
     Training lists are identity-major, then camera, then file name; labels are the sorted training
     and validation pids renumbered from 0. Queries: all of camera 3, then all of camera 6.
 
-    Galleries are drawn by `seeded_draw`, or as the data set's authors drew them, `_official_draw`.
+    `seeded_draw` draws the galleries, or `_official_draw` takes the data set authors' own draws.
     """
 
     name = "sysu"
@@ -75,16 +75,17 @@ class Sysu(DataSet):
     def items(self, root: Path, role: str, trial: int) -> tuple[list[Item], list[Item]]:
         """Lists the images of the "train" (validation included), "val" or "test" identities."""
         pids = _train_pids(root) if role == "train" else sorted(_read_ids(root, role))
-        found = []
-        for modality, cameras in (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS)):
-            found.append(find_images(root, pids, cameras, "cam"))
-            lacking = set(pids) - {pid for _, pid, _ in found[-1]}
-            if lacking and role == "train":
+        visible = find_images(root, pids, VISIBLE_CAMERAS, "cam")
+        infrared = find_images(root, pids, INFRARED_CAMERAS, "cam")
+        sides = ("visible", VISIBLE_CAMERAS, visible), ("infrared", INFRARED_CAMERAS, infrared)
+        for modality, cameras, found in sides if role == "train" else ():
+            lacking = set(pids) - {pid for _, pid, _ in found}
+            if lacking:
                 raise DataError(
                     f"training identity {min(lacking)} has no {modality} image in the cameras"
                     f" {cameras} of {root}; expected images in both modalities"
                 )
-        return found[0], found[1]
+        return visible, infrared
 
     def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
         """Returns which training labels, (L,) bool, are the data set's validation identities."""
@@ -118,17 +119,16 @@ class Sysu(DataSet):
                 log.warning("%s has only some of the four caches; taking the jpgs", path)
             return None
         root = path.resolve()
-        pids, lists, labels = np.array(_train_pids(root)), [], []
+        pids, lists = np.array(_train_pids(root)), []
         for modality in ("visible", "infrared"):
-            own, (height, width) = _cached_labels(root, modality, len(pids))
+            labels, (height, width) = _cached_labels(root, modality, len(pids))
             if size not in (None, (height, width)):
                 text = "the caches in %s are %d x %d, --img_h x --img_w is %d x %d: taking the jpgs"
                 log.warning(text, path, height, width, *size)
                 return None
-            file, unknown = cache_files(root, modality)[0], np.full(len(own), -1)
-            lists.append(ImageList(root, (), pids[own], unknown, modality, cache=file))
-            labels.append(own)
-        return TrainSet(*lists, *labels, pids, f"{self.title} (caches, {height} x {width})")
+            file, unknown = cache_files(root, modality)[0], np.full(len(labels), -1)
+            lists.append(ImageList(root, (), pids[labels], unknown, modality, cache=file))
+        return TrainSet(*lists, pids, f"{self.title} (caches, {height} x {width})")
 
 
 def _read_ids(root: Path, role: str) -> set[int]:
@@ -163,7 +163,7 @@ def _read_official_draw(root: Path) -> dict[int, np.ndarray]:
 def _official_draw(
     cells: dict[int, np.ndarray], gallery: ImageList, trial: int, shots: int
 ) -> list[int]:
-    """Returns the first `shots` entries of each permutation's row `trial`: 1-based sorted files.
+    """Takes the first `shots` numbers of each permutation's row `trial`: 1-based sorted files.
 
     Cameras ascend, within a camera identities, within these the order is the permutation's.
 
@@ -176,9 +176,9 @@ def _official_draw(
         count = min(shots, len(rows))
         try:
             numbers = cells[camera][pid - 1][trial, :count].tolist()
-        except IndexError:  # no such identity or trial
-            numbers = []
-        legal = set(range(1, len(rows) + 1)).intersection(numbers)
+            legal = set(range(1, len(rows) + 1)).intersection(numbers)
+        except (IndexError, TypeError):  # no such identity or trial, or no numbers
+            numbers, legal = [], set()
         if len(legal) != count:
             raise DataError(
                 f"{gallery.root / OFFICIAL_DRAW} has {numbers} for camera {camera}, identity {pid},"
@@ -198,7 +198,7 @@ def cache_files(folder: Path, modality: str) -> tuple[Path, Path]:
 def _cached_labels(root: Path, modality: str, num_ids: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Checks one modality's cache; returns its (n,) int64 labels and its images' height and width.
 
-    Caches may be links to faster storage: no list names them, and loading runs nothing in them.
+    They may be links to faster storage: no list names them, and loading executes nothing.
     """
     files = cache_files(root, modality)
     try:

@@ -1,6 +1,6 @@
-"""What happens to a batch of images before the network sees it, on whatever device it lies.
+"""Augmentation and normalisation of whole batches, on the device that holds them.
 
-The random numbers come in from outside; each image of a batch has its own.
+The caller passes the random numbers, a column for each image.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,17 +57,16 @@ def augment(
     """
     images, pad = images_uint8, augmentation.pad
 
-    def replaced(row: Draw, probability: float, others: torch.Tensor) -> torch.Tensor:
-        chosen = _on(images, draws[row] < probability)
-        return torch.where(chosen[:, None, None, None], others, images)
+    def chosen(row: Draw, probability: float) -> torch.Tensor:  # (n, 1, 1, 1) bool
+        return _on(images_uint8, draws[row] < probability)[:, None, None, None]
 
     if modality == "visible" and augmentation.grey > 0:
-        images = replaced(Draw.GREY, augmentation.grey, _grey(images))
+        images = torch.where(chosen(Draw.GREY, augmentation.grey), _grey(images), images)
     if modality == "visible" and augmentation.channel_aug > 0:
-        one_channel = _one_channel(images, draws[Draw.CHANNEL])
-        images = replaced(Draw.EXCHANGE, augmentation.channel_aug, one_channel)
+        exchanged = _one_channel(images, draws[Draw.CHANNEL])
+        images = torch.where(chosen(Draw.EXCHANGE, augmentation.channel_aug), exchanged, images)
     images = _crop(images, pad, *(draws[[Draw.TOP, Draw.LEFT]] * (2 * pad + 1)).astype(int))
-    images = replaced(Draw.FLIP, augmentation.flip, images.flip(2))
+    images = torch.where(chosen(Draw.FLIP, augmentation.flip), images.flip(2), images)
     if augmentation.tone > 0:
         images = _tone(images, augmentation.tone * (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1))
     batch = normalize(images)

@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.plain import TERM_WEIGHTS  # noqa: E402
-from data_loader import EvalLoader, ImageCache  # noqa: E402
+from data_loader import EvalLoader  # noqa: E402
 from data_manager import data_name, train_set  # noqa: E402
+from datasets.decode import ImageCache  # noqa: E402
 from engine.checkpoints import open_network  # noqa: E402
 from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
 from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled  # noqa: E402

@@ -31,7 +31,7 @@ def evaluate(
     """Embeds queries and gallery, each image once, and scores them under their protocol.
 
     `net` is a `TwoStreamNet` on its device; `images` gives the pixels of an image list, such as a
-    `data_loader.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`, `rankings` of
+    `datasets.decode.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`, `rankings` of
     `RE_RANKINGS`, none where there is nothing to score; `amp` is autocast's precision, or None.
 
     Returns:

@@ -19,8 +19,9 @@ import torch
 
 import options
 import utils
-from data_loader import IdentitySampler, ImageCache, ImageStore, TrainLoader
+from data_loader import IdentitySampler, ImageStore, TrainLoader
 from data_manager import DATASETS, EvalSet, TrainSet, data_name, eval_set, train_set
+from datasets.decode import ImageCache
 from datasets.transforms import Augmentation
 from engine import devices, distributed, resume
 from engine.bank_init import fill_bank
@@ -180,8 +181,6 @@ class Run:
             infrared=ImageStore(images(train.infrared), self.device, resident=args.resident),
             sampler=sampler,
             augmentation=Augmentation(**augmentation),
-            seed=args.seed,
-            device=self.device,
             transform=transform,
             rank=distributed.rank(),
             world_size=distributed.size(),

@@ -4,8 +4,6 @@ Every list is read as training and evaluation will read it, so that what passes 
 Expected counts are the data set's own (`DataSet.expected`); of stand-in data none is expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,12 +25,13 @@ from data_manager import (
     eval_set,
     train_set,
 )
+from datasets.decode import FORMATS
 from datasets.folders import IMAGE_SUFFIXES
 from utils import read_json
 
 MIN_SIDE = 16  # pixels; a smaller image of a person is no use
 SHOWN = 8  # findings of a kind that are listed; the others are counted
-WIDTH = 64  # of what is counted, in the report
+WIDTH = 64  # of the report's first column
 
 
 class Findings:
@@ -78,14 +77,14 @@ class Findings:
 
 
 def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Findings:
-    """Looks the folder of one of `DATASETS` through."""
+    """Checks the folder of one of `DATASETS`."""
     data = DATASETS[dataset]
     findings = Findings(f"{data_name(dataset, data_path)} in {data_path}")
     trials, expected, marker = 10, data.expected, data_path / STAND_IN_MARKER
     if marker.exists():
         expected = {}
         try:
-            trials = min(read_json(marker, {"trials": int})["trials"], 10)
+            trials = min(max(1, read_json(marker, {"trials": int})["trials"]), 10)
         except ValueError as error:
             findings.problems.append(f"{error}: draw the data anew")
     root = findings.attempt(checked_folder, dataset, data_path)
@@ -96,7 +95,8 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
         files |= _check_split(findings, data, root, split, trials, expected)
     if open_images:
         for folder in data.folders:
-            files |= {p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES}
+            found = (p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            files |= {p for p in found if p.is_file() and not p.name.startswith(".")}
         _open_all(findings, sorted(files))
     return findings
 
@@ -127,7 +127,8 @@ def _check_split(
         found = findings.attempt(eval_set, data.name, root, **draws)
         if found is not None and data.gallery_draws > 1:
             what = f"test, {data.describe(EvalOptions(**options))}: queries, gallery"
-            numbers = len(found.query), max(map(len, found.gallery_trials))
+            queries = found.query_trials or (found.query.pids,)
+            numbers = max(map(len, queries)), max(map(len, found.gallery_trials))
             findings.count(what, numbers, expected.get(key))
     findings.several(
         sorted({*trained} & {*tested}),
@@ -143,7 +144,7 @@ def _open_all(findings: Findings, files: list[Path]) -> None:
 
     def look_at(path: Path) -> None:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 width, height = image.size
         except Exception as error:  # a damaged image makes Pillow raise nearly anything

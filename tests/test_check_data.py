@@ -9,6 +9,7 @@ from PIL import Image
 
 import reproduce
 import stand_in
+from data_manager import eval_set
 from reproduction.check_data import check
 
 SMALL = {"train_ids": 5, "test_ids": 3, "images_per_id": 2, "img_h": 40, "img_w": 20, "trials": 2}
@@ -129,6 +130,29 @@ def test_usual_mistakes_are_found_with_their_fix(drawn, name, capsys):
     assert findings.problems
     assert any(fix in problem for problem in findings.problems), findings.report()
     assert "need a look" in findings.report()
+
+
+@pytest.mark.parametrize("drawn", ["regdb"], indirect=True)
+def test_what_training_cannot_decode_is_found(drawn):
+    file = sorted(drawn.rglob("*.bmp"))[0]
+    Image.open(file).save(file, format="PPM")
+    assert "1 images cannot be read" in "".join(check("regdb", drawn).problems)
+
+
+@pytest.mark.parametrize("drawn", ["sysu"], indirect=True)
+def test_what_training_ignores_is_no_finding(drawn):
+    (drawn / "cam1/._0001.jpg").write_text("")
+    (drawn / "cam1/9999.jpg").mkdir()
+    assert not check("sysu", drawn).problems
+
+
+@pytest.mark.parametrize("drawn", ["llcm"], indirect=True)
+def test_queries_are_counted_as_a_trial_has_them(drawn):
+    settings = {"protocol": "repository", "trials": 2}
+    drawn_queries = eval_set("llcm", drawn, **settings).query_trials
+    report = check("llcm", drawn, open_images=False).report()
+    line = next(line for line in report.splitlines() if "repository's protocol" in line)
+    assert f"  {len(drawn_queries[0])} + " in line
 
 
 @pytest.mark.parametrize("drawn", ["llcm"], indirect=True)

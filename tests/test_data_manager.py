@@ -21,8 +21,8 @@ def test_regdb_training_lists_agree_with_the_files(tiny_regdb):
     assert train.pids.tolist() == list(REGDB_IDS["train"])
     assert train.num_ids == 6
     for images, labels, word, camera in (
-        (train.visible, train.visible_labels, "visible", 1),
-        (train.infrared, train.infrared_labels, "thermal", 2),
+        (train.visible, train.labels[0], "visible", 1),
+        (train.infrared, train.labels[1], "thermal", 2),
     ):
         lines = (tiny_regdb / f"idx/train_{word}_1.txt").read_text().splitlines()
         assert [f"{p} {k}" for p, k in zip(images.paths, labels, strict=True)] == lines
@@ -55,8 +55,8 @@ def test_regdb_fit_and_val_share_the_training_identities(tiny_regdb):
     assert fit.pids.tolist() == list(REGDB_IDS["train"][1:5])
     assert sorted(fit.visible.paths + val.query.paths) == sorted(full.visible.paths)
     assert sorted(fit.infrared.paths + val.gallery.paths) == sorted(full.infrared.paths)
-    assert fit.pids[fit.visible_labels].tolist() == fit.visible.pids.tolist()
-    assert fit.pids[fit.infrared_labels].tolist() == fit.infrared.pids.tolist()
+    assert fit.pids[fit.labels[0]].tolist() == fit.visible.pids.tolist()
+    assert fit.pids[fit.labels[1]].tolist() == fit.infrared.pids.tolist()
     assert "validation" in val.protocol
 
 
@@ -251,8 +251,8 @@ def test_take_twice_from_a_cache_composes_rows():
 def test_llcm_training_lists(tiny_llcm):
     train = train_set("llcm", tiny_llcm)
     for images, labels, word in (
-        (train.visible, train.visible_labels, "vis"),
-        (train.infrared, train.infrared_labels, "nir"),
+        (train.visible, train.labels[0], "vis"),
+        (train.infrared, train.labels[1], "nir"),
     ):
         lines = (tiny_llcm / f"idx/train_{word}.txt").read_text().splitlines()
         assert [f"{p} {k}" for p, k in zip(images.paths, labels, strict=True)] == lines
@@ -344,6 +344,8 @@ BAD_LLCM = {
     "dots": (edit(TRAIN, 2, "vis/../../x.jpg 0"), r"vis/../.. leads to .*outside"),
     "absolute": (edit(TRAIN, 2, "/etc/passwd 0"), r"/etc leads to .*outside"),
     "no folder": (edit(TRAIN, 2, "x.jpg 0"), SHAPE),
+    "null": (edit(TRAIN, 2, "vis\0/x.jpg 0"), SHAPE),
+    "too long": (edit(TRAIN, 2, f"{'x' * 5000}/x.jpg 0"), r"no such file"),
     "backslashes": (edit(TRAIN, 2, "vis\\20\\x.jpg 0"), SHAPE),
     "no such file": (edit(TRAIN, 2, "vis/0020/9.jpg 0"), r"no such file"),
     "twice": (edit(TRAIN, 2, "vis/0020/000.jpg 0"), r":2 names vis/0020/000.jpg again"),
@@ -415,7 +417,7 @@ def own(tmp_path, monkeypatch):
 def test_a_data_set_is_its_lists_of_images(own):
     train = train_set("own", own)
     assert train.pids.tolist() == [3, 5, 7]
-    assert train.visible_labels.tolist() == [2, 0, 1]
+    assert train.labels[0].tolist() == [2, 0, 1]
     assert train.infrared.paths[2] == "images/train_2_7.png"
     test = eval_set("own", own, direction="i2v")
     assert (test.query.pids.tolist(), test.gallery.pids.tolist()) == ([2], [1, 2])

@@ -71,8 +71,6 @@ def test_each_rank_loads_its_share_of_the_one_batch():
             infrared=stores[1],
             sampler=sampler,
             augmentation=settings,
-            seed=5,
-            device=torch.device("cpu"),
             rank=rank,
             world_size=world_size,
         )

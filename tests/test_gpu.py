@@ -243,8 +243,6 @@ def test_batches_are_the_cpu_s(resident):
             infrared=ImageStore(images[::-1].copy(), device, resident=resident),
             sampler=IdentitySampler(labels, labels, ids_per_batch=4, images_per_id=2, seed=0),
             augmentation=Augmentation(pad=2, grey=0.5, erase=0.5),
-            seed=0,
-            device=device,
         )
         epochs.append(list(loader.epoch(1)))
     for expected, ours in zip(*epochs, strict=True):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import pre_process_sysu
-from data_loader import load_images
 from data_manager import train_set
+from datasets.decode import load_images
 from pre_process_sysu import main
 
 SCRIPT = Path(pre_process_sysu.__file__)
@@ -36,13 +36,12 @@ def test_caches_equal_decoding_the_jpgs(tiny_sysu):
     plain = train_set("sysu", tiny_sysu)
     assert run(tiny_sysu) == 0
     cached = train_set("sysu", tiny_sysu)
-    for name in ("visible", "infrared"):
+    for side, name in enumerate(("visible", "infrared")):
         jpgs, cache = getattr(plain, name), getattr(cached, name)
         assert cache.cache is not None and cache.cache.parent == tiny_sysu
         expected = load_images(jpgs, height=16, width=8, progress=False)
         assert np.array_equal(load_images(cache, height=16, width=8), expected)
-        labels = getattr(cached, f"{name}_labels")
-        assert labels.tolist() == getattr(plain, f"{name}_labels").tolist()
+        assert cached.labels[side].tolist() == plain.labels[side].tolist()
     assert np.load(tiny_sysu / NAMES[1]).dtype == np.int64
     assert leftovers(tiny_sysu) == []
 

@@ -28,7 +28,8 @@ import options
 import train_HCT
 import train_MGMRA
 import utils
-from data_loader import ImageCache, ImageStore
+from data_loader import ImageStore
+from datasets.decode import ImageCache
 from engine import distributed, evaluate, fit
 from engine import train as engine_train
 from memory import LEVELS, MultiGranularityMemory

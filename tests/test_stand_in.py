@@ -368,6 +368,7 @@ def test_command_line_as_documented(tmp_path):
     ("--layout regdb --out x --test-ids 0", "--test-ids: expected a number above 0"),
     ("--layout regdb --out x --trials -1", "--trials: expected a number above 0"),
     ("--layout regdb --out x --seed -1", "expected non-negative integer"),
+    ("--layout sysu --out x --train-ids 1", "one of them for validation"),
     ("--layout regdb --out x --workres 1", "did you mean --workers?"),
 ])  # fmt: skip
 def test_command_line_refusals(line, message, tmp_path, monkeypatch, capsys):

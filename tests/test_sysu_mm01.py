@@ -45,8 +45,8 @@ def test_sysu_training_lists(tiny_sysu):
     counts = SYSU_COUNTS["train"] | SYSU_COUNTS["val"]
     assert train.pids.tolist() == [1, 2, 5, 9, 12, 20]
     for images, labels, cameras in (
-        (train.visible, train.visible_labels, (1, 2, 4, 5)),
-        (train.infrared, train.infrared_labels, (3, 6)),
+        (train.visible, train.labels[0], (1, 2, 4, 5)),
+        (train.infrared, train.labels[1], (3, 6)),
     ):
         expected = naive_items(counts, cameras)
         assert keys(images) == expected
@@ -60,7 +60,7 @@ def test_sysu_fit_leaves_the_validation_list_out(tiny_sysu):
     fit = train_set("sysu", tiny_sysu, subset="fit")
     assert fit.pids.tolist() == [1, 2, 5, 9]
     assert keys(fit.visible) == naive_items(SYSU_COUNTS["train"], (1, 2, 4, 5))
-    assert fit.pids[fit.infrared_labels].tolist() == fit.infrared.pids.tolist()
+    assert fit.pids[fit.labels[1]].tolist() == fit.infrared.pids.tolist()
     val = eval_set("sysu", tiny_sysu, subset="val", trials=2)
     assert set(val.query.pids) == {12, 20} == set(val.gallery.pids)
     with pytest.raises(
@@ -312,6 +312,7 @@ BAD_OFFICIAL = {
     "nan": (put([[np.nan, 2]] * 10), r"camera 1, identity 3"),
     "strings": (put("permutation"), r"camera 1, identity 3"),
     "few trials": (put([list(range(1, 13))] * 4), r"identity 3, trial 5"),
+    "three dimensions": (put(np.ones((10, 2, 2))), r"camera 1, identity 3, trial 1"),
     "empty": (put(np.zeros((0, 0))), r"identity 3, trial 1"),
     "few identities": (
         permutations(lambda c: np.array([[p[:5]] for p in c[:, 0]] + [[0]], dtype=object)[:6]),
@@ -358,7 +359,7 @@ def test_empty_query_and_gallery(tiny_sysu):
 
 def write_caches(root, size=(8, 4)):
     train = train_set("sysu", root, use_cache=False)
-    for word, labels in (("rgb", train.visible_labels), ("ir", train.infrared_labels)):
+    for word, labels in (("rgb", train.labels[0]), ("ir", train.labels[1])):
         numbers = np.arange(len(labels), dtype=np.uint8)[:, None, None, None]
         pixels = np.broadcast_to(numbers, (len(labels), *size, 3))
         np.save(root / f"train_{word}_resized_img.npy", pixels)
@@ -374,7 +375,7 @@ def test_caches_are_taken_as_they_are(tiny_sysu):
         assert images.paths == () and images.cache_rows is None and len(images) == len(expected)
         assert images.pids.tolist() == expected.pids.tolist()
         assert set(images.camids) == {-1} and images.modality == name
-    assert cached.visible_labels.tolist() == plain.visible_labels.tolist()
+    assert cached.labels[0].tolist() == plain.labels[0].tolist()
     assert cached.infrared.cache == tiny_sysu / "train_ir_resized_img.npy"
     assert cached.pids.tolist() == plain.pids.tolist()
     assert train_set("sysu", tiny_sysu, use_cache=False).visible.paths == plain.visible.paths
@@ -386,7 +387,7 @@ def test_fit_takes_rows_of_the_caches(tiny_sysu):
     plain = train_set("sysu", tiny_sysu, subset="fit", use_cache=False)
     full = train_set("sysu", tiny_sysu, use_cache=False)
     assert [full.visible.paths[i] for i in cached.visible.cache_rows] == list(plain.visible.paths)
-    assert cached.infrared_labels.tolist() == plain.infrared_labels.tolist()
+    assert cached.labels[1].tolist() == plain.labels[1].tolist()
     assert cached.pids.tolist() == [1, 2, 5, 9]
 
 

@@ -13,8 +13,10 @@ from scipy import sparse
 
 import stand_in
 import visualize
-from data_loader import EvalLoader, ImageCache
-from data_manager import DataError, EvalSet, ImageList, eval_set, folder_images
+from data_loader import EvalLoader
+from data_manager import DataError, EvalSet, ImageList, eval_set
+from datasets.decode import ImageCache
+from datasets.folders import folder_images
 from engine.evaluate import distances, embed
 from eval_metrics import eval_regdb
 from figures import charts, evaluation, image_grids
