@@ -2,9 +2,9 @@
 
     cmc, mAP, mINP = eval_sysu(distmat, q_pids, g_pids, q_camids, g_camids)
 
-All three follow from the ranks of the true matches, and a rank is the number of smaller distances
-in the row. So the values of a row are sorted (not its indices), and each true match is looked up
-among them. Gallery order matters only where a true match ties with another image.
+All three follow from the ranks of the true matches, and a rank is a count of smaller distances. So
+the values of a row are sorted, not its indices, and each true match is looked up among them. The
+gallery's order matters only in ties.
 """
 
 import os
@@ -33,7 +33,7 @@ CAMERA_RULES: dict[str, Callable[..., np.ndarray] | None] = {
     # LLCM: queries ignore images of their own identity by their own camera.
     "same": lambda q_pids, g_pids, q_camids, g_camids: (q_camids == g_camids) & (q_pids == g_pids),
 }
-COUNT_IMAGES = ("none",)  # rules whose CMC counts images, the others' counts identities
+COUNT_IMAGES = ("none",)  # rules whose CMC counts images; the others' counts identities
 
 
 def eval_sysu(
@@ -226,7 +226,7 @@ def _query_metrics(
 def _ranks(
     values: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (M,) how many of its row's values precede an entry, (M,) whether another may tie."""
+    """Returns (M,) how many values of an entry's row are smaller, (M,) whether one may be equal."""
     width = values.shape[1]
     wanted = values[rows, columns]  # (M,)
     ordered = np.sort(values, axis=1).ravel()  # (n * G,)

@@ -132,7 +132,7 @@ class WeightedRegularizedTripletLoss(nn.Module):
 
 
 def _softmax_over(mask: Tensor, score: Tensor) -> Tensor:
-    """Softmax of `score` (N, N) over the mask's ones; rows sum to just under 1, or are zero."""
+    """Softmax of `score` (N, N) over the ones of `mask`; rows sum to just under 1, or to 0."""
     peak = (score * mask).amax(dim=1, keepdim=True)
     weights = (score - peak).exp() * mask
     return weights / (weights.sum(dim=1, keepdim=True) + WEIGHT_EPSILON)
@@ -151,8 +151,8 @@ def identity_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 def part_alignment_loss(part_read: Tensor, order: Sequence[int]) -> Tensor:
     """Part alignment: mean squared difference of the part reads of two halves of the stripes.
 
-    Of the part bank's read of the map, (N, C, H, W), in a random `order` of the S stripes, fresh
-    each step: the first S // 2 stripes are compared with the next S // 2.
+    `order` is a random order of the S stripes, fresh each step: in it, the first S // 2 stripes of
+    the part read (N, C, H, W) are compared with the next S // 2.
 
     Raises:
         ValueError: When H does not divide into the stripes, or there are fewer than two.
@@ -199,8 +199,8 @@ class Criterion(nn.Module):
 
     Attributes:
         weights: The weight of each term in the total.
-        whole_batch_reads: Terms on ``memory_read`` that are no mean over rows: with several
-            processes they need the reads of all of them.
+        whole_batch_reads: Terms on ``memory_read`` that are not means over rows: with several
+            processes they need the reads of the whole batch.
     """
 
     whole_batch_reads: tuple[str, ...] = ("decorrelation",)

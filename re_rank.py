@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg, sparse
 
-ROWS = 256  # points or pairs of points treated at a time
-UNDECIDED = 32 * 2.0**-23  # float32 errors of a row's squared distances, in its largest ones
+ROWS = 256  # points, or pairs of points, per block
+UNDECIDED = 32 * 2.0**-23  # bound on a squared distance's float32 error, in the row's largest
 TIE_DECIMALS = 12  # float64 distances equal to so many decimals tie, whatever the order of sums
 
 
@@ -40,10 +40,10 @@ def k_reciprocal(
     if not 0 <= lambda_value <= 1:
         raise ValueError(f"lambda_value is {lambda_value}, expected 0..1")
     points, count = np.concatenate(_checked(q_feats, g_feats)), len(q_feats)  # (n, D)
-    # Moving and scaling them leaves the result as it is, and makes the errors of float32 small.
+    # Shifting and scaling all points changes no result, and keeps float32's errors small.
     points -= points[0]
     points *= 2.0 ** -np.frexp(max(points.max(), -points.min()))[1]
-    bounds = k1 + 1, round(k1 / 2) + 1, k2  # so many neighbours are used, with the point itself
+    bounds = k1 + 1, round(k1 / 2) + 1, k2  # neighbours in R(i, k1), R(j, k1 / 2), means
     near, distances = _neighbours(points, count, max(bounds) + 1)
     _decide(near, points, bounds)
     codes = _codes(near, points, bounds)  # (n, n)
@@ -97,7 +97,7 @@ def _neighbours(points: np.ndarray, count: int, size: int) -> tuple[Neighbours, 
     ids, near = np.empty((n, size), np.intp), np.empty((n, size), np.float32)
     farthest, between = np.empty(n, np.float32), np.empty((count, n - count), np.float32)
     for rows in _blocks(np.arange(count)) + _blocks(np.arange(count, n)):
-        others = slice(0 if rows[0] < count else count, n)  # the rest is known
+        others = slice(0 if rows[0] < count else count, n)  # the rest is known from the queries
         squared = (-2 * points[rows]) @ points[others].T
         squared += lengths[rows, None]
         squared += lengths[others]
@@ -128,9 +128,9 @@ def _nearest(squared: np.ndarray, size: int) -> np.ndarray:
 
 
 def _decide(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> None:
-    """Finds neighbours in float64 where float32 does not decide which are the first k.
+    """Orders neighbours anew, in place, in float64 where float32 leaves the first k undecided.
 
-    That is for a k in `bounds`; points are (n, D).
+    That is for any k of `bounds`; points are (n, D).
     """
     ids, squared, farthest = near
     undecided = np.zeros(len(ids), bool)

@@ -6,7 +6,7 @@
     python reproduce.py table --table regdb
 
 `check` verifies a data folder. `run` prints the commands behind a table and runs those whose
-results are missing; any flag of the training scripts may follow and reaches each that uses it.
+results are missing; any flag of the training scripts may follow: all that use it get it.
 When it is stopped, the same command resumes. `table` writes what is there as Markdown, LaTeX and
 CSV.
 """

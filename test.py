@@ -171,7 +171,7 @@ def over_checkpoints(per_checkpoint: list[Rows]) -> Rows:
 def write_results(
     output: Path, args: argparse.Namespace, results: list[Rows], device: torch.device
 ) -> None:
-    """Prints the table and writes results.json: the mean over checkpoints, of rows of each."""
+    """Prints the table; writes results.json: the means over checkpoints of each kind of row."""
     rows = over_checkpoints(results)
     sys.stdout.write(table(rows) + "\n")
     # The headline is what was asked for: re-ranked only where --re_rank says so.
@@ -208,7 +208,7 @@ def table(rows: Rows) -> str:
 
 
 def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path:
-    """A folder beside the checkpoint, named by the protocol and what differs from the training."""
+    """A folder beside the checkpoint, named by protocol and what differs from the training."""
     given = vars(args)
     if args.query_dir:
         words = ["search", args.query_dir.resolve().name, args.gallery_dir.resolve().name]
@@ -216,7 +216,7 @@ def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path
         words += ["i2v"] if args.direction == "i2v" else []
     else:
         data = DATASETS[args.dataset]
-        asked = dict.fromkeys(  # what the data set's protocols in this direction differ in
+        asked = dict.fromkeys(  # the options in which its protocols in this direction differ
             name
             for settings in data.protocols.values()
             if settings.get("direction", args.direction) == args.direction

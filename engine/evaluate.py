@@ -32,7 +32,7 @@ def evaluate(
 
     `net` is a `TwoStreamNet` on its device; `images` gives the pixels of an image list, such as a
     `datasets.decode.ImageCache`; `test_feats` are names of `TwoStreamNet.embed`, `rankings` of
-    `RE_RANKINGS`, none where there is nothing to score; `amp` is autocast's precision, or None.
+    `RE_RANKINGS`, none to embed without scoring; `amp` is autocast's precision, or None.
 
     Returns:
         The features, ``features[role][test_feat]`` (n, D) float32 with rows of norm 1; and a result
@@ -54,7 +54,7 @@ def evaluate(
 def score_kinds(
     eval_set: EvalSet, features: Features, rankings: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns a result (see `score`) for each kind of feature and ranking, which it names."""
+    """Scores each kind of feature by each ranking, which the results (see `score`) name."""
     own = {"tta": eval_set.tta}
     return [
         {**score(eval_set, query, features["gallery"][name], ranking), "test_feat": name, **own}

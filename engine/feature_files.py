@@ -36,12 +36,12 @@ def save_features(path: Path, protocol: EvalSet, features: Features, row: dict[s
 
 
 def read_features(path: str | Path, protocol: EvalSet) -> Features:
-    """Reads the features of a protocol's images from an .npz file that has them, and maybe others.
+    """Reads the features of a protocol's images from an .npz file, which may hold others too.
 
     Every float array (n, D) of the file is a kind of feature, by its name.
 
     Raises:
-        ValueError: The file is none such, names an image twice or lacks one; a feature is not
+        ValueError: The file has no such arrays, names an image twice or lacks one; a feature is not
             finite, or not of norm 1.
     """
     try:

@@ -16,13 +16,13 @@ from networks.settings import LEVELS
 
 LABEL_CHARACTERS = 40  # of a line in the legend of a column-wide figure
 MAX_CURVES = 7  # that can be told apart: the style file's colours and dashes
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # more, for an eighth curve of a log
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # a log may have more curves
 HISTOGRAM_BINS = 60
 
 
 @page.styled
 def cmc_curves(runs: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = "") -> Figure:
-    """Draws cumulative matching curves: of each run its name and its result, from `results.json`.
+    """Draws cumulative matching curves; `runs` are names and contents of ``results.json`` files.
 
     Raises:
         ValueError: Too many runs to tell apart.
@@ -58,8 +58,8 @@ def distance_histograms(
 ) -> Figure:
     """Draws distances across modalities, within and between identities, on one common x axis.
 
-    `panels` are by name ("before training", ...) the distances between images of the same identity
-    and those between different identities, one-dimensional.
+    `panels` maps a name ("before training", ...) to two one-dimensional arrays: distances between
+    images of the same identity, and between those of different ones.
     """
     everything = [values for pair in panels.values() for values in pair]
     least, most = min(map(np.min, everything)), max(map(np.max, everything))
@@ -90,7 +90,8 @@ def distance_histograms(
 def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figure:
     """Draws differences between methods, one panel a protocol, with their intervals.
 
-    `panels` hold by name what `reproduction.paired.differences` returns, at least one in some.
+    `panels` maps a protocol's name to the list of `reproduction.paired.differences`; not all are
+    empty.
     """
     names = list(dict.fromkeys(each.name for found in panels.values() for each in found))
     figure = Figure(figsize=(page.PAGE_WIDTH, 0.6 + 0.24 * len(names)), layout="constrained")
@@ -159,7 +160,7 @@ def training_curves(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figur
     losses = upper.subplots()
     keys = list(epochs[-1])
     terms = keys[keys.index("lr") + 1 : keys.index("total") + 1]
-    _plot(losses, epochs, dict(zip(terms, terms, strict=True)), "loss")
+    _plot(losses, epochs, {term: term for term in terms}, "loss")
     losses.set_yscale("log", nonpositive="mask")
     losses.yaxis.set_major_formatter("{x:g}")
     losses.yaxis.set_minor_formatter(LogFormatter())

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from figures import page
 from figures.prototypes import MODALITIES, PATCH_CELLS, Fired, Patches, alike
 
-NAME_CHARACTERS, NAME_LINES = 14, 4  # of a query's file name beside it, of a long one its end
+NAME_CHARACTERS, NAME_LINES = 14, 4  # of a query's name beside it; of a longer one its end
 # Heat over an image: colours that darken from yellow to red, and cover more the darker they are.
 HEAT_COLORS = matplotlib.colormaps["YlOrRd"](np.linspace(0.3, 1, 256))
 HEAT_COLORS[:, 3] = 0.8 * np.sqrt(np.linspace(0, 1, 256))
@@ -112,7 +112,8 @@ def addressing(
 ) -> Figure:
     """Draws where on each image the strongest prototypes of every granularity fire.
 
-    Colours go from 0 to the greatest weight of that level in the figure, which is written above it.
+    Each level has a colour scale of its own, from 0 to its greatest weight in the figure, which
+    stands above it.
     `images` are (n, H, W, 3) uint8, with `names` before them; the finest of `levels` comes first.
     """
     count = max(fired.numbers.shape[1] for fired in levels.values())

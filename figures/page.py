@@ -1,8 +1,8 @@
 """What every figure shares: style, heading, legend, grid of images, file.
 
 A figure is a PNG or a PDF in one style (`mgmra.mplstyle`): readable at print size, in greyscale and
-by colour-blind readers. Heading and legend stand outside the figure's own size: a file is cropped
-to what is drawn, so that neither is ever cut off. Nothing here touches pyplot's state.
+by colour-blind readers. Heading and legend lie outside the nominal figure size; a file is cropped
+to what is drawn, so nothing is cut off. Nothing here touches pyplot's state.
 """
 
 import textwrap
@@ -25,7 +25,7 @@ PAGE_HEIGHT = 8.6  # inches; longer grids get smaller images
 MAX_TILE = 0.7  # inches, the largest width of an image in a grid
 CHARACTERS, BOLD_CHARACTERS = 16, 12.5  # that fit into an inch
 GREY, BLUE, ORANGE = "#555555", "#0072B2", "#E69F00"  # blue is dark in greyscale, orange light
-HEADING = "heading"  # the id of its texts
+HEADING = "heading"  # gid of its texts, by which `save` finds them
 
 styled = matplotlib.rc_context(fname=STYLE)  # decorates what makes a figure
 

@@ -30,7 +30,7 @@ class Fired(NamedTuple):
 class Patches(NamedTuple):
     """The image patches that address one prototype most, best first, by modality."""
 
-    name: str  # a few words in lines
+    name: str  # beside the row, three lines
     patches: Mapping[str, np.ndarray]  # (a, p, p, 3) uint8, the position in the middle
     weights: Mapping[str, np.ndarray]  # (a,) the prototype's weights in those positions' reads
 
@@ -42,7 +42,7 @@ def addressing_weights(
     """Reads the memory at every position of the maps of n images, batches of (b, 3, H, W).
 
     Returns:
-        By level the addressing weights (n*h*w positions, prototypes); (h, w).
+        The addressing weights of each level, (n*h*w, m) sparse; the size (h, w) of the maps.
 
     Raises:
         ValueError: The network has no memory.
@@ -81,9 +81,9 @@ def fired(weights: sparse.csr_matrix, shape: tuple[int, int], top: int) -> Fired
 def best_positions(
     weights: sparse.csc_matrix, number: int, positions: int, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where a prototype is addressed most, at most once per image: rows and their weights.
+    """Returns the rows where a prototype is addressed most, at most one per image, and the weights.
 
-    Weights are (n * positions of an image, prototypes). Best first, the first ones of those alike.
+    `weights` are (n * positions, m). Best first, ties in the order of rows.
     """
     column = weights[:, [number]].tocoo()
     order = np.argsort(-column.data, kind="stable")
@@ -115,8 +115,8 @@ def prototype_patches(
 ) -> list[Patches]:
     """Returns `count` most addressed prototypes with the `top` patches of each modality for them.
 
-    `weights` are by modality the `level`'s from `addressing_weights`, of `images` (n, H, W, 3)
-    uint8 with maps of `shape` (h, w).
+    `weights` maps a modality to the `level`'s weights of its `images` (n, H, W, 3) uint8, see
+    `addressing_weights`; the maps are of `shape` (h, w).
 
     Raises:
         ValueError: Nothing of the level is ever read.

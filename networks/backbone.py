@@ -49,7 +49,7 @@ class NonLocal(nn.Module):
 
 
 class Stage(nn.Module):
-    """One residual stage: its blocks, the last of them followed by non-local blocks."""
+    """One residual stage; each of its last `num_non_local` blocks has a non-local one behind it."""
 
     def __init__(self, blocks: nn.Sequential, channels: int, num_non_local: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def _load(resnet: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
 
 
 class Trunk(nn.Sequential):
-    """Stages in a row. `--compile` compiles this `forward` as one graph; not nn.Sequential's."""
+    """Stages in a row. `--compile` makes one graph of this `forward`; not of nn.Sequential's."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images, or the map of the stages before."""

@@ -49,8 +49,8 @@ NUMPY_TYPES = [
 def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep: Path | None = None) -> None:
     """Saves a checkpoint atomically, with `keep` as `utils.write_atomic` takes it.
 
-    `content` has ``net`` and perhaps ``generators``, dictionaries of tensors; perhaps
-    ``optimizer``, its `state_dict`; all else is plain values.
+    `content` has ``net``, a dictionary of tensors; it may have ``generators``, another one, and
+    ``optimizer``, a state dict. All else is plain JSON values.
 
     Raises:
         OSError: It cannot be written (disk full, read-only, ...).
@@ -63,7 +63,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any], *, keep: Path | None
         tensors["optimizer"] = {k: v for k, v in state.items() if torch.is_tensor(v)}
         plain = {k: v for k, v in state.items() if not torch.is_tensor(v)}
         about["optimizer"] = {**content["optimizer"], "state": plain}
-    stored = io.BytesIO()  # given a file, torch.save hides its errors and signals behind its own
+    stored = io.BytesIO()  # into a file, torch.save replaces errors and signals by its own
     torch.save({"format": FORMAT, "about": json.dumps(about), **tensors}, stored)
     try:
         write_atomic(path, lambda stream: stream.write(stored.getbuffer()), keep=keep)

@@ -21,7 +21,7 @@ class MemoryHealth:
     def __init__(self) -> None:
         # By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
         self.counters: dict[str, Tensor] = {}
-        self.used: dict[str, Tensor] = {}  # (m,) float32: reads each prototype survived in
+        self.used: dict[str, Tensor] = {}  # (m,) float32: how many reads each prototype survived
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor | Survivors]) -> None:

@@ -13,7 +13,7 @@ from networks.settings import INSTANCES_PER_ID, PARTS_PER_INSTANCE
 
 log = logging.getLogger(__name__)
 
-RENAMED = (  # how a released name begins, and how ours does
+RENAMED = (  # how a released name begins, and what replaces that
     (r"visible_module\.visible\.(conv1|bn1)\.", r"visible.stem.\1."),
     (r"visible_module\.visible\.layer(\d)\.", r"visible.layer\1.blocks."),
     (r"thermal_module\.thermal\.(conv1|bn1)\.", r"infrared.stem.\1."),
@@ -32,7 +32,8 @@ RENAMED = (  # how a released name begins, and how ours does
 def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Starts a network from another one's weights: every entry of the same name and shape.
 
-    Classifiers and memories of another number of identities stay as they are; the log names them.
+    Classifiers and memories for another number of identities keep their random start; the log names
+    them.
     `state` has this project's names, or an earlier release's; `origin` is its file, for messages.
 
     Raises:

@@ -1,6 +1,6 @@
 """The sums of `sparse_read` on CUDA, as Triton kernels: one program for a group of survivors.
 
-What comes after the last group is never touched, however long the lists are. Sums are float32.
+Spare entries, which follow the last group, are never read. Sums are float32.
 Letters in shapes: see `sparse_read`.
 """
 

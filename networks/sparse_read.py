@@ -1,15 +1,15 @@
-"""The read of a large bank at the cost of the prototypes that survive the threshold.
+"""A faster read of large banks: sums and gradients touch only prototypes above the threshold.
 
 With M = 6,180 part prototypes and lambda = 0.0025 at most 400 weights of a query survive, usually a
 handful. The scores of all prototypes are needed to find them; the weighted sums and all gradients
 then gather the survivors' rows alone. Values and gradients equal those of the plain form in
 `memory.plain_read`, which `tests/test_sparse_read.py` checks.
 
-In training on CUDA nothing waits for the number of survivors: their lists are as long as they can
-get at most, 1 / lambda a query, and end with spare entries, which no sum touches.
+In training on CUDA the number of survivors is never waited for: their lists have the greatest
+length there can be, 1 / lambda per query, and end with spare entries, which no sum touches.
 
 Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together and
-spare entries. A prototype is addressed by its key, and read as it stands in the bank.
+spare entries. A prototype is addressed by its key; what is read is the prototype itself.
 """
 
 import functools
@@ -24,14 +24,14 @@ from torch.autograd.function import once_differentiable
 log = logging.getLogger(__name__)
 
 SCORES_AT_A_TIME = 1 << 21  # on the CPU, 8 MiB in float32: stays within its cache
-# The least m * lambda: below 2 half of a bank or more may survive. A GPU multiplies faster than it
-# gathers, and its lists are as long as they can get.
+# The least m * lambda for which this form is faster: below 2 half of a bank or more may survive. A
+# GPU multiplies faster than it gathers, and its lists have their greatest length.
 MIN_SURVIVAL_ODDS = {"cpu": 2.0, "cuda": 8.0}
-HALF_ROWS = ("cuda",)  # where rows are gathered in autocast's precision too
+HALF_ROWS = ("cuda",)  # devices that gather rows in autocast's precision too
 
 
 class Survivors(NamedTuple):
-    """The weights above the threshold, ordered by query; rest zero."""
+    """The nonzero weights of a read, ordered by query."""
 
     rows: Tensor  # (k,) int32, query of each; n in spare entries, which come last
     columns: Tensor  # (k,) int32, prototype of each; m in spare entries
@@ -48,7 +48,7 @@ class Survivors(NamedTuple):
 def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
     """Whether `sparse_read` is the faster form: where few prototypes can survive.
 
-    float64 takes the plain form, which has second derivatives.
+    float64 takes the plain form: the sums here are float32 and have no second derivatives.
     """
     device = queries.device.type
     few = len(bank) * shrink >= MIN_SURVIVAL_ODDS.get(device, torch.inf)
@@ -73,7 +73,8 @@ def sparse_read(
     """Reads a bank (m, C), addressed by its keys (m, C), with queries (n, C); see `memory.read`.
 
     Under autocast the scores are computed in its type, and on CUDA the rows gathered in it.
-    `bounded` waits for no device and leaves spare entries; None: in training on CUDA.
+    `bounded` makes lists of the greatest length there can be, so that nothing waits for the device;
+    None: in training on CUDA.
     """
     device = queries.device.type
     if bounded is None:
@@ -136,7 +137,7 @@ class _WeightedSums(torch.autograd.Function):
         grad = grad.contiguous()
         # d value / d weight: products of the gradient's rows with the survivors' prototypes.
         grad_alpha = products(grad, bank, rows, columns, offsets)
-        # Softmax over the survivors of each row; the mean of grad_alpha is a product of rows too.
+        # Softmax backward over each row's survivors; grad_alpha's weighted mean is grad . value.
         mean = F.pad((grad * values).sum(dim=1, dtype=torch.float32), (0, 1))  # (n + 1,)
         grad_scores = alpha * (grad_alpha - mean[rows])
         # The same survivors, ordered by prototype.

@@ -18,7 +18,7 @@ from networks.settings import VARIANTS
 from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # of the scripts
-# Of a data set: the methods under all its protocols.
+# A data set's name: all methods under all its protocols.
 TABLES = (*DATASETS, "ablation", "memory", "study", "continued", "unseen")
 # Options that the tables themselves decide: they cannot follow on the command line.
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "re_rank")
@@ -302,11 +302,18 @@ def plan(
 ) -> tuple[list[Step], list[Row]]:
     """Returns the commands behind one of `TABLES`, each training before its evaluations; its rows.
 
-    Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
-    splits, each with a training, or gallery draws; options in `extra` go to every training and
-    evaluation that has a use for them. Tables in `SEEDED` train once a seed, from 1 to `trials`,
-    and evaluate with the usual number of draws. `unseen`: data sets on which the table of this name
-    evaluates, with their folders; None takes a default: all others, and their usual folders.
+    Trainings that mean the same share a folder in `runs`, and so do evaluations.
+
+    Args:
+        table: One of `TABLES`.
+        dataset: What is trained on.
+        runs: Folder of all runs.
+        trials: RegDB's splits, with a training each; of other data sets gallery draws for one
+            training; of tables in `SEEDED` trainings with the seeds 1 to `trials`, evaluated on the
+            usual number of draws.
+        extra: Options for every training and evaluation that uses them.
+        unseen: Data sets on which the table of this name evaluates, and their folders, None for the
+            usual one; without any, all others.
     """
     if table in SEEDED and "seed" in extra:
         raise ValueError("--seed is decided by the table; leave it out")
@@ -339,7 +346,7 @@ def plan(
         for target, protocol, where in evaluations(table, setting, dataset, unseen or {}):
             asked = {**DATASETS[target].protocols[protocol], **setting.test}
             about = {**test_extra, **asked, "dataset": target, **where, **draws}
-            about = {name: value for name, value in about.items() if value is not None}
+            about = {k: v for k, v in about.items() if v is not None}  # None: the usual folder
             words = [*([] if target == dataset else [target]), *map(str, asked.values())]
             for checkpoint in ("last",) if setting.test or table in SEEDED else ("last", "best"):
                 name = "_".join([*words, checkpoint])
@@ -356,7 +363,7 @@ def plan(
 
 
 def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
-    """Returns the evaluations of the rows that hold all texts, and their trainings."""
+    """Returns the evaluations of rows whose title holds all texts, and the trainings they need."""
     folders: set[Path] = set()
     for row in rows:
         title = f"{row.dataset} {row.protocol} {row.setting.group} {row.setting.name}"

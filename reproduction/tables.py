@@ -64,10 +64,10 @@ def measure(row: Row) -> Result:
     for number, file in enumerate(row.files, start=1):
         if file.exists():
             read.append(_read_result(file, row))
-            # A file of its own is a trial, whatever gallery draws it is a mean of.
+            # One file per trial: its mean over gallery draws is that trial's number.
             own = read[-1]["per_trial"] if row.trials > len(row.files) else [read[-1]]
             found |= dict(enumerate(own, start=number))
-    wanted = range(1, row.trials + 1)  # a file may hold more, of a run with more of them
+    wanted = range(1, row.trials + 1)  # a file may hold more trials
     missing = [trial for trial in wanted if trial not in found]
     found = {trial: {m: own[m] for m in METRICS} for trial, own in found.items()}
     mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
@@ -136,8 +136,8 @@ def arrange(title: str, results: Sequence[Result]) -> list[Table]:
     tables = [_results_table(caption, own) for own in kinds.values()]
     if not any(result.row.setting.group for result in results):  # ablations compare with themselves
         ours = {result.row.setting.published for result in results}
-        first = {result.row.protocol: result.row for result in results}
-        tables += [_published_table(row, ours) for row in first.values()]
+        protocols = {result.row.protocol: result.row for result in results}
+        tables += [_published_table(row, ours) for row in protocols.values()]
     tables.append(_health_table(caption, [result.row for result in results]))
     return [table for table in tables if table.rows]
 
