@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import options
 from data_manager import DATASETS
@@ -109,20 +110,20 @@ def table_command(args: argparse.Namespace) -> None:
 
 def _compared(results: Sequence[tables.Result], path: Path) -> list[tables.Table]:
     """Draws the study's differences in mAP to the control; returns tables of all differences."""
-    protocols: dict[str, list[tables.Result]] = {}
+    groups: dict[Any, list[tables.Result]] = {}
     for result in results:
-        protocols.setdefault(result.row.protocol, []).append(result)
-    control = REFERENCES[1]
+        groups.setdefault((result.row.protocol, result.row.setting.references), []).append(result)
     panels = {
-        own[0].row.title.split(", ", 1)[1]: paired.differences(own, control, "mAP")
-        for own in protocols.values()
+        own[0].row.words: paired.differences(own, references[1], "mAP")
+        for (_, references), own in groups.items()
+        if references == REFERENCES
     }
     if any(panels.values()):
         from figures import charts, page  # matplotlib takes a second to import
 
         title = "What each row gains over the control, in points of mAP"
         page.save(charts.differences(panels, title=title), path)
-    return [paired.paired_table(own, REFERENCES) for own in protocols.values()]
+    return [paired.paired_table(own, references) for (_, references), own in groups.items()]
 
 
 def build_parser() -> options.Parser:

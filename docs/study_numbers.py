@@ -18,7 +18,7 @@ from eval_metrics import METRICS, mean_and_std  # noqa: E402
 from figures import charts, page  # noqa: E402
 from networks.settings import HEALTH, LEVELS  # noqa: E402
 from reproduction.paired import differences, paired_table  # noqa: E402
-from reproduction.plan import REFERENCES, STUDY_SPLITS, Row, plan  # noqa: E402
+from reproduction.plan import AGW_REFERENCES, REFERENCES, STUDY_SPLITS, Row, plan  # noqa: E402
 from reproduction.tables import Result  # noqa: E402
 
 NUMBERS = ROOT / "docs/study.csv"
@@ -98,16 +98,19 @@ def main() -> int:
     panels = {}
     for name, words in PANELS.items():
         for direction in ("v2i", "i2v"):
-            own = results(lines, name, direction)
-            text = replace_block(text, f"{name} {direction}", results_table(own))
-            if direction == "v2i":
-                of_hct = [r for r in own if "method" not in r.row.setting.train]  # AGW is another
-                panels[words] = differences(of_hct, REFERENCES[1], "mAP")
+            for block, references in (("", REFERENCES), ("agw ", AGW_REFERENCES)):
+                own = results(lines, name, direction)
+                own = [each for each in own if each.row.setting.references == references]
+                text = replace_block(text, f"{name} {block}{direction}", results_table(own))
+                if (block, direction) == ("", "v2i"):
+                    panels[words] = differences(own, references[1], "mAP")
     for block, table_name, direction in (
         *((name, "continued", name) for name in UNSEEN),
         (f"sysu {SYSU}", "sysu", SYSU),
     ):
-        text = replace_block(text, block, results_table(results(lines, table_name, direction)))
+        own = results(lines, table_name, direction)
+        own = [each for each in own if each.row.setting.references == REFERENCES]
+        text = replace_block(text, block, results_table(own))
     PAGE.write_text(replace_block(text, "health", health_table(lines)))
     title = "What each row gains over the control, in points of mAP (visible to infrared)"
     page.save(charts.differences(panels, title=title), FIGURE)
@@ -115,8 +118,9 @@ def main() -> int:
 
 
 def results_table(own: list[Result]) -> str:
-    """Rank-1 and mAP of each row, and its paired differences to the references."""
-    paired = {row[0]: row[2:] for row in paired_table(own, REFERENCES).rows}
+    """Rank-1 and mAP of each row, and its paired differences to their references."""
+    references = own[0].row.setting.references
+    paired = {row[0]: row[2:] for row in paired_table(own, references).rows}
     cells = []
     for result in (result for result in own if result.per_trial):
         name = result.row.setting.name
@@ -126,8 +130,10 @@ def results_table(own: list[Result]) -> str:
             numbers = [f"{a} ± {b}" for a, b in zip(numbers, spread, strict=True)]
         gained = [cell.replace("+-", "±") for cell in paired.get(name, ("-",) * 4)]
         cells.append([name, str(len(result.per_trial)), *numbers, *gained])
-    header = ["method", "splits", "Rank-1", "mAP", "Rank-1 - HCT", "mAP - HCT"]
-    return table([*header, "Rank-1 - control", "mAP - control"], cells)
+    header = ["method", "splits", "Rank-1", "mAP"]
+    for reference in (references[0], "control"):
+        header += [f"Rank-1 - {reference}", f"mAP - {reference}"]
+    return table(header, cells)
 
 
 def health_table(lines: list[dict[str, str]]) -> str:

@@ -95,7 +95,7 @@ def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figu
     """
     names = list(dict.fromkeys(each.name for found in panels.values() for each in found))
     figure = Figure(figsize=(page.PAGE_WIDTH, 0.6 + 0.24 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for chart, (panel, found) in zip(axes, panels.items(), strict=True):
         chart.axvline(0, color=page.GREY, linewidth=0.8)
         for each in found:
@@ -106,6 +106,7 @@ def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figu
         chart.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     note = "Circles: single splits. Diamonds: their mean, from three on with its 95 % interval."
+    note += " The scales differ." if len(panels) > 1 else ""
     page.add_heading(figure, title, note)
     return figure
 

@@ -49,7 +49,7 @@ def differences(results: Sequence[Result], reference: str, metric: str) -> list[
 
 
 def paired_table(results: Sequence[Result], references: Sequence[str]) -> Table:
-    """Lays out the differences of one protocol's rows to each reference."""
+    """Lays out the differences of one protocol's rows to each reference, which is one of them."""
     columns: dict[str, dict[str, Difference]] = {}
     for reference in references:
         for metric, title in (("rank1", "Rank-1"), ("mAP", "mAP")):
@@ -65,5 +65,5 @@ def paired_table(results: Sequence[Result], references: Sequence[str]) -> Table:
         "Differences in points on the same splits and seeds: mean +- half the width of its "
         f"{LEVEL:.0%} interval (Student's t)."
     )
-    title = f"{results[0].row.title}, split by split"
+    title = f"{results[0].row.title}, split by split, {references[0]}"
     return Table(title, caption, ["method", "splits", *columns], rows)

@@ -43,6 +43,11 @@ class Setting:
     group: str = ""  # what an ablation varies
     published: str | None = None  # method of ``published.csv`` whose numbers stand beside
 
+    @property
+    def references(self) -> tuple[str, str]:
+        """Rows to compare a study's row with: its baseline, and that with the memory branch."""
+        return AGW_REFERENCES if "method" in self.train else REFERENCES
+
 
 METHODS = (
     Setting("HCT", "train_HCT.py", published="HCT"),
@@ -109,6 +114,7 @@ ABLATIONS: dict[str, dict[str, Options]] = {
 # What each part of the memory is worth: split t is trained with seed t in every row, so that rows
 # are compared split by split, to the references above all.
 REFERENCES = ("HCT", "control: memory branch, no memory")
+AGW_REFERENCES = ("AGW", "AGW, memory branch, no memory")
 STUDY = (
     Setting(REFERENCES[0], "train_HCT.py"),
     Setting(REFERENCES[1], train={"memory-levels": "none"}),
@@ -117,8 +123,8 @@ STUDY = (
     Setting("MG-MRA, threshold 1 / m", train={"shrink": "auto"}),
     Setting("MG-MRA, cosine, 3 / m", train=COSINE),
     Setting("MG-MRA, cosine, 3 / m, features", train=FEATURES),
-    Setting("AGW", "train_HCT.py", {"method": "agw"}),
-    Setting("AGW, memory branch, no memory", train={"method": "agw", "memory-levels": "none"}),
+    Setting(AGW_REFERENCES[0], "train_HCT.py", {"method": "agw"}),
+    Setting(AGW_REFERENCES[1], train={"method": "agw", "memory-levels": "none"}),
     Setting("AGW, cosine, 3 / m, features", train={"method": "agw", **FEATURES}),
 )
 STUDY_SPLITS = 5
@@ -200,10 +206,15 @@ class Row:
         return self.setting.test.get("re_rank", "no")
 
     @property
+    def words(self) -> str:
+        """The protocol in words."""
+        data = DATASETS[self.dataset]
+        return data.describe(EvalOptions(**data.protocols[self.protocol]))
+
+    @property
     def title(self) -> str:
         """Data set and protocol in a heading."""
-        data = DATASETS[self.dataset]
-        return f"{data.title}, {data.describe(EvalOptions(**data.protocols[self.protocol]))}"
+        return f"{DATASETS[self.dataset].title}, {self.words}"
 
 
 @dataclass(frozen=True)
