@@ -5,6 +5,7 @@ channels, ``L`` training identities. The last map of an image of H x W pixels is
 """
 
 import copy
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -120,9 +121,9 @@ class TwoStreamNet(nn.Module):
         }
         memory = MEMORIES.get(memory, memory)
         if isinstance(memory, type):
-            single = issubclass(memory, SingleGranularityMemory)
-            single = single and not issubclass(memory, MultiGranularityMemory)
-            variant = {} if single else {"variant": memory_variant}
+            takes_one = "variant" in inspect.signature(memory).parameters
+            takes_one = takes_one or issubclass(memory, MultiGranularityMemory)
+            variant = {"variant": memory_variant} if takes_one else {}
             memory = memory(memory_ids or num_ids, dim=self.dim, **memory_settings, **variant)
         self.memory = None if memory_levels == "none" else memory
         self.memory_neck = None

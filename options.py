@@ -127,7 +127,7 @@ BANK_INIT = "first prototypes: random, or each a feature of its identity's train
 READ = "granularity whose read is added; none: a control without memory (default: the coarsest)"
 PRESET = "values of flags not given (default: the data set's); if named, wins over --method agw's"
 MILESTONES = "--schedule step: epochs, counted from 0, at which the rate is divided by 10"
-RESUME = "checkpoint to resume from; without a value: last.pt of the output folder, if any"
+RESUME = "checkpoint, or folder of last.pt, to resume; without a value: the run's own, if any"
 RESIDENT = "training images on the GPU: only where small against its memory (auto), on or off"
 SELECT = "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training"
 AUTOCAST = "run the network in bf16 or fp16; without a value, or auto: bf16 if the GPU has it"
@@ -537,15 +537,16 @@ def _differing(args: argparse.Namespace, sources: Mapping[str, str]) -> dict[str
 
 def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     """Returns what tells a run's name from that without other flags: "_seed3_lr0.05", or ""."""
-    chosen = {"dataset": args.dataset, "method": args.method, "pcb": args.pcb}
-    words = []
-    if args.preset != args.dataset:
-        chosen["preset"], words = args.preset, [f"_{args.preset}"]
+    chosen = {name: getattr(args, name) for name in ("dataset", "method", "pcb", "memory_levels")}
+    chosen["preset"] = None if args.preset == args.dataset else args.preset
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    words = [f"_{chosen['preset']}"] if "preset" in chosen else []
     usual = vars(resolve(train_parser("").parse_args(flags_of(chosen)))[0])
+    usual["memory_levels"] = None  # named, but the loss weights that follow from it are not
     named = [k for k in sources if k not in (*UNNAMED, *INCIDENTAL)]
     for name in sorted(named, key=lambda name: name != "seed"):
         value = getattr(args, name)
-        if sources[name] in ("flag", "--options") and value != usual[name]:
+        if value != usual[name]:
             words.append(f"_{name.replace('_', '-')}{'' if value is True else _words(value)}")
     text = re.sub(r"[^\w.+-]", "-", "".join(words))
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"

@@ -266,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "resume" in args:
             if not args.resume:
                 raise ValueError("name the checkpoint to draw from: --resume PATH")
-            resume = find_checkpoint(args.resume, args.model_path)
-            args.resume = resume.replace("{trial}", str(args.trial or 1))
+            resume = args.resume.replace("{trial}", str(args.trial or 1))
+            args.resume = find_checkpoint(resume, args.model_path)
             args = options.resolve_evaluation(args, TrainedOn.read(args.resume).defaults)
         source = Path(vars(args).get("run") or vars(args).get("resume") or args.results[0])
         out = args.out or (source if source.is_dir() else source.parent) / f"{args.figure}.png"

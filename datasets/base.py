@@ -58,7 +58,7 @@ class TrainSet:
     """Training images of both modalities with shared labels 0..L-1.
 
     Raises:
-        DataError: A label has no image of a modality.
+        DataError: A label has no image of a modality, or an image no label.
     """
 
     visible: ImageList
@@ -68,6 +68,12 @@ class TrainSet:
 
     def __post_init__(self) -> None:
         for images in (self.visible, self.infrared):
+            unknown = np.setdiff1d(images.pids, self.pids)
+            if len(unknown):
+                raise DataError(
+                    f"a {images.modality} training image of {images.root} is of identity"
+                    f" {unknown[0]}, which has no label; expected one of `pids`"
+                )
             lacking = np.setdiff1d(self.pids, images.pids)
             if len(lacking):
                 raise DataError(

@@ -6,6 +6,7 @@ visible first, identities in the sampler's order.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -38,11 +39,13 @@ def processes(gpu: str | None) -> Iterator[torch.device]:
     """Joins the process group if ``torchrun`` started this process, and leaves it at the end.
 
     Yields this process's device: that of ``--gpu``, and under torchrun the CUDA device of its local
-    rank (NCCL), or the CPU (gloo).
+    rank (NCCL), or the CPU (gloo). Other ranks than 0 log errors alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield resolve_device(gpu)
         return
+    if os.environ["RANK"] != "0":
+        logging.getLogger().setLevel(logging.ERROR)
     device = resolve_device(gpu, local_rank=os.environ["LOCAL_RANK"])
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)

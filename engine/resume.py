@@ -44,6 +44,7 @@ def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] |
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
         return None
     path = Path(given or files.checkpoint(LAST))
+    path = path / LAST if path.is_dir() else path
     try:
         path = Path(find_checkpoint(path, *([folder] if given else [])))
         content = load_checkpoint(path)

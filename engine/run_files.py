@@ -1,6 +1,7 @@
 """Where a run writes, and what a former run has left there."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,15 @@ class RunFiles:
         own = resumed is not None and self._holds(resumed)
         if existing and not (own or overwrite):
             raise ValueError(
-                f"{existing[0]} is there already: continue that run with --resume, start it afresh "
-                f"with --overwrite, or choose another --output-dir"
+                f"{existing[0]} is there already: continue that run with --resume (no file), start "
+                f"it afresh with --overwrite, or choose another --output-dir"
             )
 
     def _holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of the run's."""
-        same_folder = checkpoint.resolve().parent == self.checkpoint_dir.resolve()
-        return same_folder and checkpoint.name.startswith(self.prefix)
+        names = [self.checkpoint(name).name for name in CHECKPOINTS] if self.prefix else ["*"]
+        same_folder = checkpoint.parent.resolve() == self.checkpoint_dir.resolve()
+        return same_folder and any(fnmatch(checkpoint.name, name) for name in names)
 
     def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""

@@ -6,7 +6,6 @@ What can be checked is checked before an image is decoded.
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -115,10 +114,7 @@ class Run:
         Returns how far the run is.
         """
         args, files, checkpoint = self.args, self.files, self.checkpoint
-        net.check_image_height(args.img_h)
-        if args.bank_init == "features" and not isinstance(net.memory, SingleGranularityMemory):
-            kind = type(net.memory).__name__
-            raise ValueError(f"--bank-init features cannot fill a {kind}: leave it out")
+        _check_network(args, net)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
         identities, progress, changed = files.header["identities"], Progress(), ""
         if checkpoint is not None:
@@ -210,8 +206,7 @@ class Run:
     def evaluator(self, net: TwoStreamNet, test: EvalSet) -> Callable[[], dict[str, Any]]:
         """Returns a function that evaluates the present weights; it decodes the images once.
 
-        Raises ValueError for a feature that the network has not; with --test-only also where the
-        test identities were trained on.
+        With --test-only, raises ValueError where the test identities were trained on.
         """
         args, images, header = self.args, self._images(), self.files.header
         path = self.checkpoint["path"] if self.checkpoint else ""
@@ -221,9 +216,6 @@ class Run:
         if remark:
             log.warning("every result of this run says: %s", remark)
         test_feat = args.test_feat or net.test_feats()[0]
-        if test_feat not in net.test_feats():
-            legal = ", ".join(net.test_feats())
-            raise ValueError(f"--test-feat {test_feat}: this network has {legal}")
 
         def evaluate_now() -> dict[str, Any]:
             _, results = evaluate(
@@ -252,8 +244,9 @@ class Run:
                 chosen = f"epoch {result['epoch']}, {result['selection']}; {result['dataset']}"
                 log.info("%s (%s): %s", label, chosen, format_result(result))
         last = self.files.checkpoint(LAST)
-        script = os.path.relpath(Path(options.__file__).with_name("test.py"))
-        command = shlex.join([script, "--resume", str(last)])
+        script, here = Path(options.__file__).resolve().with_name("test.py"), Path.cwd()
+        script = script.relative_to(here) if script.is_relative_to(here) else script
+        command = shlex.join([str(script), "--resume", str(last)])
         log.info("%s is complete. Evaluate it with: python %s", last, command)
 
 
@@ -276,8 +269,6 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         utils.setup_logging()
         try:
             with distributed.processes(args.gpu) as device, contextlib.ExitStack() as locks:
-                if not distributed.is_main():
-                    logging.getLogger().setLevel(logging.ERROR)
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
@@ -286,12 +277,24 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                     files.check(overwrite=args.overwrite, resumed=resumed)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
-            saved = files.checkpoint(LAST)
-            kept = f": complete epochs are in {saved}" if saved.exists() else ""
-            again = args.test_only or (args.resume and not saved.exists())
-            command = _command(argv, resume=not again)
-            sys.stderr.write(f"{stop}{kept}. Go on with: {command}\n")
+            saved, begun = files.checkpoint(LAST), "options" in files.header  # on rank 0
+            complete = begun and saved.exists()
+            kept = f": complete epochs are in {saved}" if complete else ""
+            command = _command(argv, resume=complete or (begun and not args.resume))
+            if distributed.is_main():
+                sys.stderr.write(f"{stop}{kept}. Go on with: {command}\n")
             raise SystemExit(stop.exit_code) from None
+
+
+def _check_network(args: argparse.Namespace, net: TwoStreamNet) -> None:
+    """Raises ValueError where flags ask for what the network has not."""
+    net.check_image_height(args.img_h)
+    if args.bank_init == "features" and not isinstance(net.memory, SingleGranularityMemory):
+        kind = type(net.memory).__name__
+        raise ValueError(f"--bank-init features cannot fill a {kind}: leave it out")
+    if args.test_feat not in (None, *net.test_feats()):
+        legal = ", ".join(net.test_feats())
+        raise ValueError(f"--test-feat {args.test_feat}: this network has {legal}")
 
 
 def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:

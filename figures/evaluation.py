@@ -53,7 +53,7 @@ def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.n
 
 
 def chosen_identities(trial: EvalSet, count: int, seed: int) -> np.ndarray:
-    """Returns random test identities, ascending, among those with images in both modalities."""
+    """Returns random identities, ascending, among those with images in both modalities."""
     pids = np.intersect1d(trial.query.pids, trial.gallery.pids)
     rng = np.random.default_rng(seed)
     return np.sort(rng.choice(pids, min(count, len(pids)), replace=False))
@@ -112,7 +112,7 @@ def draw_embedding(
     ids: int = charts.MAX_CURVES,
     seed: int = 0,
 ) -> Figure:
-    """Draws a few test identities' features in the plane of their principal components."""
+    """Draws a few identities' features in the plane of their principal components."""
     wanted = chosen_identities(trial, ids, seed)
     points, pids, infrared = [], [], []
     for role, images in (("query", trial.query), ("gallery", trial.gallery)):

@@ -45,7 +45,7 @@ def addressing_weights(
         The addressing weights of each level, (n*h*w, m) sparse; the size (h, w) of the maps.
 
     Raises:
-        ValueError: The network has no memory.
+        ValueError: The network has no memory, or one that returns no weights.
     """
     if net.memory is None:
         raise ValueError(
@@ -58,6 +58,11 @@ def addressing_weights(
         for level, weights in net.memory(x).weights.items():
             dense = weights.to_dense().float().cpu().numpy()
             found.setdefault(level, []).append(sparse.csr_matrix(dense))
+    if not found:
+        raise ValueError(
+            f"the memory, a {type(net.memory).__name__}, does not say how it is addressed: give its"
+            " MemoryRead `weights`"
+        )
     return {level: sparse.vstack(own, "csr") for level, own in found.items()}, x.shape[2:]
 
 

@@ -96,7 +96,7 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
     if open_images:
         for folder in data.folders:
             found = (p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            files |= {p for p in found if p.is_file() and not p.name.startswith(".")}
+            files |= {p for p in found if p.is_file() and "/." not in f"/{p.relative_to(root)}"}
         _open_all(findings, sorted(files))
     return findings
 

@@ -188,11 +188,11 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
     for row in (row for row in rows if row.protocol == rows[0].protocol):  # each training once
-        files = [folder / "log.jsonl" for folder in row.training]
-        logs = [read_json(file, LOG_LINE) for file in files if file.exists()]
         wanted = row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last"
+        files = [folder / "log.jsonl" for folder in row.training if wanted]
+        logs = [read_json(file, LOG_LINE) for file in files if file.exists()]
         if wanted and len(logs) == len(files) and all(logs):
-            epochs = [lines[-1] for lines in logs]
+            epochs = [epochs[-1] for epochs in logs]
             numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
             cells = {name: f"{number:.3g}" for name, number in numbers.items()}
             if cells:

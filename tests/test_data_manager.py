@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from pathlib import Path
 
@@ -412,6 +413,12 @@ def own(tmp_path, monkeypatch):
     (tmp_path / "own/images").mkdir(parents=True)
     monkeypatch.setitem(data_manager.DATASETS, "own", Own())
     return tmp_path / "own"
+
+
+def test_an_image_without_a_label_is_refused(tiny_regdb):
+    train = train_set("regdb", tiny_regdb)
+    with pytest.raises(DataError, match=f"of identity {train.pids[2]}, which has no label"):
+        dataclasses.replace(train, pids=np.delete(train.pids, 2))
 
 
 def test_a_data_set_is_its_lists_of_images(own):

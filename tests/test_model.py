@@ -211,6 +211,15 @@ def test_a_memory_like_sg_mra_s_is_built_without_a_variant(tmp_path):
     assert isinstance(load_network(tmp_path / "x.pt", memory=Own)[0].memory, Own)
 
 
+def test_a_memory_that_takes_a_variant_gets_it():
+    class Own(SingleGranularityMemory):
+        def __init__(self, *args, variant, **more):
+            super().__init__(*args, **more)
+            self.variant = variant
+
+    assert small(memory=Own, memory_variant="first").memory.variant == "first"
+
+
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="shrnk"):
         small(shrnk=0.3)

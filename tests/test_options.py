@@ -68,6 +68,8 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
         "--weights a/b.pt": "_weightsa-b.pt",
         "--method agw --gem-p 10 --batch-size 8": "_gem-p10.0",  # AGW's own are 3 and 8
         "--preset strong --gem-p 10": "_strong",  # the data set's, below strong's
+        "--method agw --dataset sysu --preset sysu": "_batch-size6_num-pos8",
+        "--memory-levels none --w_alignment 0": "_memory-levelsnone",
         "--preset strong --gem-p 3 --img_h 288": "_strong_gem-p3.0_img-h288",
     }.items(),
 )

@@ -30,8 +30,9 @@ import train_MGMRA
 import utils
 from data_loader import ImageStore
 from datasets.decode import ImageCache
-from engine import distributed, evaluate, fit
+from engine import distributed, evaluate, fit, setup
 from engine import train as engine_train
+from engine.run_files import RunFiles
 from memory import LEVELS, MultiGranularityMemory
 from networks.backbone import BACKBONES
 from networks.checkpoint_file import load_checkpoint, save_checkpoint
@@ -179,10 +180,41 @@ def test_a_run_is_not_overwritten_by_another_one_that_goes_on(data, unbroken, tm
     assert len(log_lines(folder)) == 1
 
 
-def test_a_feature_that_the_network_has_not_is_refused_first(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ImageCache, "__call__", None)
-    interrupted(data, tmp_path, "--test-feat", "neck", code=2)
+def test_a_feature_that_the_network_has_not_is_refused_first(data, tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(b"of a former run")
+    interrupted(data, tmp_path, "--overwrite", "--test-feat", "neck", code=2)
     assert "--test-feat neck: this network has pcb, memory, both" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_a_run_ended_before_it_overwrites_is_started_again_as_it_was(
+    data, unbroken, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    stop_at(monkeypatch, setup, "eval_set", 0)
+    interrupted(data, folder, "--overwrite", code=143)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "complete epochs" not in message and message.endswith(" --overwrite")
+
+
+def test_whose_checkpoint_it_is_follows_from_folder_and_name(tmp_path):
+    def files(prefix=""):
+        return RunFiles(tmp_path / "out", tmp_path, tmp_path, prefix=prefix)
+
+    (tmp_path / "last.pt").symlink_to(tmp_path / "elsewhere.pt")
+    assert files()._holds(tmp_path / "last.pt")
+    assert files("a_")._holds(tmp_path / "a_epoch_010.pt")
+    assert not files("a_")._holds(tmp_path / "a_lr0.05_last.pt")
+    assert not files()._holds(tmp_path / "out" / "last.pt")
+
+
+def test_of_a_folder_without_last_pt_the_one_before_is_taken(data, stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    (folder / "last.pt").unlink()
+    train(data, folder, "--resume", folder)
+    assert [line["epoch"] for line in log_lines(folder)] == [1, 2, 3]
 
 
 def test_a_finished_run_has_nothing_to_do_and_mends_its_reports(data, unbroken, tmp_path, capsys):
