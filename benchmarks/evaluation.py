@@ -10,7 +10,6 @@ direction an identity; numbers are medians of wall-clock times taken in turn.
 import argparse
 import functools
 import sys
-import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,16 +25,14 @@ from engine.evaluate import score
 from eval_metrics import eval_regdb, eval_sysu
 from re_rank import k_reciprocal
 
-SECTIONS = ("metrics", "large", "k_reciprocal", "sysu")
 WIDTH = 1536  # of the retrieval feature: 6 stripes of 256
 TRIALS = 10
-OUR_TURNS = 3  # our calls per call of a loop that takes far longer
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description="Time evaluation.")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", default="10000x50000", help="queries x gallery, metrics alone")
     sizes = ["2000x8000", "3803x48197", "10400x41600"]
@@ -52,15 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.small:
         args.large, args.re_rank = "1000x5000", ["200x800"]
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
-    sections = {
-        "metrics": _metrics,
-        "large": _large,
-        "k_reciprocal": _k_reciprocal,
-        "sysu": _sysu_trials,
-    }
-    for name in SECTIONS:
+    for name, section in SECTIONS.items():
         if name in args.only:
-            results[name] = sections[name](args, share)
+            results[name] = section(args, share)
     finish(results, torch.device("cpu"), args.json)
     return 0
 
@@ -87,33 +78,13 @@ def _features(q_pids: np.ndarray, g_pids: np.ndarray) -> tuple[np.ndarray, np.nd
     return unit_features(rng, q_pids, WIDTH), unit_features(rng, g_pids, WIDTH)
 
 
-def _compare(
-    ours: Any, plain: Any, repeats: int, description: str
-) -> tuple[dict[str, dict[str, float]], float]:
-    """Times of both, ours several times a turn, and the ratio of their medians."""
-    calls = {"plain": plain, **{f"ours {i}": ours for i in range(OUR_TURNS)}}
-    raw = interleaved(calls, repeats, description=description, warm_up=False)
-    own = [raw[f"ours {i}"] for i in range(OUR_TURNS)]
-    times = {
-        "plain": raw["plain"],
-        "ours": {
-            "median": float(np.median([t["median"] for t in own])),
-            "min": min(t["min"] for t in own),
-            "cpu": float(np.median([t["cpu"] for t in own])),
-        },
-    }
-    return times, times["plain"]["median"] / times["ours"]["median"]
-
-
-def _peak(call: Any) -> tuple[float, float]:
-    """Seconds, and the most bytes allocated on top of what was there."""
+def _peak(call: Any) -> int:
+    """The most bytes that a call allocates on top of what is there."""
     tracemalloc.start()
-    start = time.perf_counter()
     call()
-    seconds = time.perf_counter() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return seconds, peak
+    return peak
 
 
 def _metrics(args: argparse.Namespace, share: int) -> dict[str, Any]:
@@ -127,12 +98,15 @@ def _metrics(args: argparse.Namespace, share: int) -> dict[str, Any]:
     for name, (evaluate, labels) in cases.items():
         query, gallery = _features(*labels[:2])
         distmat = 1 - query @ gallery.T
-        ours = functools.partial(evaluate, distmat, *labels)
-        plain = functools.partial(plain_evaluate, distmat, *labels)
-        times, ratio = _compare(ours, plain, args.repeats, name)
-        results[name] = {"shape": distmat.shape, "times": times, "ratio": ratio}
-        seconds = (1e3 * times["plain"]["median"], 1e3 * times["ours"]["median"])
-        rows.append((name, "{} x {}".format(*distmat.shape), *seconds, ratio))
+        calls = {
+            "plain": functools.partial(plain_evaluate, distmat, *labels),
+            "ours": functools.partial(evaluate, distmat, *labels),
+        }
+        times = interleaved(calls, args.repeats, description=name, warm_up=False)
+        plain, ours = (times[each]["median"] for each in calls)
+        results[name] = {"shape": distmat.shape, "times": times, "ratio": plain / ours}
+        size = "{} x {}".format(*distmat.shape)
+        rows.append((name, size, 1e3 * plain, 1e3 * ours, plain / ours))
     table("CMC, mAP, mINP", ("protocol", "size", "plain ms", "ours ms", "plain / ours"), rows)
     return results
 
@@ -155,7 +129,7 @@ def _large(args: argparse.Namespace, share: int) -> dict[str, Any]:
     times = interleaved(cases, args.repeats, description=args.large, warm_up=False)
     results, rows = {}, []
     for name, call in cases.items():
-        _, peak = _peak(call)
+        peak = _peak(call)
         results[name] = {"seconds": times[name]["median"], "peak_bytes": peak}
         rows.append((name, times[name]["median"], peak / 2**20))
     header = ("protocol", "s", "MiB beyond the distances")
@@ -173,19 +147,17 @@ def _k_reciprocal(args: argparse.Namespace, share: int) -> dict[str, Any]:
     results, rows = {}, []
     for name, labels in cases.items():
         query, gallery = _features(*labels[:2])
-        ours = functools.partial(k_reciprocal, query, gallery)
-        plain = functools.partial(plain_k_reciprocal, query, gallery)
-        half = functools.partial(plain_k_reciprocal, query, gallery, dtype=np.float16)
-        times, ratio = _compare(ours, plain, max(1, args.repeats // 3), name)
-        released = interleaved({"float16": half}, 1, description=f"{name}, float16", warm_up=False)
-        difference = float(np.abs(ours() - plain()).max())
-        seconds = {**times, **released}
-        own = times["ours"]["median"]
-        results[name] = {"times": seconds, "ratio": ratio, "difference": difference}
-        shape = f"{len(query)} + {len(gallery)}"
-        in_float16 = released["float16"]["median"]
-        plain_time = times["plain"]["median"]
-        rows.append((name, shape, in_float16, plain_time, own, in_float16 / own, difference))
+        calls = {
+            "float16": functools.partial(plain_k_reciprocal, query, gallery, dtype=np.float16),
+            "plain": functools.partial(plain_k_reciprocal, query, gallery),
+            "ours": functools.partial(k_reciprocal, query, gallery),
+        }
+        times = interleaved(calls, args.repeats, description=name, warm_up=False)
+        half, plain, ours = (times[each]["median"] for each in calls)
+        difference = float(np.abs(calls["ours"]() - calls["plain"]()).max())
+        results[name] = {"times": times, "ratio": plain / ours, "difference": difference}
+        size = f"{len(query)} + {len(gallery)}"
+        rows.append((name, size, half, plain, ours, half / ours, difference))
     header = ("protocol", "images", "plain float16 s", "plain float32 s", "ours s")
     header += ("float16 / ours", "ours - float32")
     table("k-reciprocal re-ranking", header, rows)
@@ -195,14 +167,12 @@ def _k_reciprocal(args: argparse.Namespace, share: int) -> dict[str, Any]:
         count = queries + images
         pids = np.random.default_rng(4).integers(0, max(1, count // 20), count)
         query, gallery = _features(pids[:queries], pids[queries:])
-        start = time.perf_counter()
-        k_reciprocal(query, gallery)
-        seconds = time.perf_counter() - start
-        _, peak = _peak(functools.partial(k_reciprocal, query, gallery))
+        call = functools.partial(k_reciprocal, query, gallery)
+        seconds = interleaved({size: call}, 1, warm_up=False)[size]["median"]
+        peak = _peak(call)
         result = len(query) * len(gallery) * 4
         results[size] = {"seconds": seconds, "peak_bytes": peak, "result_bytes": result}
         rows.append((size, seconds, peak / 2**30, result / 2**30))
-        del query, gallery
     header = ("queries x gallery", "s", "GiB beyond the features", "of which the result")
     table("k-reciprocal re-ranking, larger", header, rows)
     return results
@@ -236,6 +206,13 @@ def _sysu_trials(args: argparse.Namespace, share: int) -> dict[str, Any]:
     table("SYSU-MM01, ten trials, all after the embeddings", ("protocol", "s"), rows)
     return results
 
+
+SECTIONS = {
+    "metrics": _metrics,
+    "large": _large,
+    "k_reciprocal": _k_reciprocal,
+    "sysu": _sysu_trials,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -36,7 +36,6 @@ from networks.memory_health import MemoryHealth
 from utils import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("HCT", "SG-MRA", "MG-MRA")
 PRECISIONS = ("float32", "TF32", "bf16", "fp16")
 SHAPES = {"RegDB": ("8x4", 206), "SYSU-MM01": ("6x8", 395)}  # batch of each modality, identities
 REGDB_STEPS, REGDB_EPOCHS, REGDB_EVALUATIONS = 65, 61, 26
@@ -54,10 +53,10 @@ class Bench:
         self.args = train.build_parser().parse_args(words)
         self.shapes = {"tiny": ("2x2", 12)} if smoke else SHAPES
         self.steps = 1 if smoke else 30
-        self.methods = METHODS[::2] if smoke else METHODS  # HCT first
+        methods = tuple(train.MEMORIES)  # HCT first
+        self.methods = methods[::2] if smoke else methods
         self.precisions = PRECISIONS[:2] if smoke else PRECISIONS
         self.synchronize = train.synchronizer(self.device)
-        self.results: dict[str, Any] = {}
 
     def step(
         self, method: str, precision: str, shape: str | None = None, **how: Any
@@ -416,8 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if bench.device.type == "cpu" and not args.smoke:
         parser.error("torch finds no CUDA device; --smoke runs tiny parts on the CPU")
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    if args.json.exists():  # parts of an earlier call stay
-        bench.results = json.loads(args.json.read_text())
+    # Parts of an earlier call stay.
+    results = json.loads(args.json.read_text()) if args.json.exists() else {}
     for name in args.only:
         start = time.perf_counter()
         try:
@@ -429,8 +428,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 torch.cuda.empty_cache()
         failed = isinstance(found, dict) and "error" in found
         seconds = time.perf_counter() - start
-        bench.results[name] = {"seconds": seconds, "found": found}
-        write_json(args.json, bench.results)
+        results[name] = {"seconds": seconds, "found": found}
+        write_json(args.json, results)
         sys.stdout.write(f"{name}: {'failed' if failed else 'done'} in {seconds:.0f} s\n")
         sys.stdout.flush()
     return 0

@@ -15,7 +15,6 @@ are random; ``--bank-scale`` sets how many prototypes survive (printed).
 import argparse
 import functools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,8 +47,6 @@ VARIANTS = ("plain float32", "plain float32, kept", "float32", "bf16")
 # Forward and backward of torchvision's network, without losses or optimiser: the common yardstick.
 YARDSTICK = f"torchvision/{VARIANTS[0]}"
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-STOCK = VARIANTS[:1]  # variants under the C library's own settings
-SECTIONS = ("steps", "identities", "batches", "input")
 GEM_P = 10.0  # RegDB's
 RATE = 1e-3  # small: the steps should not run away
 STORED_IMAGES = 2060  # per modality, as RegDB's training split
@@ -61,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description="Time training steps.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--methods", nargs="+", choices=MEMORIES, default=list(MEMORIES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--float32", action="store_true", help="float32 in place of bf16")
@@ -94,15 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(_turn_here(args, device, *args.child.split("/"))) + "\n")
         return 0
     results: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(args).items()}}
-    sections = {
-        "steps": _steps,
-        "identities": _identities,
-        "batches": _batches,
-        "input": input_pipeline,
-    }
-    for name in SECTIONS:
+    for name, section in SECTIONS.items():
         if name in args.only:
-            results[name] = sections[name](args, device)
+            results[name] = section(args, device)
     finish(results, device, args.json)
     return 0
 
@@ -150,7 +141,7 @@ def make_step(
     prepare: Callable[[TwoStreamNet], Any] = lambda net: None,
 ) -> Step:
     """One training step, ready to be called; `prepare` changes our network beforehand."""
-    if f"{method}/{variant}" == YARDSTICK:
+    if method == "torchvision":
         return _torchvision_step(args, device, batch)
     net = make_network(args, method, ids)
     data = make_data(args, device, batch)
@@ -168,19 +159,20 @@ def make_step(
     set_learning_rate(optimizer, RATE)
     for name in ("visible", "infrared"):
         data[name] = data[name].to(memory_format=torch.channels_last)
+    weights, half = term_weights(net), HALF.get(variant)
     images_per_id = _sizes(batch)[1]
-    order, batch = data.pop("order"), SimpleNamespace(**data)
-    weights = term_weights(net)
-    how = {"label_smoothing": LABEL_SMOOTHING, "images_per_id": images_per_id}
-    criterion = Criterion(weights, **how)
-    half = HALF.get(variant)
-    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
-    how = {"order": order, "weights": weights, "amp": half, "scaler": scaler}
-
-    def step() -> None:
-        training_step(net, criterion, optimizer, batch, health=health, **how)
-
-    return step
+    return functools.partial(
+        training_step,
+        net,
+        Criterion(weights, label_smoothing=LABEL_SMOOTHING, images_per_id=images_per_id),
+        optimizer,
+        SimpleNamespace(**data),
+        order=data["order"],
+        weights=weights,
+        amp=half,
+        scaler=torch.amp.GradScaler(device.type, enabled=half == torch.float16),
+        health=health,
+    )
 
 
 def _torchvision_step(args: argparse.Namespace, device: torch.device, batch: str) -> Step:
@@ -244,7 +236,7 @@ def _turn_here(
     """A few steps of one variant, the first not timed."""
     if "plain" not in variant:
         set_up(device)  # as training is: on a GPU float32 products take TF32
-    elif variant not in STOCK:
+    elif variant.endswith("kept"):
         keep_freed_memory()
     health = MemoryHealth() if MEMORIES.get(method) else None
     step = make_step(args, device, method, variant, batch=args.batch, ids=args.ids, health=health)
@@ -266,16 +258,14 @@ def _turn_here(
     return turn
 
 
-def _peak(device: torch.device) -> int:
-    """Bytes that this process needed at most."""
+def _peak(device: torch.device) -> float:
+    """Bytes that this process needed at most; on a CPU known on Linux alone."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage where it can be helped: on Linux its peak may be that of the parent process.
+    # Not getrusage: on Linux its peak may be that of the parent process.
     status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if "VmHWM" in line), float("nan"))
 
 
 def _steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -437,6 +427,13 @@ def input_pipeline(args: argparse.Namespace, device: torch.device) -> dict[str, 
     )
     return {"first": first, "alone": alone, "wait": wait, "step": total}
 
+
+SECTIONS = {
+    "steps": _steps,
+    "identities": _identities,
+    "batches": _batches,
+    "input": input_pipeline,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,8 +6,6 @@ Run from the folder above. Lengths are pixels at the width a README is shown wit
 twice as many.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Measures when the memory is read; writes the tables of what_the_memory_does.md and its figure.
 
-    python docs/memory_numbers.py    # about three minutes of one core
-    python docs/memory_numbers.py --checkpoint runs/demo/last.pt --data-path runs/demo/data
-    python docs/memory_numbers.py --study runs/reproduce --data-path data/study
+    python -m docs.memory_numbers    # about three minutes of one core
+    python -m docs.memory_numbers --checkpoint runs/demo/last.pt --data-path runs/demo/data
+    python -m docs.memory_numbers --study runs/reproduce --data-path data/study
 
 The second form measures a trained MG-MRA on images of its training set, and rewrites that table
 alone; the third does so with the trained memories of the study (table `continued`).
@@ -23,25 +23,22 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.plain import TERM_WEIGHTS
+from data_loader import EvalLoader
+from data_manager import data_name, train_set
+from datasets.decode import ImageCache
+from engine.checkpoints import open_network
+from engine.train import make_optimizer, set_learning_rate, training_step
+from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled
+from loss import Criterion
+from memory import MultiGranularityMemory
+from model import TwoStreamNet
+from networks.memory_health import MemoryHealth
+from networks.settings import LEVELS, SHRINK, TEMPERATURE
+from reproduction.plan import STUDY_SPLITS, plan
 
-from benchmarks.plain import TERM_WEIGHTS  # noqa: E402
-from data_loader import EvalLoader  # noqa: E402
-from data_manager import data_name, train_set  # noqa: E402
-from datasets.decode import ImageCache  # noqa: E402
-from engine.checkpoints import open_network  # noqa: E402
-from engine.train import make_optimizer, set_learning_rate, training_step  # noqa: E402
-from figures.page import GREY, PAGE_WIDTH, add_legend, save, styled  # noqa: E402
-from loss import Criterion  # noqa: E402
-from memory import MultiGranularityMemory  # noqa: E402
-from model import TwoStreamNet  # noqa: E402
-from networks.memory_health import MemoryHealth  # noqa: E402
-from networks.settings import LEVELS, SHRINK, TEMPERATURE  # noqa: E402
-from reproduction.plan import STUDY_SPLITS, plan  # noqa: E402
-
-PAGE = ROOT / "docs/what_the_memory_does.md"
-FIGURE = ROOT / "docs/zero_reads.png"
+PAGE = Path(__file__).with_name("what_the_memory_does.md")
+FIGURE = Path(__file__).with_name("zero_reads.png")
 BANKS = {206: "RegDB", 395: "SYSU-MM01", 713: "LLCM"}  # training identities
 QUERIES = 512
 NORM = 50.0  # of the queries of the table of rules
@@ -267,7 +264,7 @@ def training_maps(
         labels.append(torch.from_numpy(own[rows]))
         decoded = images(side.take(rows))
         for batch in EvalLoader(decoded, batch_size=32, device=torch.device("cpu")):
-            maps.append(net.feature_map(**{"visible": None, "infrared": None, name: batch}))
+            maps.append(net.feature_map(**{name: batch}))
     return net, info, torch.cat(maps), torch.cat(labels)
 
 
@@ -346,10 +343,9 @@ def checkpoint_rows(path: Path, data_path: Path) -> tuple[str, list[list[str]]]:
         longest_query = 0.0 if weight <= threshold else longest
     first, last = info["log"][0], info["log"][-1]
     share = trained["w_alignment"] * last["alignment"] / last["total"]
+    keys = {level: f"memory/{level}/zero_reads" for level in LEVELS}
     in_log = "; ".join(
-        f"{level} {100 * first[key]:.1f} and {100 * last[key]:.1f}"
-        for level in LEVELS
-        if (key := f"memory/{level}/zero_reads")
+        f"{level} {100 * first[key]:.1f} and {100 * last[key]:.1f}" for level, key in keys.items()
     )
     words = (
         f"{data_name(trained['dataset'], data_path)}, {net.config['num_ids']} identities, "

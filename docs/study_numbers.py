@@ -1,29 +1,25 @@
 """Keeps the numbers of the study, and writes the tables and the figure of `study.md` from them.
 
-python docs/study_numbers.py --runs runs/reproduce    # adds the tables `continued` and `study`
-python docs/study_numbers.py                          # tables and figure from study.csv alone
+python -m docs.study_numbers --runs runs/reproduce    # adds what is there of `TABLES`
+python -m docs.study_numbers                          # tables and figure from study.csv alone
 """
 
 import argparse
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from docs.memory_numbers import replace_block, table
+from eval_metrics import METRICS, mean_and_std
+from figures import charts, page
+from networks.settings import HEALTH, LEVELS
+from reproduction.paired import differences, paired_table
+from reproduction.plan import AGW_REFERENCES, REFERENCES, STUDY_SPLITS, Row, plan
+from reproduction.tables import Result
 
-from docs.memory_numbers import replace_block, table  # noqa: E402
-from eval_metrics import METRICS, mean_and_std  # noqa: E402
-from figures import charts, page  # noqa: E402
-from networks.settings import HEALTH, LEVELS  # noqa: E402
-from reproduction.paired import differences, paired_table  # noqa: E402
-from reproduction.plan import AGW_REFERENCES, REFERENCES, STUDY_SPLITS, Row, plan  # noqa: E402
-from reproduction.tables import Result  # noqa: E402
-
-NUMBERS = ROOT / "docs/study.csv"
-PAGE = ROOT / "docs/study.md"
-FIGURE = ROOT / "docs/study.png"
+NUMBERS, PAGE, FIGURE = (Path(__file__).with_name(f"study.{x}") for x in ("csv", "md", "png"))
 HEALTH_NAMES = [f"{level}/{name}" for level in LEVELS for name in HEALTH if name != "entropy"]
 KEY = ["table", "method", "split", "direction"]
 COLUMNS = [*KEY, *METRICS, *HEALTH_NAMES, "data", "commit"]
@@ -63,7 +59,7 @@ def collect(runs: Path) -> list[dict[str, str]]:
                 line |= {k: "" if v is None else f"{v:.3g}" for k, v in known.items()}
                 line |= {"data": result["dataset"], "commit": about["versions"]["commit"]}
                 lines.append({name: str(value) for name, value in line.items()})
-    return list({tuple(line[k] for k in KEY): line for line in lines}.values())
+    return lines
 
 
 def results(lines: list[dict[str, str]], table_name: str, direction: str) -> list[Result]:
@@ -140,11 +136,13 @@ def health_table(lines: list[dict[str, str]]) -> str:
     """Usage statistics of the memories trained from a common start, means over their splits."""
     rows = []
     lines = [x for x in lines if (x["table"], x["direction"]) == ("continued", "v2i")]
-    for name in dict.fromkeys(line["method"] for line in lines):
+    for name in dict.fromkeys(row.setting.name for row in rows_of("continued", Path())):
         own = [x for x in lines if x["method"] == name and x["part/zero_reads"]]
         if own:
-            means = ([float(x[column]) for x in own if x[column]] for column in HEALTH_NAMES)
-            rows.append([name, *(f"{sum(v) / len(v):.2g}" if v else "-" for v in means)])
+            known = ([float(x[column]) for x in own if x[column]] for column in HEALTH_NAMES)
+            means = [sum(values) / len(values) if values else math.nan for values in known]
+            cells = [f"{x:.0f}" if x >= 100 else f"{x:.2g}" for x in means]
+            rows.append([name, *(cell.replace("nan", "-") for cell in cells)])
     return table(["method", *(name.replace("_", " ") for name in HEALTH_NAMES)], rows)
 
 
