@@ -6,6 +6,7 @@ compares the numbers where there is a GPU.
 """
 
 import functools
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -89,9 +90,10 @@ def test_waiting_would_be_noticed(monkeypatch):
 
 
 def test_under_torchrun_a_process_joins_with_the_gpu_of_its_local_rank(monkeypatch):
-    joined, device = [], torch.device("cuda", 2)
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+    joined, levels, device = [], [], torch.device("cuda", 2)
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "2", "RANK": "2"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.getLogger(), "setLevel", levels.append)
     monkeypatch.setattr(distributed, "resolve_device", lambda gpu, local_rank: device)
     monkeypatch.setattr(
         distributed.dist, "init_process_group", lambda *a, **k: joined.append((a, k))
@@ -100,3 +102,4 @@ def test_under_torchrun_a_process_joins_with_the_gpu_of_its_local_rank(monkeypat
     with distributed.processes(None) as found:
         assert found == device
     assert joined == [(("nccl",), {"device_id": device}), "left"]
+    assert levels == [logging.ERROR]
