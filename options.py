@@ -543,7 +543,7 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     words = [f"_{chosen['preset']}"] if "preset" in chosen else []
     usual = vars(resolve(train_parser("").parse_args(flags_of(chosen)))[0])
     usual["memory_levels"] = None  # named, but the loss weights that follow from it are not
-    named = [k for k in sources if k not in (*UNNAMED, *INCIDENTAL)]
+    named = [k for k in vars(args) if k in sources and k not in (*UNNAMED, *INCIDENTAL)]
     for name in sorted(named, key=lambda name: name != "seed"):
         value = getattr(args, name)
         if value != usual[name]:

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import options
 from data_manager import DATASETS
@@ -38,7 +37,7 @@ from reproduction.plan import (
 )
 from utils import make_writable_dir, read_json, user_errors, write_atomic, write_json
 
-MAX_TRIALS = 10
+MAX_TRIALS = 10  # of --trials, whatever it counts
 
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
@@ -110,7 +109,7 @@ def table_command(args: argparse.Namespace) -> None:
 
 def _compared(results: Sequence[tables.Result], path: Path) -> list[tables.Table]:
     """Draws the study's differences in mAP to the control; returns tables of all differences."""
-    groups: dict[Any, list[tables.Result]] = {}
+    groups: dict[tuple[str, tuple[str, str]], list[tables.Result]] = {}
     for result in results:
         groups.setdefault((result.row.protocol, result.row.setting.references), []).append(result)
     panels = {

@@ -15,7 +15,7 @@ from model import TwoStreamNet
 
 MODALITIES = ("visible", "infrared")  # of the instances of an identity, in turn
 IMAGES_AT_A_TIME = 64
-BANK_STREAM = 4
+BANK_STREAM = 4  # its random generator starts from (seed, 4)
 
 
 @torch.no_grad()

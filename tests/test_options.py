@@ -70,6 +70,7 @@ def test_ancestors_flags_are_honoured_in_both_spellings(name, spelling):
         "--preset strong --gem-p 10": "_strong",  # the data set's, below strong's
         "--method agw --dataset sysu --preset sysu": "_batch-size6_num-pos8",
         "--memory-levels none --w_alignment 0": "_memory-levelsnone",
+        "--lr 0.05 --memory-levels none": "_memory-levelsnone_lr0.05",  # in the order of --help
         "--preset strong --gem-p 3 --img_h 288": "_strong_gem-p3.0_img-h288",
     }.items(),
 )

@@ -415,7 +415,7 @@ def test_a_missing_trial_is_shown_and_never_averaged_over(go, tmp_path, capsys):
 
 def test_ablations_come_with_health_and_re_ranked_rows_apart(go, tmp_path, capsys):
     flags = ("--table", "ablation", "--trials", 2, "--preset", "scratch", "--epochs", 2)
-    assert go(*flags, "--only", "lambda")[0] == 0
+    assert go(*flags, "--only", "lambda", "0.5 / m")[0] == 0
     assert go(*flags, "--only", "re-ranking")[0] == 0
     capsys.readouterr()
     table(tmp_path, "--table", "ablation")
