@@ -575,14 +575,8 @@ def test_own_folders_are_ranked_without_identities(data, tiny, tmp_path):
     assert (output / "ranked_lists.png").stat().st_size > 10_000
     titled = Image.open(output / "ranked_lists.png").height
     both = ("--query-dir", folders[0], "--gallery-dir", folders[1], "--no-title", "--tta", "flip")
-    run("test.py", *both, *where, cwd=tmp_path)
+    call("test.py", *both, *where, cwd=tmp_path)
     assert Image.open(output / "ranked_lists.png").height < titled
-    for flags, message in (
-        (("--query-dir", folders[0]), "take three flags"),
-        (("--query-dir", folders[0], "--gallery-dir", tmp_path / "none"), "none"),
-    ):
-        _, error = call("test.py", *flags, *where, cwd=tmp_path, code=2)
-        assert message in error
 
 
 BAD_INPUT = {
