@@ -24,6 +24,9 @@ TABLES = (*DATASETS, "ablation", "memory", "study", "continued", "unseen")
 FIXED = ("trial", "mode", "gallery", "shots", "direction", "protocol", "re_rank")
 FIXED += ("test_feat", "method", "resume", "test_only", "overwrite")
 FIXED += ("output_dir", "model_path", "log_path", "vis_log_path", "options")
+# Of evaluations, but for what a checkpoint knows itself.
+TEST_FLAGS = {flag.name for flags in options.EVALUATION.values() for flag in flags}
+TEST_FLAGS -= {*options.AS_TRAINED_FLAGS}
 
 Options = Mapping[str, Any]
 
@@ -164,7 +167,7 @@ def settings_of(table: str) -> list[Setting]:
     return found
 
 
-# --- Options and command lines --------------------------------------------------------------------
+# --- The commands behind a table ------------------------------------------------------------------
 
 
 @functools.cache
@@ -183,9 +186,6 @@ def given_options(flags: Sequence[str]) -> dict[str, Any]:
         if name in extra:
             raise ValueError(f"--{name} is decided by the table; leave it out")
     return extra
-
-
-# --- The commands behind a table ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -290,9 +290,23 @@ def training_of(setting: Setting, split: Options, runs: Path, extra: Options) ->
     return Step(setting.script, {**split, **used, **own}, runs / "_".join(map(str, words)))
 
 
-def evaluations(
+def trainings_of(
+    table: str, setting: Setting, split: Options, runs: Path, extra: Options
+) -> list[Step]:
+    """Returns a setting's training on a split, last, and before it one that it continues."""
+    training = training_of(setting, split, runs, extra)
+    if table != "continued":
+        return [training]
+    first = next(each for each in STUDY if each.name == setting.references[0])
+    start = training_of(first, split, runs, extra)
+    values = {**CONTINUING, **training.options, "weights": str(start.folder / "last.pt")}
+    folder = runs / f"continued_{training.folder.name}"
+    return [start, replace(training, options=values, folder=folder)]
+
+
+def targets_of(
     table: str, setting: Setting, dataset: str, unseen: Mapping[str, str | None]
-) -> list[tuple[str, str, dict[str, Any]]]:
+) -> list[tuple[str, str, Options]]:
     """Returns on what a setting is evaluated: data sets, protocols, and where the data are."""
     if table == "unseen":
         others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
@@ -313,18 +327,11 @@ def plan(
 ) -> tuple[list[Step], list[Row]]:
     """Returns the commands behind one of `TABLES`, each training before its evaluations; its rows.
 
-    Trainings that mean the same share a folder in `runs`, and so do evaluations.
-
-    Args:
-        table: One of `TABLES`.
-        dataset: What is trained on.
-        runs: Folder of all runs.
-        trials: RegDB's splits, with a training each; of other data sets gallery draws for one
-            training; of tables in `SEEDED` trainings with the seeds 1 to `trials`, evaluated on the
-            usual number of draws.
-        extra: Options for every training and evaluation that uses them.
-        unseen: Data sets on which the table of this name evaluates, and their folders, None for the
-            usual one; without any, all others.
+    Trainings that mean the same share a folder in `runs`, and so do evaluations. `trials` counts
+    RegDB's splits, with a training each; of other data sets gallery draws of one training; of
+    tables in `SEEDED` trainings with the seeds from 1, evaluated on the usual number of draws.
+    Every training and evaluation gets the options in `extra` that it uses. `unseen` are the data
+    sets that table evaluates on, and their folders, None for the usual one; without it, all others.
     """
     if table in SEEDED and "seed" in extra:
         raise ValueError("--seed is decided by the table; leave it out")
@@ -334,43 +341,33 @@ def plan(
     draws = {}
     if not numbered:  # one training, evaluated on several draws
         splits, draws = splits[:1], {"trials": trials}
-    # What a checkpoint knows itself, an evaluation is not told.
-    test_flags = {flag.name for flags in options.EVALUATION.values() for flag in flags}
-    test_flags -= {*options.AS_TRAINED_FLAGS}
-    test_extra = {k: v for k, v in extra.items() if k in test_flags}
+    groups: dict[str, list[Step]] = {}  # by what is trained: the training, then its evaluations
     rows = []
-    steps: dict[Path, dict[Path, Step]] = {}  # of each training by folder, itself first
-    folder_of: dict[str, Path] = {}  # what is trained -> its folder
     for setting in settings_of(table):
-        trainings = []
+        own = []  # the group of each split
         for split in splits:
-            step = training_of(setting, split, runs, extra)
-            if table == "continued":
-                method = {k: v for k, v in setting.train.items() if k == "method"}
-                first = training_of(Setting("", "train_HCT.py", method), split, runs, extra)
-                steps.setdefault(first.folder, {first.folder: first})
-                values = {**CONTINUING, **step.options, "weights": str(first.folder / "last.pt")}
-                step = replace(step, options=values, folder=runs / f"continued_{step.folder.name}")
-            folder = folder_of.setdefault(json.dumps([step.script, step.resolved]), step.folder)
-            steps.setdefault(folder, {folder: step})
-            trainings.append(folder)
-        for target, protocol, where in evaluations(table, setting, dataset, unseen or {}):
+            for step in trainings_of(table, setting, split, runs, extra):
+                group = groups.setdefault(json.dumps([step.script, step.resolved]), [step])
+            own.append(group)
+        trainings = [group[0].folder for group in own]
+        for target, protocol, where in targets_of(table, setting, dataset, unseen or {}):
             asked = {**DATASETS[target].protocols[protocol], **setting.test}
-            about = {**test_extra, **asked, "dataset": target, **where, **draws}
+            about = {k: v for k, v in extra.items() if k in TEST_FLAGS}
+            about |= {**asked, "dataset": target, **where, **draws}
             about = {k: v for k, v in about.items() if v is not None}  # None: the usual folder
             words = [*([] if target == dataset else [target]), *map(str, asked.values())]
             for checkpoint in ("last",) if setting.test or table in SEEDED else ("last", "best"):
                 name = "_".join([*words, checkpoint])
-                for training, split in zip(trainings, splits, strict=True):
-                    values = {**about, "resume": str(training / f"{checkpoint}.pt")}
-                    if target == dataset and "trial" in split:
-                        values["trial"] = split["trial"]
-                    step = Step("test.py", values, training / name)
-                    steps[training].setdefault(step.folder, step)
-                files = [training / name / "results.json" for training in trainings]
-                count = draws.get("trials", len(files))
-                rows.append(Row(target, protocol, setting, checkpoint, files, count, trainings))
-    return [step for group in steps.values() for step in group.values()], rows
+                for group in own:
+                    training = group[0]
+                    values = {**about, "resume": str(training.folder / f"{checkpoint}.pt")}
+                    if target == dataset and "trial" in training.options:
+                        values["trial"] = training.options["trial"]
+                    group.append(Step("test.py", values, training.folder / name))
+                files = [folder / name / "results.json" for folder in trainings]
+                rows.append(Row(target, protocol, setting, checkpoint, files, trials, trainings))
+    steps = {step.folder: step for group in groups.values() for step in group}
+    return list(steps.values()), rows
 
 
 def choose(steps: Sequence[Step], rows: Sequence[Row], texts: Sequence[str]) -> list[Step]:
