@@ -4,7 +4,8 @@ Every list is read as training and evaluation will read it, so that what passes 
 Expected counts are the data set's own (`DataSet.expected`); of stand-in data none is expected.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,24 @@ class Findings:
         self.lines = [name]  # what it is, and what was counted and is as expected
         self.problems: list[str] = []  # what is wrong and how to fix it
 
-    def count(
-        self, what: str, numbers: Sequence[int], expected: Sequence[int | None] | None = None
-    ) -> None:
-        """Adds numbers and compares them with those expected; None is unknown."""
+    def count(self, what: str, numbers: Sequence[int], expected: Sequence[int | None] = ()) -> None:
+        """Adds numbers and compares them with those expected, if any; None is unknown."""
         line = f"{what:<{WIDTH}}  {' + '.join(f'{number:,}' for number in numbers)}"
         pairs = zip(numbers, expected or numbers, strict=True)
-        if any(n not in (None, number) for number, n in pairs):
+        if all(wanted in (None, number) for number, wanted in pairs):
+            self.lines.append(f"  ok  {line}")
+        else:
             wanted = " + ".join("?" if n is None else f"{n:,}" for n in expected)
             self.problems.append(f"{line}   expected {wanted}")
-        else:
-            self.lines.append(f"  ok  {line}")
 
-    def attempt(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Returns a call's result; None, with a problem added once, where the data is invalid."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Makes a `DataError` inside a problem, each once; what follows is checked all the same."""
         try:
-            return call(*args, **options)
+            yield
         except DataError as error:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
-            return None
 
     def several(self, items: Sequence[str], what: str, fix: str) -> None:
         """Adds a problem that several things share; nothing where there are none."""
@@ -87,17 +86,16 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
             trials = min(max(1, read_json(marker, {"trials": int})["trials"]), 10)
         except ValueError as error:
             findings.problems.append(f"{error}: draw the data anew")
-    root = findings.attempt(checked_folder, dataset, data_path)
-    if root is None:
-        return findings
     files: set[Path] = set()
-    for split in range(1, min(data.splits, trials) + 1):
-        files |= _check_split(findings, data, root, split, trials, expected)
-    if open_images:
-        for folder in data.folders:
-            found = (p for p in (root / folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            files |= {p for p in found if p.is_file() and "/." not in f"/{p.relative_to(root)}"}
-        _open_all(findings, sorted(files))
+    with findings.reading():
+        root = checked_folder(dataset, data_path)
+        for split in range(1, min(data.splits, trials) + 1):
+            files |= _check_split(findings, data, root, split, trials, expected)
+        if open_images:
+            inside = [path for folder in data.folders for path in (root / folder).rglob("*")]
+            images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            files |= {p for p in images if "/." not in f"/{p.relative_to(root)}"}  # not hidden
+            _open_all(findings, sorted(files))
     return findings
 
 
@@ -109,27 +107,27 @@ def _check_split(
 
     def count_images(what: str, visible: ImageList, infrared: ImageList, role: str) -> list[str]:
         numbers = len(np.union1d(visible.pids, infrared.pids)), len(visible), len(infrared)
-        findings.count(f"{what}: identities, visible, infrared", numbers, expected.get(role))
+        findings.count(f"{what}: identities, visible, infrared", numbers, expected.get(role, ()))
         return [*visible.paths, *infrared.paths]
 
     trained, tested = [], []
-    train = findings.attempt(train_set, data.name, root, trial=split, use_cache=False)
-    if train is not None:
+    with findings.reading():
+        train = train_set(data.name, root, trial=split, use_cache=False)
         trained = count_images(f"{prefix}train", train.visible, train.infrared, "train")
-    cached = findings.attempt(data.train_from_cache, root)
-    if cached is not None:
-        count_images("caches", cached.visible, cached.infrared, "train")
-    test = findings.attempt(data.images, root, "test", split)
-    if test is not None:
-        tested = count_images(f"{prefix}test", *test, "test")
+    with findings.reading():
+        cached = data.train_from_cache(root)
+        if cached is not None:
+            count_images("caches", cached.visible, cached.infrared, "train")
+    with findings.reading():
+        tested = count_images(f"{prefix}test", *data.images(root, "test", split), "test")
     for key, options in data.protocols.items():
-        draws = {"trial": split, "trials": trials, **options}
-        found = findings.attempt(eval_set, data.name, root, **draws)
-        if found is not None and data.gallery_draws > 1:
-            what = f"test, {data.describe(EvalOptions(**options))}: queries, gallery"
-            queries = found.query_trials or (found.query.pids,)
-            numbers = max(map(len, queries)), max(map(len, found.gallery_trials))
-            findings.count(what, numbers, expected.get(key))
+        with findings.reading():
+            found = eval_set(data.name, root, **{"trial": split, "trials": trials, **options})
+            if data.gallery_draws > 1:
+                what = f"test, {data.describe(EvalOptions(**options))}: queries, gallery"
+                queries = found.query_trials or (found.query.pids,)
+                numbers = max(map(len, queries)), max(map(len, found.gallery_trials))
+                findings.count(what, numbers, expected.get(key, ()))
     findings.several(
         sorted({*trained} & {*tested}),
         f"{prefix}images are in training and in test lists",
