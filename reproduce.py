@@ -37,23 +37,19 @@ from reproduction.plan import (
 )
 from utils import make_writable_dir, read_json, user_errors, write_atomic, write_json
 
-MAX_TRIALS = 10  # of --trials, whatever it counts
-
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     """`run`: prints the commands, then runs those that are not done until one fails."""
     data = DATASETS[args.dataset]
-    most = usual = max(data.splits, data.gallery_draws)
+    usual = max(data.splits, data.gallery_draws)
     if args.table in SEEDED:
-        most = data.splits if data.splits > 1 else MAX_TRIALS
         usual = STUDY_SPLITS if args.table in PAIRED else 1
     elif args.table != data.name and data.splits > 1:
         usual = 1  # an ablation trains on one split unless told otherwise
     if args.unseen and args.table != "unseen":
         raise ValueError(f"--unseen has no effect on --table {args.table}: leave it out")
-    trials = min(args.trials or usual, most)
-    about = {"dataset": data.name, "trials": trials, "extra": given_options(extra)}
-    about |= {"unseen": dict(args.unseen)}
+    about = {"dataset": data.name, "trials": args.trials or usual, "extra": given_options(extra)}
+    about["unseen"] = dict(args.unseen)
     steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"
@@ -142,7 +138,7 @@ def build_parser() -> options.Parser:
     add = commands.choices["run"].add_argument
     text = "RegDB: splits 1..N; others: gallery draws (default: 10, RegDB's ablations 1); study, "
     text += "continued, unseen: trainings with the seeds 1..N (default: 5, 5, 1)"
-    add("--trials", type=int, choices=range(1, MAX_TRIALS + 1), metavar="N", help=text)
+    add("--trials", type=int, choices=range(1, 11), metavar="N", help=text)
     add("--dry-run", action="store_true", help="print the commands only")
     text = "--table unseen: data sets to evaluate on, and their folders (default: all others)"
     add("--unseen", nargs="+", type=_unseen, default=[], metavar="DATASET=FOLDER", help=text)
@@ -169,12 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             findings = check(args.dataset, args.data_path, open_images=not args.skip_images)
             sys.stdout.write(findings.report())
             return 1 if findings.problems else 0
-        of_methods = args.table in DATASETS
-        dataset = args.table if of_methods else args.dataset or "regdb"
+        dataset = args.table if args.table in DATASETS else args.dataset or "regdb"
         if args.dataset not in (None, dataset):
             raise ValueError(f"--table {args.table} is of --dataset {dataset}, not {args.dataset}")
         args.dataset = dataset
-        args.name = args.table if of_methods else f"{args.table}_{dataset}"
+        args.name = dataset if args.table == dataset else f"{args.table}_{dataset}"
         if args.command == "run":
             run_command(args, extra)
         else:

@@ -33,15 +33,12 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a table varies.
-
-    With options in `test`, only the last epoch is evaluated, and only under the data set's first
-    protocol.
-    """
+    """What a table varies."""
 
     name: str  # the method, or the value of what is varied
     script: str = "train_MGMRA.py"
     train: Options = field(default_factory=dict)  # spelled as they are in its folder's name
+    # With any, only the last epoch is evaluated, and only under the data set's first protocol.
     test: Options = field(default_factory=dict)
     group: str = ""  # what an ablation varies
     published: str | None = None  # method of ``published.csv`` whose numbers stand beside
@@ -132,21 +129,13 @@ STUDY = (
 )
 STUDY_SPLITS = 5
 # Evaluated on data sets not trained on.
-UNSEEN_NAMES = (*REFERENCES, "MG-MRA, paper", "MG-MRA, cosine, 3 / m, features")
-UNSEEN = tuple(setting for setting in STUDY if setting.name in UNSEEN_NAMES)
+UNSEEN = (*REFERENCES, "MG-MRA, paper", "MG-MRA, cosine, 3 / m, features")
 # The study's rows from a common start: each goes on from the weights of its split's HCT, or AGW.
 # When a training from random weights leaves its first plateau is chance, and decides more than the
 # row.
-CONTINUED = tuple(
-    replace(setting, train={**setting.train, "bank-init-epoch": 1})
-    if "bank-init" in setting.train
-    else setting
-    for setting in STUDY
-)
 CONTINUING = {"epochs": 8, "warmup_epochs": 1, "triplet_ramp": (0, 0), "lr": 0.02}
 PAIRED = ("study", "continued")  # tables whose rows are compared split by split
-# Tables whose split t is trained with seed t.
-SEEDED = {"study": STUDY, "continued": CONTINUED, "unseen": UNSEEN}
+SEEDED = (*PAIRED, "unseen")  # tables whose split t is trained with seed t
 
 
 def settings_of(table: str) -> list[Setting]:
@@ -155,7 +144,8 @@ def settings_of(table: str) -> list[Setting]:
         recipes = RECIPES if table == "sysu" else ()
         return [*METHODS, *(Setting(k, train=v, published="MG-MRA") for k, v in recipes)]
     if table in SEEDED:
-        return [replace(setting, group=table) for setting in SEEDED[table]]
+        chosen = [each for each in STUDY if table != "unseen" or each.name in UNSEEN]
+        return [replace(setting, group=table) for setting in chosen]
     found = [Setting("none: HCT", "train_HCT.py", group="granularities")]
     for group, values in (ABLATIONS if table == "ablation" else MEMORY_ABLATIONS).items():
         found += [Setting(name, train=train, group=group) for name, train in values.items()]
@@ -294,14 +284,15 @@ def trainings_of(
     table: str, setting: Setting, split: Options, runs: Path, extra: Options
 ) -> list[Step]:
     """Returns a setting's training on a split, last, and before it one that it continues."""
-    training = training_of(setting, split, runs, extra)
     if table != "continued":
-        return [training]
+        return [training_of(setting, split, runs, extra)]
     first = next(each for each in STUDY if each.name == setting.references[0])
     start = training_of(first, split, runs, extra)
-    values = {**CONTINUING, **training.options, "weights": str(start.folder / "last.pt")}
-    folder = runs / f"continued_{training.folder.name}"
-    return [start, replace(training, options=values, folder=folder)]
+    if "bank-init" in setting.train:
+        setting = replace(setting, train={**setting.train, "bank-init-epoch": 1})
+    own = training_of(setting, split, runs, extra)
+    values = {**CONTINUING, **own.options, "weights": str(start.folder / "last.pt")}
+    return [start, Step(setting.script, values, runs / f"continued_{own.folder.name}")]
 
 
 def targets_of(
