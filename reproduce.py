@@ -23,18 +23,8 @@ import options
 from data_manager import DATASETS
 from networks.checkpoint_file import load_checkpoint, save_checkpoint
 from reproduction import paired, tables
+from reproduction import plan as plans
 from reproduction.check_data import check
-from reproduction.plan import (
-    PAIRED,
-    REFERENCES,
-    SEEDED,
-    STUDY_SPLITS,
-    TABLES,
-    check_lists,
-    choose,
-    given_options,
-    plan,
-)
 from utils import make_writable_dir, read_json, user_errors, write_atomic, write_json
 
 
@@ -42,21 +32,21 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     """`run`: prints the commands, then runs those that are not done until one fails."""
     data = DATASETS[args.dataset]
     usual = max(data.splits, data.gallery_draws)
-    if args.table in SEEDED:
-        usual = STUDY_SPLITS if args.table in PAIRED else 1
+    if args.table in plans.SEEDED:
+        usual = plans.STUDY_SPLITS if args.table in plans.PAIRED else 1
     elif args.table != data.name and data.splits > 1:
         usual = 1  # an ablation trains on one split unless told otherwise
     if args.unseen and args.table != "unseen":
         raise ValueError(f"--unseen has no effect on --table {args.table}: leave it out")
-    about = {"dataset": data.name, "trials": args.trials or usual, "extra": given_options(extra)}
-    about["unseen"] = dict(args.unseen)
-    steps = choose(*plan(args.table, runs=args.runs, **about), args.only)
+    about = {"dataset": data.name, "trials": args.trials or usual, "unseen": dict(args.unseen)}
+    about["extra"] = plans.given_options(extra)
+    steps = plans.choose(*plans.plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"
         sys.stdout.write(f"{state} python {shlex.join(step.command)}\n")
     if args.dry_run:
         return
-    check_lists(steps)
+    plans.check_lists(steps)
     write_json(make_writable_dir(args.runs) / f"{args.name}.json", about)
     for number, step in enumerate(steps, start=1):
         if step.is_done():
@@ -85,7 +75,7 @@ def table_command(args: argparse.Namespace) -> None:
         raise ValueError(f"{file} does not exist: `reproduce.py run --table {args.table}` first")
     schema = {"dataset": str, "trials": int, "extra": {}, "unseen?": {"*": (None, str)}}
     about = read_json(file, schema)
-    _, rows = plan(args.table, runs=args.runs, **about)
+    _, rows = plans.plan(args.table, runs=args.runs, **about)
     results = [tables.measure(row) for row in rows]
     title = DATASETS[args.dataset].title
     title += "" if args.table in DATASETS else f", table {args.table}"
@@ -93,7 +83,7 @@ def table_command(args: argparse.Namespace) -> None:
     flags = options.flags_of({k: v for k, v in about["extra"].items() if k not in silent})
     note = f". Flags beyond the table's own: {shlex.join(flags)}" if flags else ""
     found = tables.arrange(title + note, results)
-    if args.table in PAIRED:
+    if args.table in plans.PAIRED:
         found += _compared(results, args.runs / f"{args.name}_differences.png")
     texts = {"md": tables.markdown(title, found), "tex": tables.latex(found)}
     texts["csv"] = tables.comma_separated(results)
@@ -108,17 +98,17 @@ def _compared(results: Sequence[tables.Result], path: Path) -> list[tables.Table
     groups: dict[tuple[str, tuple[str, str]], list[tables.Result]] = {}
     for result in results:
         groups.setdefault((result.row.protocol, result.row.setting.references), []).append(result)
-    panels = {
-        own[0].row.words: paired.differences(own, references[1], "mAP")
-        for (_, references), own in groups.items()
-        if references == REFERENCES
-    }
+    panels, compared = {}, []
+    for (_, references), own in groups.items():
+        compared.append(paired.paired_table(own, references))
+        if references == plans.REFERENCES:
+            panels[own[0].row.words] = paired.differences(own, references[1], "mAP")
     if any(panels.values()):
         from figures import charts, page  # matplotlib takes a second to import
 
         title = "What each row gains over the control, in points of mAP"
         page.save(charts.differences(panels, title=title), path)
-    return [paired.paired_table(own, references) for (_, references), own in groups.items()]
+    return compared
 
 
 def build_parser() -> options.Parser:
@@ -131,7 +121,7 @@ def build_parser() -> options.Parser:
     add("--skip-images", action="store_true", help="check lists and counts only, open no image")
     for name, text in (("run", "run a table's commands"), ("table", "write a table")):
         add = commands.add_parser(name, help=text).add_argument
-        add("--table", choices=TABLES, required=True, help="which table")
+        add("--table", choices=plans.TABLES, required=True, help="which table")
         add("--dataset", choices=DATASETS, help="of the ablations (default: regdb)")
         text = "folder of all runs (default: runs/reproduce)"
         add("--runs", type=Path, default=Path("runs/reproduce"), help=text)

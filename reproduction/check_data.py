@@ -14,18 +14,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_manager import (
-    DATASETS,
-    STAND_IN_MARKER,
-    DataError,
-    DataSet,
-    EvalOptions,
-    ImageList,
-    checked_folder,
-    data_name,
-    eval_set,
-    train_set,
-)
+import data_manager
+from datasets.base import DataError, DataSet, EvalOptions, ImageList
 from datasets.decode import FORMATS
 from datasets.folders import IMAGE_SUFFIXES
 from utils import read_json
@@ -77,9 +67,9 @@ class Findings:
 
 def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Findings:
     """Checks the folder of one of `DATASETS`."""
-    data = DATASETS[dataset]
-    findings = Findings(f"{data_name(dataset, data_path)} in {data_path}")
-    trials, expected, marker = 10, data.expected, data_path / STAND_IN_MARKER
+    data = data_manager.DATASETS[dataset]
+    findings = Findings(f"{data_manager.data_name(dataset, data_path)} in {data_path}")
+    trials, expected, marker = 10, data.expected, data_path / data_manager.STAND_IN_MARKER
     if marker.exists():
         expected = {}
         try:
@@ -88,7 +78,7 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
             findings.problems.append(f"{error}: draw the data anew")
     files: set[Path] = set()
     with findings.reading():
-        root = checked_folder(dataset, data_path)
+        root = data_manager.checked_folder(dataset, data_path)
         for split in range(1, min(data.splits, trials) + 1):
             files |= _check_split(findings, data, root, split, trials, expected)
         if open_images:
@@ -112,7 +102,7 @@ def _check_split(
 
     trained, tested = [], []
     with findings.reading():
-        train = train_set(data.name, root, trial=split, use_cache=False)
+        train = data_manager.train_set(data.name, root, trial=split, use_cache=False)
         trained = count_images(f"{prefix}train", train.visible, train.infrared, "train")
     with findings.reading():
         cached = data.train_from_cache(root)
@@ -122,7 +112,8 @@ def _check_split(
         tested = count_images(f"{prefix}test", *data.images(root, "test", split), "test")
     for key, options in data.protocols.items():
         with findings.reading():
-            found = eval_set(data.name, root, **{"trial": split, "trials": trials, **options})
+            draws = {"trial": split, "trials": trials, **options}
+            found = data_manager.eval_set(data.name, root, **draws)
             if data.gallery_draws > 1:
                 what = f"test, {data.describe(EvalOptions(**options))}: queries, gallery"
                 queries = found.query_trials or (found.query.pids,)

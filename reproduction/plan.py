@@ -302,9 +302,9 @@ def targets_of(
     if table == "unseen":
         others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
         return [(k, next(iter(DATASETS[k].protocols)), {"data_path": v}) for k, v in others.items()]
-    protocols = list(DATASETS[dataset].protocols)
+    protocols = [(dataset, protocol, {}) for protocol in DATASETS[dataset].protocols]
     everywhere = table in (*DATASETS, *PAIRED) and not setting.test
-    return [(dataset, protocol, {}) for protocol in (protocols if everywhere else protocols[:1])]
+    return protocols if everywhere else protocols[:1]
 
 
 def plan(

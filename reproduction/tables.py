@@ -1,10 +1,4 @@
-"""Tables from ``results.json`` files: Markdown, LaTeX and CSV, with published numbers beside.
-
-A row names the files of its numbers: one for each trial, or one for all. A trial that is not there
-is shown as missing, and its row has no mean. Last epochs, best epochs and re-ranked rows stand in
-tables of their own; every caption names the data. The published numbers and where each was read are
-in ``published.csv``.
-"""
+"""Tables from ``results.json`` files: Markdown, LaTeX and CSV, with published numbers beside."""
 
 import csv
 import io
@@ -63,13 +57,14 @@ def measure(row: Row) -> Result:
     read = []
     for number, file in enumerate(row.files, start=1):
         if file.exists():
-            read.append(_read_result(file, row))
+            entry = _read_result(file, row)
+            read.append(entry)
             # One file per trial: its mean over gallery draws is that trial's number.
-            own = read[-1]["per_trial"] if row.trials > len(row.files) else [read[-1]]
-            found |= dict(enumerate(own, start=number))
+            own = entry["per_trial"] if row.trials > len(row.files) else [entry]
+            for trial, numbers in enumerate(own, start=number):
+                found[trial] = {metric: numbers[metric] for metric in METRICS}
     wanted = range(1, row.trials + 1)  # a file may hold more trials
     missing = [trial for trial in wanted if trial not in found]
-    found = {trial: {m: own[m] for m in METRICS} for trial, own in found.items()}
     mean, std = ({}, {}) if missing else mean_and_std([found[trial] for trial in wanted])
     return Result(row, missing, found, mean, std, read)
 
@@ -104,9 +99,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def _table(
-    title: str, caption: str, columns: Sequence[str], lines: Sequence[dict[str, str]]
-) -> Table:
+def _table(title: str, caption: str, columns: Sequence[str], lines: list[dict[str, str]]) -> Table:
     """Lays lines out under those columns in which some line has a value."""
     kept = [name for name in columns if any(line.get(name) for line in lines)]
     header = [TITLES.get(name, name.removeprefix("memory/").replace("_", " ")) for name in kept]
@@ -153,8 +146,8 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
         setting, ranking = result.row.setting, result.row.re_rank
         label = setting.name if ranking == "no" else f"{setting.name}, {ranking}"
         line = {"varied": setting.group, "method": label, **_cells(result)}
-        if setting.published in known:
-            theirs = known[setting.published]
+        theirs = known.get(setting.published)
+        if theirs:
             line["published Rank-1 / mAP"] = f"{theirs['rank1']} / {theirs['mAP'] or '-'}"
             line["source"] = theirs["source"]
         lines.append(line)
@@ -187,14 +180,13 @@ def _health_table(caption: str, rows: Sequence[Row]) -> Table:
     """Returns the memory's health in the last epoch of each training that has it in its log."""
     names = [f"memory/{level}/{name}" for level in LEVELS for name in HEALTH]
     lines = []
-    for row in (row for row in rows if row.protocol == rows[0].protocol):  # each training once
-        wanted = row.setting.group in (*MEMORY_ABLATIONS, *PAIRED) and row.checkpoint == "last"
-        files = [folder / "log.jsonl" for folder in row.training if wanted]
-        logs = [read_json(file, LOG_LINE) for file in files if file.exists()]
-        if wanted and len(logs) == len(files) and all(logs):
-            epochs = [epochs[-1] for epochs in logs]
-            numbers = mean_and_std([{n: e[n] for n in names if n in e} for e in epochs])[0]
-            cells = {name: f"{number:.3g}" for name, number in numbers.items()}
+    once = [row for row in rows if (row.protocol, row.checkpoint) == (rows[0].protocol, "last")]
+    for row in (row for row in once if row.setting.group in (*MEMORY_ABLATIONS, *PAIRED)):
+        files = [folder / "log.jsonl" for folder in row.training]
+        logs = [read_json(file, LOG_LINE) if file.exists() else [] for file in files]
+        if all(logs):
+            last = [{name: log[-1][name] for name in names if name in log[-1]} for log in logs]
+            cells = {name: f"{mean:.3g}" for name, mean in mean_and_std(last)[0].items()}
             if cells:
                 lines.append({"varied": row.setting.group, "method": row.setting.name, **cells})
     caption += (
