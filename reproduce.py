@@ -39,7 +39,7 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     if args.unseen and args.table != "unseen":
         raise ValueError(f"--unseen has no effect on --table {args.table}: leave it out")
     about = {"dataset": data.name, "trials": args.trials or usual, "unseen": dict(args.unseen)}
-    about["extra"] = plans.given_options(extra)
+    about["extra"] = plans.given_options(extra, args.table)
     steps = plans.choose(*plans.plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
         state = "done " if step.is_done() else "to do"

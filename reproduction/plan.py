@@ -167,12 +167,12 @@ def _parser(train: bool) -> options.Parser:
     return parser
 
 
-def given_options(flags: Sequence[str]) -> dict[str, Any]:
-    """Returns what training flags ask for other than the defaults; refuses the tables' own."""
+def given_options(flags: Sequence[str], table: str = "") -> dict[str, Any]:
+    """Returns what training flags ask for other than the defaults; refuses the table's own."""
     parser = _parser(True)
     given = vars(parser.parse_args(flags))
     extra = {name: value for name, value in given.items() if value != parser.get_default(name)}
-    for name in FIXED:
+    for name in (*FIXED, "seed") if table in SEEDED else FIXED:
         if name in extra:
             raise ValueError(f"--{name} is decided by the table; leave it out")
     return extra
@@ -322,10 +322,9 @@ def plan(
     RegDB's splits, with a training each; of other data sets gallery draws of one training; of
     tables in `SEEDED` trainings with the seeds from 1, evaluated on the usual number of draws.
     Every training and evaluation gets the options in `extra` that it uses. `unseen` are the data
-    sets that table evaluates on, and their folders, None for the usual one; without it, all others.
+    sets that the table of this name evaluates on, with their folders, None for the usual one;
+    without it, all others.
     """
-    if table in SEEDED and "seed" in extra:
-        raise ValueError("--seed is decided by the table; leave it out")
     numbered = ["trial"] if DATASETS[dataset].splits > 1 else []
     numbered += ["seed"] if table in SEEDED else []
     splits = [{"dataset": dataset, **dict.fromkeys(numbered, n + 1)} for n in range(trials)]
