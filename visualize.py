@@ -42,11 +42,9 @@ log = logging.getLogger(__name__)
 
 
 class Subject:
-    """What a checkpoint's figures need.
+    """What a checkpoint's figures need: its network, and the images of a protocol's first trial.
 
-    Its network `net`; `trial`, the images of the protocol's first trial; `images`, which decodes an
-    image list at the network's size; `data`, data set and protocol in words; `title`, the same with
-    the checkpoint's name.
+    `images` decodes an image list; `data` names data set and protocol, `title` the checkpoint too.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -82,11 +80,10 @@ class Subject:
 def ranked(args: argparse.Namespace) -> Figure:
     """Draws queries with their nearest gallery images."""
     subject = Subject(args)
-    trial, features = subject.trial, subject.features(subject.net)
-    images = {"query": subject.images(trial.query), "gallery": subject.images(trial.gallery)}
+    features = subject.features(subject.net)
     choice = {"num_queries": args.num_queries, "top": args.top, "seed": args.seed}
     choice |= {"title": subject.data, "ranking": args.re_rank}
-    return evaluation.draw_ranked(trial, images, features, **choice)
+    return evaluation.draw_ranked(subject.trial, subject.images, features, **choice)
 
 
 def distances(args: argparse.Namespace) -> Figure:
@@ -145,15 +142,11 @@ def prototypes(args: argparse.Namespace) -> Figure:
     choice = {"level": args.level, "count": args.count, "top": args.top}
     rows = prototype_patches(weights, shown, shape, **choice)
     searched = " and ".join(f"{len(images)} {modality}" for modality, images in shown.items())
-    note = (
-        f"The patches, of {searched} images, whose middle (framed) addresses a prototype "
-        "most, at most one per image; below each the prototype's weight there."
-    )
-    if all(own.nnz == np.prod(own.shape) and alike(own.data) for own in weights.values()):
-        note += (
-            f" All weights of the {args.level} level are alike: it tells no position from another, "
-            f"and which patches stand here is chance (seed {args.seed})."
-        )
+    note = f"The patches, of {searched} images, whose middle (framed) addresses a prototype most, "
+    note += "at most one per image; below each the prototype's weight there."
+    if all(alike(own) for own in weights.values()):
+        note += f" All weights of the {args.level} level are alike: it tells no position from "
+        note += f"another, and which patches stand here is chance (seed {args.seed})."
     return image_grids.prototypes(rows, title=subject.title, note=note)
 
 
@@ -190,11 +183,13 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
     """
     file = run / "log.jsonl" if run.is_dir() else run
     lines = read_json(file, LOG_LINE)
-    beside = file.with_name("options.json")
-    about = read_json(beside, {"method": str, "data": str}) if beside.is_file() else None
     if not lines:
         raise ValueError(f"{file} is empty: no epoch is complete yet")
-    return lines, f"{about['method']}: {about['data']}" if about else str(run)
+    beside = file.with_name("options.json")
+    if not beside.is_file():
+        return lines, str(run)
+    about = read_json(beside, {"method": str, "data": str})
+    return lines, f"{about['method']}: {about['data']}"
 
 
 def curves(args: argparse.Namespace) -> Figure:
@@ -211,18 +206,16 @@ def health(args: argparse.Namespace) -> Figure:
 
 
 MOST = charts.MAX_CURVES
-IDS = f"identities, 1..{MOST}, which can be told apart"
 BEFORE = "weights before training: imagenet, none or a file (default: those trained from)"
 SEED = Flag("seed", 0, "seed of the figure's random choices", COUNT_OR_0)
-NAMES = Flag("names", None, "names of the curves (default: the folders)", nargs="+")
-# The figures by what they are drawn from, each with the flags of its own.
-OF_CHECKPOINT: dict[Callable[..., Figure], tuple[Flag, ...]] = {
+# The figures, each with the flags of its own.
+FIGURES: dict[Callable[..., Figure], tuple[Flag, ...]] = {
     ranked: (
         Flag("num-queries", 8, "queries", COUNT),
         Flag("top", 10, "gallery images per query", COUNT),
     ),
     distances: (Flag("before", None, BEFORE),),
-    embedding: (Flag("ids", MOST, IDS, range(1, MOST + 1)),),
+    embedding: (Flag("ids", MOST, "identities that can be told apart", range(1, MOST + 1)),),
     addressing: (
         Flag("ids", 3, "identities, two images each", COUNT),
         Flag("top", 3, "prototypes per image and level", COUNT),
@@ -233,28 +226,30 @@ OF_CHECKPOINT: dict[Callable[..., Figure], tuple[Flag, ...]] = {
         Flag("top", 6, "patches per prototype and modality", COUNT),
         Flag("images", 200, "images per modality to look through", COUNT),
     ),
+    cmc: (Flag("names", None, "names of the curves (default: the folders)", nargs="+"),),
+    curves: (),
+    health: (),
 }
-OF_FILES: dict[Callable[..., Figure], tuple[Flag, ...]] = {cmc: (NAMES,), curves: (), health: ()}
 
 
 def figure_parser(description: str) -> options.Parser:
     """Returns the parser of ``visualize.py``: one command per figure."""
     parser = options.Parser(description)
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    for draw, flags in {**OF_CHECKPOINT, **OF_FILES}.items():
+    for draw, flags in FIGURES.items():
         name, text = draw.__name__, draw.__doc__
         figure = commands.add_parser(name, help=text, description=text)
         figure.set_defaults(draw=draw)
         out = Flag("out", None, f"file, .png or .pdf (default: {name}.png beside the input)", Path)
         groups = {"file": (out, options.NO_TITLE), "figure": flags}
-        if draw in OF_CHECKPOINT:
+        if draw is cmc:
+            text = "results.json, or folders with one"
+            figure.add_argument("results", nargs="+", type=Path, help=text)
+        elif draw in (curves, health):
+            figure.add_argument("run", type=Path, help="a run's folder, or its log.jsonl")
+        else:
             groups |= {"figure": (SEED, *flags), **options.EVALUATION}
         options.add_flags(figure, groups)
-    results = commands.choices["cmc"].add_argument
-    results("results", nargs="+", type=Path, help="results.json, or folders with one")
-    for name in ("curves", "health"):
-        run = commands.choices[name].add_argument
-        run("run", type=Path, help="a run's folder, or its log.jsonl")
     return parser
 
 

@@ -1,7 +1,4 @@
-"""Figures of an evaluation: from a protocol and the features of its images to what is drawn.
-
-They show one gallery: that of the protocol's first trial (`first_trial`).
-"""
+"""Figures of an evaluation: from features of the protocol's first trial to what is drawn."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,24 +15,19 @@ from figures import charts, image_grids
 from figures.page import FORMATS, save
 
 Features = Mapping[str, np.ndarray]  # "query" (Q, D) and "gallery" (G, D), rows of norm 1
+Load = Callable[[ImageList], np.ndarray]  # returns the images (n, H, W, 3) uint8 of a list
 MAX_IMAGES = 20  # of an identity and modality in the plane
 
 
 def first_trial(protocol: EvalSet) -> EvalSet:
     """Restricts a protocol to the images of its first trial, which its words then say."""
-    drawn = "gallery" if protocol.query_trials is None else "queries"
-    words = protocol.protocol
-    words += f"; first trial's {drawn}" if len(protocol.gallery_trials) > 1 else ""
-    rows = first_rows(protocol)
-    query, gallery = protocol.query.take(rows["query"]), protocol.gallery.take(rows["gallery"])
+    asking, words = protocol.query_trials, protocol.protocol
+    if len(protocol.gallery_trials) > 1:
+        words += f"; first trial's {'queries' if asking else 'gallery'}"
+    query = protocol.query.take(asking[0]) if asking else protocol.query
+    gallery = protocol.gallery.take(protocol.gallery_trials[0])
     everyone = {"gallery_trials": (np.arange(len(gallery)),), "query_trials": None}
     return replace(protocol, query=query, gallery=gallery, protocol=words, **everyone)
-
-
-def first_rows(protocol: EvalSet) -> dict[str, np.ndarray]:
-    """Returns the first trial's rows of the queries and of the gallery."""
-    asking = protocol.query_trials or (np.arange(len(protocol.query)),)
-    return {"query": asking[0], "gallery": protocol.gallery_trials[0]}
 
 
 def ignored(trial: EvalSet) -> np.ndarray:
@@ -70,24 +62,14 @@ def project(points: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
 
 
 def draw_ranked(
-    trial: EvalSet,
-    images: Mapping[str, np.ndarray],
-    features: Features,
-    *,
-    title: str,
-    ranking: str,
-    **choice: int,
+    trial: EvalSet, load: Load, features: Features, *, title: str, ranking: str, **choice: int
 ) -> Figure:
-    """Draws ranked lists of a trial by a `ranking` of `engine.evaluate.distances`.
-
-    `images` holds the pixels of "query" and "gallery"; `choice` goes on to
-    `image_grids.ranked_lists`.
-    """
+    """Draws ranked lists by a `ranking` of `distances`; `choice` goes on to `ranked_lists`."""
     kind = "not re-ranked" if ranking == "no" else f"re-ranked: {ranking}"
     distmat = distances(features["query"], features["gallery"], ranking)
     return image_grids.ranked_lists(
-        query_images=images["query"],
-        gallery_images=images["gallery"],
+        query_images=load(trial.query),
+        gallery_images=load(trial.gallery),
         distmat=np.where(ignored(trial), np.inf, distmat),
         names=[f"identity {pid}" for pid in trial.query.pids],
         same=trial.query.pids[:, None] == trial.gallery.pids,
@@ -99,18 +81,12 @@ def draw_ranked(
 def draw_distances(trial: EvalSet, features: Mapping[str, Features], *, title: str) -> Figure:
     """Draws distances across modalities, a panel for each of several features by name."""
     panels = {name: pair_distances(trial, own) for name, own in features.items()}
-    sides = f"{trial.query.modality} queries and {trial.gallery.modality} gallery images"
-    note = f"Pairs of {sides}."
+    note = f"Pairs of {trial.query.modality} queries and {trial.gallery.modality} gallery images."
     return charts.distance_histograms(panels, title=title, note=note)
 
 
 def draw_embedding(
-    trial: EvalSet,
-    features: Features,
-    *,
-    title: str,
-    ids: int = charts.MAX_CURVES,
-    seed: int = 0,
+    trial: EvalSet, features: Features, *, title: str, ids: int = charts.MAX_CURVES, seed: int = 0
 ) -> Figure:
     """Draws a few identities' features in the plane of their principal components."""
     wanted = chosen_identities(trial, ids, seed)
@@ -121,21 +97,16 @@ def draw_embedding(
         pids.append(images.pids[kept])
         infrared.append(np.full(len(kept), images.modality == "infrared"))
     plane, axis_names = project(np.concatenate(points))
-    return charts.embedding(
-        plane,
-        np.concatenate(pids),
-        np.concatenate(infrared),
-        axis_names=axis_names,
-        title=title,
-        note="Principal components of the features shown. "
-        f"{len(wanted)} identities, drawn at random (seed {seed}).",
-    )
+    note = "Principal components of the features shown. "
+    note += f"{len(wanted)} identities, drawn at random (seed {seed})."
+    words = {"axis_names": axis_names, "title": title, "note": note}
+    return charts.embedding(plane, np.concatenate(pids), np.concatenate(infrared), **words)
 
 
 def evaluation_figures(
     folder: Path,
     protocol: EvalSet,
-    load: Callable[[ImageList], np.ndarray],
+    load: Load,
     features: Features,
     results: Sequence[Mapping[str, Any]],
     *,
@@ -143,18 +114,17 @@ def evaluation_figures(
 ) -> list[str]:
     """Draws ranked lists, CMC, distances and an embedding of an evaluation, each as PNG and PDF.
 
-    `load` returns the images (n, H, W, 3) uint8 of a list; `features` are all images', of the last
-    result's kind; `results` are as in ``results.json``. The ranked lists show the last one's
-    ranking. `heading`: see `page.save`. Returns the names of the files.
+    `features` are all images', of the last result's kind; `results` are as in ``results.json``. The
+    ranked lists show the last one's ranking. `heading`: see `page.save`. Returns the files' names.
     """
-    trial, rows = first_trial(protocol), first_rows(protocol)
-    images = {role: load(getattr(protocol, role))[rows[role]] for role in rows}
-    features = {role: features[role][rows[role]] for role in rows}
+    trial, asking = first_trial(protocol), protocol.query_trials
+    query = features["query"][asking[0]] if asking else features["query"]
+    features = {"query": query, "gallery": features["gallery"][protocol.gallery_trials[0]]}
     data, ranking = results[-1]["dataset"], results[-1]["re_rank"]
     title = f"{data}: {trial.protocol}"
     curves = [(each["test_feat"], each) for each in results]
     figures = {
-        "ranked_lists": draw_ranked(trial, images, features, title=title, ranking=ranking),
+        "ranked_lists": draw_ranked(trial, load, features, title=title, ranking=ranking),
         "cmc": charts.cmc_curves(curves, title=f"{data}: {protocol.protocol}"),
         "distances": draw_distances(trial, {"after training": features}, title=title),
         "embedding": draw_embedding(trial, features, title=title),

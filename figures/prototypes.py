@@ -1,8 +1,4 @@
-"""Which positions of the images read which prototypes of a memory.
-
-Each image's strongest prototypes (`fired`), each prototype's best patches (`prototype_patches`).
-What is counted are the addressing weights that the memory itself reads with.
-"""
+"""Which positions of the images read which prototypes, by the memory's own addressing weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -48,10 +44,7 @@ def addressing_weights(
         ValueError: The network has no memory, or one that returns no weights.
     """
     if net.memory is None:
-        raise ValueError(
-            "the network has no memory to look into: draw from a checkpoint of train_SGMRA.py or "
-            "train_MGMRA.py"
-        )
+        raise ValueError("the network has no memory: take one of train_SGMRA.py or train_MGMRA.py")
     found: dict[str, list[sparse.csr_matrix]] = {}
     for images in batches:
         x = net.feature_map(**{modality: images})
@@ -59,17 +52,14 @@ def addressing_weights(
             dense = weights.to_dense().float().cpu().numpy()
             found.setdefault(level, []).append(sparse.csr_matrix(dense))
     if not found:
-        raise ValueError(
-            f"the memory, a {type(net.memory).__name__}, does not say how it is addressed: give its"
-            " MemoryRead `weights`"
-        )
+        name = type(net.memory).__name__
+        raise ValueError(f"{name} does not say how it is addressed: give its MemoryRead `weights`")
     return {level: sparse.vstack(own, "csr") for level, own in found.items()}, x.shape[2:]
 
 
-def alike(weights: np.ndarray) -> bool:
+def alike(weights: np.ndarray | sparse.csr_matrix) -> bool:
     """Returns whether weights, some of them above zero, are all the same."""
-    most = weights.max(initial=0)
-    return bool(most - weights.min(initial=1) < SAME_WEIGHT * most)
+    return bool(weights.max() - weights.min() < SAME_WEIGHT * weights.max())
 
 
 def fired(weights: sparse.csr_matrix, shape: tuple[int, int], top: int) -> Fired:
@@ -130,10 +120,8 @@ def prototype_patches(
     totals = {m: np.asarray(own.sum(axis=0, dtype=np.float64))[0] for m, own in columns.items()}
     both = totals["visible"] + totals["infrared"]
     if not both.sum():
-        raise ValueError(
-            f"no position of the images reads any {level} prototype (all weights are at or below "
-            "lambda): look at `visualize.py health`, or train longer"
-        )
+        hint = "look at `visualize.py health`, or train longer"
+        raise ValueError(f"no position of the images reads any {level} prototype: {hint}")
     numbers = [n for n in np.argsort(-both, kind="stable")[:count].tolist() if both[n]]
     positions = shape[0] * shape[1]
     rows = []
