@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike
 from figures import page
 from networks.settings import LEVELS
 
+Log = Sequence[Mapping[str, Any]]  # the lines of a run's ``log.jsonl``
 LABEL_CHARACTERS = 40  # of a line in the legend of a column-wide figure
 MAX_CURVES = 7  # that can be told apart: the style file's colours and dashes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # a log may have more curves
-HISTOGRAM_BINS = 60
 
 
 @page.styled
@@ -47,7 +47,7 @@ def cmc_curves(runs: Sequence[tuple[str, Mapping[str, Any]]], *, title: str = ""
 
 def misordered(within: ArrayLike, between: ArrayLike) -> float:
     """Returns the share of (within, between) pairs whose between-distance is smaller; ties half."""
-    within, between = np.sort(np.ravel(within)), np.ravel(between)
+    within = np.sort(within)
     below, upto = (np.searchsorted(within, between, side) for side in ("left", "right"))
     return float(1 - (below + upto).mean() / 2 / len(within))
 
@@ -58,12 +58,10 @@ def distance_histograms(
 ) -> Figure:
     """Draws distances across modalities, within and between identities, on one common x axis.
 
-    `panels` maps a name ("before training", ...) to two one-dimensional arrays: distances between
-    images of the same identity, and between those of different ones.
+    `panels` maps a name ("after training", ...) to distances within (n,) and between (m,) them.
     """
-    everything = [values for pair in panels.values() for values in pair]
-    least, most = min(map(np.min, everything)), max(map(np.max, everything))
-    edges = np.linspace(least, max(most, least + 1e-6), HISTOGRAM_BINS + 1)
+    everything = np.concatenate([values for pair in panels.values() for values in pair])
+    edges = np.histogram_bin_edges(everything, bins=60)
     figure = Figure(figsize=(page.COLUMN_WIDTH, 1.6 * len(panels) + 0.2), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for chart, (name, (within, between)) in zip(axes, panels.items(), strict=True):
@@ -72,15 +70,13 @@ def distance_histograms(
         for values, look in ((between, other), (within, same)):
             shares = 100 * np.histogram(values, edges)[0] / len(values)
             chart.stairs(shares, edges, fill=True, linewidth=1.2, **look)
-        order = f"in wrong order: {100 * misordered(within, between):.1f} %"
-        chart.set_title(f"{name}\n{order}", loc="left", fontsize="medium")
+        order = f"{name}\nin wrong order: {100 * misordered(within, between):.1f} %"
+        chart.set_title(order, loc="left", fontsize="medium")
     axes[-1].set_xlabel("cosine distance")
     figure.supylabel("share of the pairs (%)", fontsize="medium")
     page.add_legend(figure, axes[0].patches, columns=2)
-    note += (
-        " In wrong order: how often a random pair of different identities is closer than a random "
-        "pair of the same identity (50 % is chance)."
-    )
+    note += " In wrong order: how often a random pair of different identities is closer than a "
+    note += "random pair of the same identity (50 % is chance)."
     note += " The vertical scales differ." if len(panels) > 1 else ""
     page.add_heading(figure, title, note)
     return figure
@@ -90,20 +86,17 @@ def distance_histograms(
 def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figure:
     """Draws differences between methods, one panel a protocol, with their intervals.
 
-    `panels` maps a protocol's name to the list of `reproduction.paired.differences`; not all are
-    empty.
+    `panels` maps a protocol's name to its `reproduction.paired.differences`; not all are empty.
     """
-    names = list(dict.fromkeys(each.name for found in panels.values() for each in found))
+    names = {each.name for found in panels.values() for each in found}
     figure = Figure(figsize=(page.PAGE_WIDTH, 0.6 + 0.24 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for chart, (panel, found) in zip(axes, panels.items(), strict=True):
         chart.axvline(0, color=page.GREY, linewidth=0.8)
         for each in found:
-            place = names.index(each.name)
-            chart.plot(each.values, [place] * len(each.values), "o", color=page.ORANGE, ms=3)
-            chart.errorbar(each.mean, place, xerr=each.half_width, fmt="D", color=page.BLUE)
+            chart.plot(each.values, [each.name] * len(each.values), "o", color=page.ORANGE, ms=3)
+            chart.errorbar(each.mean, each.name, xerr=each.half_width, fmt="D", color=page.BLUE)
         chart.set(title=panel, xlabel="difference (points)")
-        chart.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     note = "Circles: single splits. Diamonds: their mean, from three on with its 95 % interval."
     note += " The scales differ." if len(panels) > 1 else ""
@@ -123,10 +116,8 @@ def embedding(
 ) -> Figure:
     """Draws features in the plane: identity by colour and marker, visible filled, infrared hollow.
 
-    A line joins the centres of an identity's two modalities.
-
-    `points` are (n, 2), `pids` and `infrared` (n,); at most `MAX_CURVES` identities, each in both
-    modalities.
+    A line joins the centres of an identity's modalities. `points` are (n, 2), `pids` and `infrared`
+    (n,); at most `MAX_CURVES` identities, each in both modalities.
     """
     figure = Figure(figsize=(page.COLUMN_WIDTH, 3.0), layout="constrained")
     axes = figure.subplots()
@@ -136,11 +127,10 @@ def embedding(
     for pid, color, marker in zip(np.unique(pids), colors, MARKERS, strict=False):
         visible, other = points[(pids == pid) & ~infrared], points[(pids == pid) & infrared]
         look = {"color": color, "marker": marker, **dots}
-        axes.plot(*visible.T, **look)
+        identities += axes.plot(*visible.T, **look, label=str(pid))
         axes.plot(*other.T, **look, markerfacecolor="none")
         centers = np.array([visible.mean(axis=0), other.mean(axis=0)])
         axes.plot(*centers.T, color=color, linestyle="-", linewidth=1)
-        identities += axes.plot([], [], **look, label=str(pid))
     kinds = [
         *axes.plot([], [], "o", color=page.GREY, **dots, label="visible"),
         *axes.plot([], [], "o", color=page.GREY, **dots, mfc="none", label="infrared"),
@@ -154,8 +144,8 @@ def embedding(
 
 
 @page.styled
-def training_curves(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Draws loss terms, evaluations, rate and feature spread of a run's ``log.jsonl``."""
+def training_curves(epochs: Log, *, title: str) -> Figure:
+    """Draws a run's loss terms, evaluations, learning rate and feature spread."""
     figure = Figure(figsize=(page.PAGE_WIDTH, 4.3), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
     losses = upper.subplots()
@@ -181,8 +171,8 @@ def training_curves(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figur
 
 
 @page.styled
-def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Draws how a memory's levels were addressed, epoch by epoch, from a run's ``log.jsonl``.
+def memory_health(epochs: Log, *, title: str) -> Figure:
+    """Draws how a memory's levels were addressed, epoch by epoch.
 
     Raises:
         ValueError: No line has a memory's usage statistics.
@@ -208,23 +198,15 @@ def memory_health(epochs: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     charts[1].set_ylim(bottom=-0.02)
     charts[1].yaxis.set_major_formatter("{x:g}")
     page.add_legend(figure, charts[0].lines, columns=3)
-    note = (
-        "Zero reads: positions at which no prototype is above lambda. Survivors: prototypes above "
-        "it at a position. Used: addressed at least once in the steps looked at. Entropy: of the "
-        "positions that read something."
-    )
+    note = "Zero reads: positions at which no prototype is above lambda. Survivors: prototypes "
+    note += "above it at a position. Used: addressed at least once in the steps looked at. "
+    note += "Entropy: of the positions that read something."
     page.add_heading(figure, title, note)
     return figure
 
 
-def _plot(
-    chart: Axes,
-    lines: Sequence[Mapping[str, Any]],
-    keys: Mapping[str, str],
-    label: str,
-    scale: float = 1,
-) -> None:
-    """Plots the numbers that lines of a log have under some keys, times `scale`, over epochs."""
+def _plot(chart: Axes, lines: Log, keys: Mapping[str, str], label: str, scale: float = 1) -> None:
+    """Plots the numbers that lines have under some keys, by name, times `scale`, over epochs."""
     for (name, key), marker in zip(keys.items(), cycle(MARKERS), strict=False):
         points = [(line["epoch"], scale * line[key]) for line in lines if line.get(key) is not None]
         look = {"marker": marker, "markersize": 3.5, "markevery": max(1, len(points) // 12)}
