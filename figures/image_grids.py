@@ -59,14 +59,10 @@ def ranked_lists(
         ValueError: No query has a right answer to find.
     """
     counts = np.isfinite(distmat)
-    rows = np.arange(len(distmat))
-    if same is not None:
-        rows = np.flatnonzero((same & counts).any(axis=1))
-        if not len(rows):
-            raise ValueError(
-                f"none of {len(distmat)} queries has its identity among the gallery images that "
-                "count for it: do query and gallery share identities?"
-            )
+    rows = np.arange(len(distmat)) if same is None else np.flatnonzero((same & counts).any(axis=1))
+    if not len(rows):
+        error = f"none of {len(distmat)} queries has a gallery image of its identity that counts"
+        raise ValueError(f"{error}: do query and gallery share identities?")
     rng = np.random.default_rng(seed)
     chosen = sorted(rng.choice(rows, min(num_queries, len(rows)), replace=False))
     note = f"Queries drawn at random (seed {seed}): {len(chosen)} of {len(rows):,}."
@@ -112,8 +108,7 @@ def addressing(
 ) -> Figure:
     """Draws where on each image the strongest prototypes of every granularity fire.
 
-    Each level has a colour scale of its own, from 0 to its greatest weight in the figure, which
-    stands above it.
+    Each level has a colour scale of its own, from 0 to its greatest weight, which is written above.
     `images` are (n, H, W, 3) uint8, with `names` before them; the finest of `levels` comes first.
     """
     count = max(fired.numbers.shape[1] for fired in levels.values())
@@ -127,15 +122,16 @@ def addressing(
         page.write_left(row[0], name)
     for group, (level, fired) in enumerate(levels.items()):
         first = 2 + group * (count + 2)
-        most = float(fired.maps.max(initial=0))
+        cells = axes[:, first : first + count]
+        most, uniform = float(fired.maps.max()), alike(fired.maps)
         scale = f"weights from 0 to {100 * most:.3g} %" if most else "reads zero everywhere"
-        scale = f"the same everywhere: {100 * most:.2g} %" if alike(fired.maps) else scale
+        scale = f"the same everywhere: {100 * most:.2g} %" if uniform else scale
         head = f"{level}, {fired.size:,} in all\n{scale}"
-        axes[0, first + (count - 1) // 2].set_title(head, fontsize="medium")
-        for row, image, numbers, maps in zip(axes, images, fired.numbers, fired.maps, strict=True):
-            for cell, number, weights in zip(row[first:], numbers, maps, strict=False):
+        cells[0, (count - 1) // 2].set_title(head, fontsize="medium")
+        for row, image, numbers, maps in zip(cells, images, fired.numbers, fired.maps, strict=True):
+            for cell, number, weights in zip(row, numbers, maps, strict=False):
                 cell.set_box_aspect(aspect)
-                if number < 0 or alike(fired.maps):
+                if number < 0 or uniform:
                     page.write_middle(cell, "none" if number < 0 else "alike")
                 else:
                     heat = {"cmap": HEAT, "vmin": 0, "vmax": most, "interpolation": "nearest"}
@@ -147,10 +143,8 @@ def addressing(
     scale = figure.colorbar(ScalarMappable(cmap=HEAT), ticks=[], **place)
     scale.set_label("weight, from 0 to the level's greatest in this figure")
     scale.solids.set_alpha(None)  # its colours have their own
-    note = (
-        "Each image with the prototypes that its positions read most, strongest first: colour is "
-        "the prototype's weight at a position, below stands the prototype's number."
-    )
+    note = "Each image with the prototypes that its positions read most, strongest first: colour "
+    note += "is the prototype's weight at a position, below stands the prototype's number."
     page.add_heading(figure, title, note)
     return figure
 

@@ -63,9 +63,8 @@ def add_heading(figure: Figure, title: str, note: str = "") -> None:
 
 def add_legend(figure: Figure, handles: Sequence[Artist], columns: int = 1) -> None:
     """Puts a legend below all that a figure shows so far."""
-    box = drawn_box(figure)
-    place = {"loc": "upper left", "bbox_to_anchor": box.p0}
-    figure.legend(handles=handles, **place, ncols=columns, handlelength=3)
+    look = {"loc": "upper left", "ncols": columns, "handlelength": 3}
+    figure.legend(handles=handles, bbox_to_anchor=drawn_box(figure).p0, **look)
 
 
 def wrapped(text: str, characters: int) -> str:
