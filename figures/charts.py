@@ -60,7 +60,8 @@ def distance_histograms(
 
     `panels` maps a name ("after training", ...) to distances within (n,) and between (m,) them.
     """
-    everything = np.concatenate([values for pair in panels.values() for values in pair])
+    everything = [values for pair in panels.values() for values in pair]
+    everything = np.concatenate(everything, dtype=np.float64)  # tells nearly equal edges apart
     edges = np.histogram_bin_edges(everything, bins=60)
     figure = Figure(figsize=(page.COLUMN_WIDTH, 1.6 * len(panels) + 0.2), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]

@@ -32,11 +32,7 @@ styled = matplotlib.rc_context(fname=STYLE)  # decorates what makes a figure
 
 @styled
 def save(figure: Figure, path: str | Path, *, heading: bool = True) -> None:
-    """Writes a figure; an existing file is left as it was when that fails.
-
-    The path ends with one of `FORMATS`. Without `heading`, title and note are left to the paper's
-    caption.
-    """
+    """Writes a PNG or a PDF atomically; without `heading`, title and note are left out of it."""
     form = Path(path).suffix[1:].lower()
     for text in figure.findobj(lambda artist: artist.get_gid() == HEADING):
         text.set_visible(heading)
