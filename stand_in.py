@@ -48,7 +48,8 @@ def generate(out: Path, *, workers: int = 1, **options: Any) -> Path:
         raise ValueError(f"--out {out}: is there already; delete it, or give another name")
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    drawings, lists = LAYOUTS[settings.layout](settings)
+    drawings, files = LAYOUTS[settings.layout](settings)
+    files[STAND_IN_MARKER] = json.dumps(asdict(settings), indent=1).encode() + b"\n"
     # spawn: the caller may run threads (torch), which a fork would not survive
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))  # starts none until used
     with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary, pool:
@@ -56,12 +57,9 @@ def generate(out: Path, *, workers: int = 1, **options: Any) -> Path:
         draw = partial(_draw_identity, settings, folder)
         done = (map if workers == 1 else pool.map)(draw, drawings, drawings.values())
         list(tqdm(done, total=len(drawings), unit="identity", desc="drawing", disable=None))
-        for name, content in lists.items():
+        for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        height, width = settings.size
-        marker = {**asdict(settings), "img_h": height, "img_w": width, "val_ids": settings.val_ids}
-        (folder / STAND_IN_MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
         folder.rename(target)
     log.info("%d images of %d identities: %s", sum(map(len, drawings.values())), len(drawings), out)
     return out
@@ -74,7 +72,7 @@ def _draw_identity(settings: Settings, folder: Path, pid: int, drawings: list[Dr
         path.parent.mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng((settings.seed, pid, drawing.camera, drawing.number))
         look = camera_look(settings.layout, drawing.camera, settings.seed)
-        image = render(person, look, rng, settings.size)
+        image = render(person, look, rng, (settings.img_h, settings.img_w))
         image.save(path, quality=92)  # a JPEG's; the suffix says the format
 
 
@@ -83,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--layout", choices=LAYOUTS, required=True, help="whose folders and lists")
-    text = "identities to train on; SYSU: 1/4 of them for validation (default: 150)"
+    text = "identities to train on; SYSU: 1/4 of them for validation (default: %(default)s)"
     add("--train-ids", type=COUNT, default=Settings.train_ids, help=text)
-    add("--test-ids", type=COUNT, default=Settings.test_ids, help="other ones (default: 40)")
-    text = "per modality (RegDB, LLCM), per camera that sees it (SYSU); default: 10"
+    add("--test-ids", type=COUNT, default=Settings.test_ids, help="others (default: %(default)s)")
+    text = "per modality (RegDB, LLCM), per camera that sees it (SYSU); default: %(default)s"
     add("--images-per-id", type=COUNT, default=Settings.images_per_id, help=text)
-    add("--seed", type=int, default=Settings.seed, help="of everything (default: 0)")
-    text = "RegDB's splits, SYSU's official gallery draws (default: 10)"
+    add("--seed", type=int, default=Settings.seed, help="of everything (default: %(default)s)")
+    text = "RegDB's splits, SYSU's official gallery draws (default: %(default)s)"
     add("--trials", type=COUNT, default=Settings.trials, help=text)
     add("--img-h", type=COUNT, help="largest height, pixels (default: RegDB 128, others 160)")
     add("--img-w", type=COUNT, help="largest width, pixels (default: RegDB 64, others 72)")

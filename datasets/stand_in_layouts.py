@@ -5,8 +5,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ LLCM_SEEN_BY = 4  # cameras that see an identity
 REGDB_SPLITS, SYSU_ROLES, SYSU_CAMERAS, LLCM_ROLES = range(1, 5)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """Everything the written files depend on: the flags of ``stand_in.py``."""
 
@@ -34,25 +33,17 @@ class Settings:
     images_per_id: int = 10  # per modality (RegDB, LLCM), per camera that sees it (SYSU)
     seed: int = 0
     trials: int = 10  # RegDB's splits, SYSU's official gallery draws
-    img_h: int | None = None  # largest height, pixels; None: the layout's
+    img_h: int | None = None  # largest height, pixels; None becomes the layout's
     img_w: int | None = None  # largest width
+    val_ids: int = field(default=0, init=False)  # SYSU's, a quarter of those to train on
 
     def __post_init__(self) -> None:
-        if self.layout == "sysu" and self.train_ids < 2:
-            raise ValueError(
-                "--train-ids 1: SYSU-MM01's layout takes 2, one of them for validation"
-            )
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Largest height and width of an image, in pixels."""
         height, width = SIZES[self.layout]
-        return self.img_h or height, self.img_w or width
-
-    @property
-    def val_ids(self) -> int:
-        """SYSU's validation identities, a quarter of those to train on."""
-        return max(1, round(self.train_ids / 4)) if self.layout == "sysu" else 0
+        self.img_h, self.img_w = self.img_h or height, self.img_w or width
+        if self.layout == "sysu":
+            if self.train_ids < 2:
+                raise ValueError("--train-ids 1: SYSU's layout takes 2, one of them for validation")
+            self.val_ids = max(1, round(self.train_ids / 4))
 
 
 class Drawing(NamedTuple):
@@ -67,22 +58,21 @@ Drawings = dict[int, list[Drawing]]  # of each identity
 Lists = dict[str, bytes]  # the other files' contents, by their names
 
 
-def _roles(settings: Settings, stream: int) -> dict[str, list[int]]:
-    """Returns the identities for "train", "val" and "test", each ascending."""
-    total = settings.train_ids + settings.test_ids
-    order = np.random.default_rng((settings.seed, 0, 0, stream)).permutation(total) + 1
+def _roles(settings: Settings, rng: np.random.Generator) -> dict[str, list[int]]:
+    """Returns the identities for "train", "val" (SYSU only) and "test", each ascending."""
+    order = rng.permutation(settings.train_ids + settings.test_ids) + 1
     cuts = [settings.train_ids - settings.val_ids, settings.train_ids]
     groups = zip(("train", "val", "test"), np.split(order, cuts), strict=True)
-    return {role: sorted(pids.tolist()) for role, pids in groups}
+    return {role: sorted(pids.tolist()) for role, pids in groups if pids.size}
 
 
-def _numbered(pids: Iterable[int], drawings: Drawings, part_of_path: str) -> bytes:
+def _numbered(pids: list[int], drawings: Drawings, part_of_path: str) -> bytes:
     """Returns a list: each image whose path has a part, and its identity's number from 0."""
-    images = [(d.path, n) for n, pid in enumerate(sorted(pids)) for d in drawings[pid]]
+    images = [(d.path, n) for n, pid in enumerate(pids) for d in drawings[pid]]
     return "".join(f"{path} {n}\n" for path, n in images if part_of_path in path).encode()
 
 
-def _comma_separated(pids: Iterable[int]) -> bytes:
+def _comma_separated(pids: list[int]) -> bytes:
     return (",".join(map(str, pids)) + "\n").encode()
 
 
@@ -100,9 +90,7 @@ def regdb(settings: Settings) -> tuple[Drawings, Lists]:
             ]
     rng = np.random.default_rng((settings.seed, 0, 0, REGDB_SPLITS))
     for trial in range(1, settings.trials + 1):
-        order = (rng.permutation(len(drawings)) + 1).tolist()
-        split = {"train": order[: settings.train_ids], "test": order[settings.train_ids :]}
-        for role, pids in split.items():
+        for role, pids in _roles(settings, rng).items():
             for folder in ("Visible", "Thermal"):
                 name = f"idx/{role}_{folder.lower()}_{trial}.txt"
                 lists[name] = _numbered(pids, drawings, f"{folder}/")
@@ -112,8 +100,9 @@ def regdb(settings: Settings) -> tuple[Drawings, Lists]:
 def sysu(settings: Settings) -> tuple[Drawings, Lists]:
     """Cameras 3, 4 and 5 see everybody; 1, 2 and 6 only some, about as in the real data."""
     drawings, lists = {}, {}
+    roles = _roles(settings, np.random.default_rng((settings.seed, 0, 0, SYSU_ROLES)))
     rng = np.random.default_rng((settings.seed, 0, 0, SYSU_CAMERAS))
-    for role, pids in _roles(settings, SYSU_ROLES).items():
+    for role, pids in roles.items():
         lists[f"exp/{role}_id.txt"] = _comma_separated(pids)
         everywhere = rng.permutation(pids)[: math.ceil(SEEN_EVERYWHERE * len(pids))]
         for pid in pids:
@@ -145,7 +134,8 @@ def _rand_perm_cam(settings: Settings, drawings: Drawings) -> np.ndarray:
 def llcm(settings: Settings) -> tuple[Drawings, Lists]:
     """A few cameras see each identity, in turn; visible and infrared begin with another one."""
     drawings, lists = defaultdict(list), {}
-    for role, pids in _roles(settings, LLCM_ROLES).items():
+    roles = _roles(settings, np.random.default_rng((settings.seed, 0, 0, LLCM_ROLES)))
+    for role, pids in roles.items():
         for pid in pids:
             rng = np.random.default_rng((settings.seed, pid, 0, 4))
             seen = rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY]
@@ -159,10 +149,9 @@ def llcm(settings: Settings) -> tuple[Drawings, Lists]:
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
                     look = camera + (LLCM_INFRARED if word == "nir" else 0)
                     drawings[pid].append(Drawing(path, look, number))
-        if role != "val":  # there is none
-            lists[f"idx/{role}_id.txt"] = _comma_separated(pids)
-            for word in LLCM_CAMERAS:
-                lists[f"idx/{role}_{word}.txt"] = _numbered(pids, drawings, f"_{word}.jpg")
+        lists[f"idx/{role}_id.txt"] = _comma_separated(pids)
+        for word in LLCM_CAMERAS:
+            lists[f"idx/{role}_{word}.txt"] = _numbered(pids, drawings, f"_{word}.jpg")
     return drawings, lists
 
 
