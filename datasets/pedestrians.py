@@ -1,14 +1,10 @@
-"""Procedural pedestrians: one identity, one image of it, in visible or infrared light.
-
-An identity is a structure (body, hair, patterned garments, things carried) that shows in both
-modalities; its colours do not. `stand_in.py` writes whole data sets of them.
+"""Procedural pedestrians: images of an identity in visible or infrared light, for `stand_in.py`.
 
 Longer than other modules: one drawing program, whose functions mean nothing apart.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -69,9 +65,6 @@ class Material(NamedTuple):
 
     visible: tuple[float, ...]
     infrared: float
-
-
-EYE = Material((0.1, 0.1, 0.1), 0.2)
 
 
 class Fabric(NamedTuple):
@@ -141,8 +134,8 @@ def make_person(seed: int, pid: int) -> Person:
     parts = dict.fromkeys(("inner", "other", "shoes", "hat", "strap", "belt", "scarf"), "plain")
     parts |= {"upper": PATTERNS, "lower": PATTERNS, "bag": "plain split panel bands frame"}
     fabrics = {part: _cloth(rng, words) for part, words in parts.items()}
-    upper = fabrics["upper"]
-    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(EYE, EYE)}
+    upper, eye = fabrics["upper"], Material((0.1, 0.1, 0.1), 0.2)
+    fabrics |= {"skin": Fabric(skin, skin), "hair": Fabric(hair, hair), "eye": Fabric(eye, eye)}
     fabrics["first"] = upper._replace(pattern="plain")
     fabrics["second"] = fabrics["first"]._replace(first=upper.second)
     fabrics["sleeve"] = fabrics[style["sleeve"]]
@@ -177,8 +170,7 @@ def pattern_weight(fabric: Fabric, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return patterns[fabric.pattern]().astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What a camera does to every image it takes; pairs are ranges to draw from."""
 
     infrared: bool
@@ -226,11 +218,8 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 class _Figure:
     """One person in a pose drawn at random, painted part by part from the far side to the near one.
 
-    Points are in body heights: x from the body's axis to the right, y from the crown down.
-
-    Attributes:
-        picture: (height, width, 1 or 3) in 0..1, the person as the camera sees it.
-        covered: (height, width) bool, where the person is.
+    `picture` is (height, width, 1 or 3) uint8, as the camera sees person and background. Points are
+    in body heights: x from the body's axis to the right, y from the crown down.
     """
 
     def __init__(
@@ -249,8 +238,7 @@ class _Figure:
         self.unit = height * rng.uniform(0.84, 0.97) * person.body["stature"]
         x = 0.5 * width + self.unit * (rng.normal(0, 0.025) - 0.5 * self.lean)
         self.origin = x, (height - self.unit) * rng.uniform(0.3, 0.9)
-        self.picture = np.zeros((height, width, 1 if look.infrared else 3), np.float32)
-        self.covered = np.zeros((height, width), bool)
+        self.picture = _background(rng, look, size)
         self.front, self.right = math.cos(yaw), math.sin(yaw)
         self.width = math.hypot(self.front, 0.66 * self.right)  # of the trunk
         self.neck = 1.02 * self.body["head"]
@@ -289,17 +277,18 @@ class _Figure:
         axis = np.stack([x0 + (x + self.lean * (1 - y)) * self.unit, y0 + y * self.unit], axis=1)
         side = self.unit * np.array(halves)[:, None] * (1, 0)
         outline = np.concatenate([axis - side, (axis + side)[::-1]]).ravel().tolist()
-        image = Image.new("L", self.covered.shape[::-1])
+        height, width, _ = self.picture.shape
+        image = Image.new("L", (width, height))
         ImageDraw.Draw(image).polygon(outline, light, light - 45, SUPERSAMPLE)
         pixels = np.asarray(image)
-        ys, xs = np.nonzero(pixels > 0)
+        ys, xs = np.nonzero(pixels)
         shade = pixels[ys, xs, None] / np.float32(128)
         top, bottom = (y0 + height * self.unit for height in span or (y[0], y[-1]))
         u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / (np.mean(halves) * self.unit)
         weight = pattern_weight(self.fabrics[fabric], u, (ys - top) / (bottom - top))[:, None]
         first, second = (self.look.tones(each) for each in self.fabrics[fabric][:2])
-        self.picture[ys, xs] = (first + weight * (second - first)) * shade
-        self.covered[ys, xs] = True
+        tones = (first + weight * (second - first)) * shade
+        self.picture[ys, xs] = 255 * np.clip(tones, 0, 1)
 
     def ball(self, fabric: str, x: float, y: float, rx: float, ry: float, cut: float = 1.0) -> None:
         """Draws an ellipse around (x, y) of which the upper share `cut` is kept."""
@@ -434,33 +423,32 @@ class _Figure:
         side = (1 if self.style["side"] == "right" else -1) * (1 if self.front >= 0 else -1)
         x = side * (body["shoulder"] * max(abs(self.front), 0.2) + 0.04)
         hand, edge = self.shoulder + body["reach"], 0.75 * body["shoulder"] * self.width
-        box = None  # its x, top, half width and height
         if kind == "backpack" and self.front > 0.3:
             for end in (-edge, edge):
                 limb("strap", [(end, self.shoulder), (0.95 * end, self.waist)], [0.014] * 2, 120)
         elif kind == "satchel":
             x = side * edge
             limb("strap", [(-x, self.shoulder), (1.2 * x, self.crotch)], [0.016] * 2, 120)
-            box = (1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
+            self.box(1.3 * x, self.crotch - 0.05, 0.06 * size, 0.13 * size)
         elif kind == "handbag":
             limb("strap", [(x, hand - 0.02), (x, hand + 0.05)], [0.01, 0.03], 110)
-            box = (x, hand + 0.03, 0.065 * size, 0.12 * size)
+            self.box(x, hand + 0.03, 0.065 * size, 0.12 * size)
         elif kind == "case":
             top = 0.98 - 0.26 * size
             limb("strap", [(x, hand), (x + 0.06 * side, top)], [0.01] * 2, 110)
-            box = (x + 0.07 * side, top, 0.075 * size, 0.26 * size)
+            self.box(x + 0.07 * side, top, 0.075 * size, 0.26 * size)
         elif kind == "box" and self.front > -0.4:  # the trunk hides it from behind
-            box = (0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
+            self.box(0.12 * self.right, self.waist - 0.05, 0.1 * size, 0.15 * size)
         elif kind == "umbrella":
             limb("strap", [(0.8 * x, -0.02), (x, self.waist)], [0.007] * 2, 110)
             self.ball("bag", 0.6 * x, 0.03, 0.2 * size + 0.06, 0.11, 0.5)
-        if box:
-            x, top, half, height = box
-            limb("bag", [(x, top), (x, top + height)], [half, half], 134)
+
+    def box(self, x: float, top: float, half: float, height: float) -> None:
+        self.limb("bag", [(x, top), (x, top + height)], [half, half], 134)
 
 
 def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
-    """Returns a wall, a ground and things standing about, (height, width, 1 or 3) in 0..1."""
+    """Returns a wall, a ground and things standing about, (height, width, 1 or 3) uint8."""
     height, width = size
 
     def paint() -> tuple[int, ...]:
@@ -484,7 +472,7 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
         else:  # cable, kerb
             draw.line((x, 0, x + width * rng.uniform(-1, 1), height), fill=paint(), width=3)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3.0)))
-    return np.asarray(image, np.float32).reshape(height, width, -1) / 255
+    return np.array(image).reshape(height, width, -1)
 
 
 def render(
@@ -493,11 +481,8 @@ def render(
     """Returns one RGB image (infrared: three equal channels), of `size` (height, width) at most."""
     share = rng.uniform(*look.detail)
     height, width = (max(16, round(share * side)) for side in size)
-    big = (SUPERSAMPLE * height, SUPERSAMPLE * width)
-    figure = _Figure(person, look, rng, big)
-    pixels = np.where(figure.covered[..., None], figure.picture, _background(rng, look, big))
-    pixels = (255 * np.clip(pixels, 0, 1)).astype(np.uint8)
-    image = Image.fromarray(pixels.squeeze()).reduce(SUPERSAMPLE)
+    figure = _Figure(person, look, rng, (SUPERSAMPLE * height, SUPERSAMPLE * width))
+    image = Image.fromarray(figure.picture.squeeze()).reduce(SUPERSAMPLE)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = pixels ** rng.uniform(0.8, 1.25) * rng.uniform(*look.gain)  # gamma, gain
