@@ -4,10 +4,10 @@ Longer than other modules: one drawing program, whose functions mean nothing apa
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFilter
 
 from datasets.sysu_mm01 import INFRARED_CAMERAS
@@ -51,13 +51,14 @@ PATTERNS = ("plain bands bands columns checks split half dots panel chest diagon
 COAT_HEM = {"short": -0.05, "hip": 0.02, "thigh": 0.14, "knee": 0.26}  # below the crotch
 SKIRT_LENGTH = {"skirt": 0.4, "kilt": 0.45, "dress": 0.45, "midi": 0.65, "maxi": 0.9}  # in legs
 HATS = {  # ellipses: x (in half heads, ahead), y (in heads), radii (in half heads; in heads), cut
-    "none": (),
     "cap": ((0, 0.36, 1.16, 0.44, 0.45), (0.77, 0.36, 1.0, 0.07, 1.0)),
     "beanie": ((0, 0.36, 1.16, 0.44, 0.45), (0, -0.08, 0.35, 0.1, 1.0)),
     "brim": ((0, 0.36, 1.16, 0.44, 0.45), (0, 0.33, 2.0, 0.09, 1.0)),
     "helmet": ((0, 0.3, 1.35, 0.42, 0.6),),
 }
 SHOE_HEIGHT = {"low": 0.03, "ankle": 0.08, "tall": 0.17}
+
+Point = tuple[float, float]  # in body heights: x from the body's axis, y from the crown down
 
 
 class Material(NamedTuple):
@@ -85,14 +86,14 @@ class Person(NamedTuple):
     fabrics: dict[str, Fabric]
 
 
-def _colour(rng: np.random.Generator, brightness: float, saturation: float) -> tuple[float, ...]:
+def _colour(rng: Generator, brightness: float, saturation: float) -> tuple[float, ...]:
     """Returns a random hue of the given luma."""
     wheel = 0.5 + 0.5 * np.cos(rng.uniform(0, 2 * math.pi) + np.array([0.0, -2.1, 2.1]))
     colour = 1 - saturation + saturation * wheel
     return tuple(np.clip(colour * brightness / (colour @ (0.299, 0.587, 0.114)), 0.02, 1).tolist())
 
 
-def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
+def _cloth(rng: Generator, patterns: str) -> Fabric:
     """Returns a fabric whose materials contrast in both modalities, maybe with opposite signs.
 
     A material's visible brightness and infrared tone are uniform on 0..1, tied by a copula.
@@ -112,7 +113,7 @@ def _cloth(rng: np.random.Generator, patterns: str = "plain") -> Fabric:
 
 def make_person(seed: int, pid: int) -> Person:
     """Returns the identity `pid` of the world `seed`."""
-    rng = np.random.default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
+    rng = default_rng((seed, pid, 0))  # an image has its camera (>= 1) in this place
 
     def pick(words: str) -> str:
         return str(rng.choice(words.split()))
@@ -192,14 +193,11 @@ class Look(NamedTuple):
 
 
 def camera_look(layout: str, camera: int, seed: int) -> Look:
-    """Returns a camera's look: RegDB's 1 (visible) and 2 (thermal) are fixed, others are drawn.
-
-    SYSU's are 1..6; LLCM's 1..9, and `LLCM_INFRARED` more for the same camera's infrared images.
-    """
+    """Returns a camera's look: RegDB's 1 (visible) and 2 (thermal) are fixed, others are drawn."""
     if layout == "regdb":
         thermal = Look(True, background=(0.02, 0.4), floor=0.2, blur=(0.4, 1.0), noise=(0.01, 0.03))
         return thermal if camera == 2 else Look(False)
-    rng = np.random.default_rng((seed, 0, camera))
+    rng = default_rng((seed, 0, camera))
     middle, far, tint = rng.uniform(0.3, 0.6), rng.uniform(0.45, 0.65), rng.uniform(0.85, 1.15, 3)
     infrared = camera in INFRARED_CAMERAS if layout == "sysu" else camera > LLCM_INFRARED
     return Look(
@@ -218,13 +216,10 @@ def camera_look(layout: str, camera: int, seed: int) -> Look:
 class _Figure:
     """One person in a pose drawn at random, painted part by part from the far side to the near one.
 
-    `picture` is (height, width, 1 or 3) uint8, as the camera sees person and background. Points are
-    in body heights: x from the body's axis to the right, y from the crown down.
+    `picture` is (height, width, 1 or 3) uint8, as the camera sees person and background.
     """
 
-    def __init__(
-        self, person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
-    ) -> None:
+    def __init__(self, person: Person, look: Look, rng: Generator, size: tuple[int, int]) -> None:
         self.body, self.style, self.fabrics = person.body, person.style, person.fabrics
         self.look = look
         if look.turns:
@@ -262,16 +257,11 @@ class _Figure:
         self.carried()
 
     def limb(
-        self,
-        fabric: str,
-        joints: Sequence[tuple[float, float]],
-        halves: Sequence[float],
-        light: int = 128,
-        span: tuple[float, float] | None = None,
+        self, fabric: str, joints: list[Point], halves: list[float], light: int = 128, *span: float
     ) -> None:
         """Paints a chain of `joints` going down, of these half widths; `light` 128 is neutral.
 
-        The fabric's pattern follows the chain, from top to bottom or along the heights `span`.
+        The fabric's pattern follows the chain, from top to bottom or between two heights, `span`.
         """
         (x, y), (x0, y0) = np.array(joints).T, self.origin
         axis = np.stack([x0 + (x + self.lean * (1 - y)) * self.unit, y0 + y * self.unit], axis=1)
@@ -283,7 +273,7 @@ class _Figure:
         pixels = np.asarray(image)
         ys, xs = np.nonzero(pixels)
         shade = pixels[ys, xs, None] / np.float32(128)
-        top, bottom = (y0 + height * self.unit for height in span or (y[0], y[-1]))
+        top, bottom = (y0 + end * self.unit for end in span or (y[0], y[-1]))
         u = (xs - np.interp(ys, axis[:, 1], axis[:, 0])) / (np.mean(halves) * self.unit)
         weight = pattern_weight(self.fabrics[fabric], u, (ys - top) / (bottom - top))[:, None]
         first, second = (self.look.tones(each) for each in self.fabrics[fabric][:2])
@@ -340,7 +330,7 @@ class _Figure:
         heights = [top, top + 0.01, self.shoulder, self.waist, min(self.crotch, hem), hem]
         edge = hip * (1 + 1.2 * max(hem - self.crotch, 0))
         halves = [1.2 * neck, 0.75 * shoulder, shoulder, waist, hip, edge]
-        limb("upper", [(0, y) for y in heights], halves, 132, (self.shoulder, self.crotch))
+        limb("upper", [(0, y) for y in heights], halves, 132, self.shoulder, self.crotch)
         if self.style["open"] == "yes" and self.front > -0.2:
             x = 0.55 * shoulder * self.right
             limb("inner", [(x, top), (x, hem)], [0.25 * shoulder, 0.4 * shoulder], 124)
@@ -380,7 +370,7 @@ class _Figure:
             for side in (-0.4, 0.4):
                 ball("eye", (0.35 * right + side) * half, 0.54 * head, 0.009, 0.007)
         self.hair_down(kind, half, behind)
-        for ahead, y, rx, ry, cut in HATS[self.style["hat"]]:
+        for ahead, y, rx, ry, cut in HATS.get(self.style["hat"], ()):
             if not ahead or self.front > -0.3:  # a cap's peak is not seen from behind
                 ball("hat", ahead * half * right, y * head, rx * half, ry * head, cut)
         if self.style["scarf"] == "yes":
@@ -447,7 +437,7 @@ class _Figure:
         self.limb("bag", [(x, top), (x, top + height)], [half, half], 134)
 
 
-def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
+def _background(rng: Generator, look: Look, size: tuple[int, int]) -> np.ndarray:
     """Returns a wall, a ground and things standing about, (height, width, 1 or 3) uint8."""
     height, width = size
 
@@ -475,9 +465,7 @@ def _background(rng: np.random.Generator, look: Look, size: tuple[int, int]) -> 
     return np.array(image).reshape(height, width, -1)
 
 
-def render(
-    person: Person, look: Look, rng: np.random.Generator, size: tuple[int, int]
-) -> Image.Image:
+def render(person: Person, look: Look, rng: Generator, size: tuple[int, int]) -> Image.Image:
     """Returns one RGB image (infrared: three equal channels), of `size` (height, width) at most."""
     share = rng.uniform(*look.detail)
     height, width = (max(16, round(share * side)) for side in size)

@@ -10,13 +10,13 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from scipy.io import savemat
 
 from datasets.llcm import CAMERAS as LLCM_CAMERAS
 from datasets.pedestrians import LLCM_INFRARED, make_person
 
-# Default (height, width), pixels.
-SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}
+SIZES = {"regdb": (128, 64), "sysu": (160, 72), "llcm": (160, 72)}  # default height and width
 SEEN_EVERYWHERE = 0.6  # share of SYSU's identities
 LLCM_SEEN_BY = 4  # cameras that see an identity
 # The last word of (seed, 0, 0, stream): one stream of random numbers for each purpose.
@@ -58,12 +58,12 @@ Drawings = dict[int, list[Drawing]]  # of each identity
 Lists = dict[str, bytes]  # the other files' contents, by their names
 
 
-def _roles(settings: Settings, rng: np.random.Generator) -> dict[str, list[int]]:
-    """Returns the identities for "train", "val" (SYSU only) and "test", each ascending."""
+def _roles(settings: Settings, rng: Generator) -> list[tuple[str, list[int]]]:
+    """Returns "train", "val" (SYSU only) and "test", each with its identities, ascending."""
     order = rng.permutation(settings.train_ids + settings.test_ids) + 1
     cuts = [settings.train_ids - settings.val_ids, settings.train_ids]
     groups = zip(("train", "val", "test"), np.split(order, cuts), strict=True)
-    return {role: sorted(pids.tolist()) for role, pids in groups if pids.size}
+    return [(role, sorted(pids.tolist())) for role, pids in groups if pids.size]
 
 
 def _numbered(pids: list[int], drawings: Drawings, part_of_path: str) -> bytes:
@@ -72,25 +72,21 @@ def _numbered(pids: list[int], drawings: Drawings, part_of_path: str) -> bytes:
     return "".join(f"{path} {n}\n" for path, n in images if part_of_path in path).encode()
 
 
-def _comma_separated(pids: list[int]) -> bytes:
-    return (",".join(map(str, pids)) + "\n").encode()
-
-
 def regdb(settings: Settings) -> tuple[Drawings, Lists]:
     """Each trial's idx lists split the identities anew."""
     drawings, lists = defaultdict(list), {}
     for pid in range(1, settings.train_ids + settings.test_ids + 1):
         style = make_person(settings.seed, pid).style
         for camera, folder in ((1, "Visible"), (2, "Thermal")):
-            start = np.random.default_rng((settings.seed, pid, camera)).integers(1, 90_000)
+            start = default_rng((settings.seed, pid, camera)).integers(1, 90_000)
             name = f"{folder}/{pid}/{style['gender']}_{style['view']}_{folder[0].lower()}"
             drawings[pid] += [
                 Drawing(f"{name}_{start + 7 * number:05d}_{pid}.bmp", camera, number)
                 for number in range(1, settings.images_per_id + 1)
             ]
-    rng = np.random.default_rng((settings.seed, 0, 0, REGDB_SPLITS))
+    rng = default_rng((settings.seed, 0, 0, REGDB_SPLITS))
     for trial in range(1, settings.trials + 1):
-        for role, pids in _roles(settings, rng).items():
+        for role, pids in _roles(settings, rng):
             for folder in ("Visible", "Thermal"):
                 name = f"idx/{role}_{folder.lower()}_{trial}.txt"
                 lists[name] = _numbered(pids, drawings, f"{folder}/")
@@ -100,10 +96,9 @@ def regdb(settings: Settings) -> tuple[Drawings, Lists]:
 def sysu(settings: Settings) -> tuple[Drawings, Lists]:
     """Cameras 3, 4 and 5 see everybody; 1, 2 and 6 only some, about as in the real data."""
     drawings, lists = {}, {}
-    roles = _roles(settings, np.random.default_rng((settings.seed, 0, 0, SYSU_ROLES)))
-    rng = np.random.default_rng((settings.seed, 0, 0, SYSU_CAMERAS))
-    for role, pids in roles.items():
-        lists[f"exp/{role}_id.txt"] = _comma_separated(pids)
+    rng = default_rng((settings.seed, 0, 0, SYSU_CAMERAS))
+    for role, pids in _roles(settings, default_rng((settings.seed, 0, 0, SYSU_ROLES))):
+        lists[f"exp/{role}_id.txt"] = f"{','.join(map(str, pids))}\n".encode()
         everywhere = rng.permutation(pids)[: math.ceil(SEEN_EVERYWHERE * len(pids))]
         for pid in pids:
             drawings[pid] = [
@@ -125,7 +120,7 @@ def _rand_perm_cam(settings: Settings, drawings: Drawings) -> np.ndarray:
         cameras[camera - 1, 0] = cell = np.empty((len(drawings), 1), object)
         for pid, own in drawings.items():
             count = sum(drawing.camera == camera for drawing in own)
-            rng = np.random.default_rng((settings.seed, pid, camera, 0, 1))
+            rng = default_rng((settings.seed, pid, camera, 0, 1))
             rows = np.tile(np.arange(1.0, count + 1), (settings.trials if count else 0, 1))
             cell[pid - 1, 0] = rng.permuted(rows, axis=1)
     return cameras
@@ -134,10 +129,9 @@ def _rand_perm_cam(settings: Settings, drawings: Drawings) -> np.ndarray:
 def llcm(settings: Settings) -> tuple[Drawings, Lists]:
     """A few cameras see each identity, in turn; visible and infrared begin with another one."""
     drawings, lists = defaultdict(list), {}
-    roles = _roles(settings, np.random.default_rng((settings.seed, 0, 0, LLCM_ROLES)))
-    for role, pids in roles.items():
+    for role, pids in _roles(settings, default_rng((settings.seed, 0, 0, LLCM_ROLES))):
         for pid in pids:
-            rng = np.random.default_rng((settings.seed, pid, 0, 4))
+            rng = default_rng((settings.seed, pid, 0, 4))
             seen = rng.permutation(LLCM_CAMERAS["nir"])[:LLCM_SEEN_BY]
             cameras = {"vis": seen, "nir": np.roll(seen, 1)}
             if rng.random() < 0.5:
@@ -149,7 +143,7 @@ def llcm(settings: Settings) -> tuple[Drawings, Lists]:
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
                     look = camera + (LLCM_INFRARED if word == "nir" else 0)
                     drawings[pid].append(Drawing(path, look, number))
-        lists[f"idx/{role}_id.txt"] = _comma_separated(pids)
+        lists[f"idx/{role}_id.txt"] = f"{','.join(map(str, pids))}\n".encode()
         for word in LLCM_CAMERAS:
             lists[f"idx/{role}_{word}.txt"] = _numbered(pids, drawings, f"_{word}.jpg")
     return drawings, lists
