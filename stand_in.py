@@ -52,8 +52,9 @@ def generate(out: Path, *, workers: int = 1, **options: Any) -> Path:
     files[STAND_IN_MARKER] = json.dumps(asdict(settings), indent=1).encode() + b"\n"
     # spawn: the caller may run threads (torch), which a fork would not survive
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))  # starts none until used
-    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary, pool:
-        folder = Path(temporary) / "data"
+    temporary = TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+    with naming(out), temporary, pool:
+        folder = Path(temporary.name) / "data"
         draw = partial(_draw_identity, settings, folder)
         done = (map if workers == 1 else pool.map)(draw, drawings, drawings.values())
         list(tqdm(done, total=len(drawings), unit="identity", desc="drawing", disable=None))
@@ -96,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging()
     try:
         with user_errors():
-            args = parser.parse_args(argv)
-            with naming(args.out):
-                generate(**vars(args))
+            generate(**vars(parser.parse_args(argv)))
     except KeyboardInterrupt:
         sys.stderr.write("stopped; nothing was written\n")
         return 130

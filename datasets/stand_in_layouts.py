@@ -1,7 +1,4 @@
-"""What stand-in data consists of: its settings, and each layout's images and lists.
-
-`stand_in.py` draws the images (`datasets.pedestrians`) and writes the folder.
-"""
+"""What `stand_in.py` draws and writes: its settings, and each layout's images and lists."""
 
 import math
 from collections import defaultdict
@@ -137,8 +134,8 @@ def llcm(settings: Settings) -> tuple[Drawings, Lists]:
             if rng.random() < 0.5:
                 cameras["vis"][-1] = 3  # the camera without infrared images
             for word, own in cameras.items():
-                for number in range(1, settings.images_per_id + 1):
-                    camera = int(own[(number - 1) % len(own)])
+                in_turn = np.resize(own, settings.images_per_id).tolist()  # repeats them
+                for number, camera in enumerate(in_turn, start=1):
                     folder = f"test_{word}/cam{camera}" if role == "test" else word
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
                     look = camera + (LLCM_INFRARED if word == "nir" else 0)
