@@ -134,7 +134,7 @@ def llcm(settings: Settings) -> tuple[Drawings, Lists]:
             if rng.random() < 0.5:
                 cameras["vis"][-1] = 3  # the camera without infrared images
             for word, own in cameras.items():
-                in_turn = np.resize(own, settings.images_per_id).tolist()  # repeats them
+                in_turn = np.resize(own, settings.images_per_id).tolist()  # repeats the cameras
                 for number, camera in enumerate(in_turn, start=1):
                     folder = f"test_{word}/cam{camera}" if role == "test" else word
                     path = f"{folder}/{pid:04d}/{pid:04d}_c{camera:02d}_{number:04d}_{word}.jpg"
