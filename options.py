@@ -7,7 +7,6 @@ Over 400 lines, because every flag of a training is a row of one table.
 
 import argparse
 import difflib
-import itertools
 import json
 import logging
 import math
@@ -86,11 +85,9 @@ PRESET_SOURCES = {
     "strong": "the data set's; 384 x 144: DEEN, IDKL, RLE; erasing and channel augmentation: CAJ; "
     "flip averaging: CAJ, DEEN, CSDN, RLE",
 }
-# AGW's own settings on every data set. The first define the method and win over any preset; the
-# others, schedule and batch, are overridden by a preset that is given by name.
+# AGW's own settings on every data set: what defines the method, and schedule and batch.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
 AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
-METHOD_VALUES = {"agw": {**AGW, **AGW_TRAINING}}
 NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
 NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
@@ -236,9 +233,7 @@ TRAIN = {
         Flag("quiet", False, "no progress bars"),
     ),
 }
-DEFAULTS: dict[str, Any] = {
-    f.name: f.default for f in itertools.chain(*TRAIN.values()) if f.default is not None
-}
+DEFAULTS = {f.name: f.default for group in TRAIN.values() for f in group if f.default is not None}
 
 AS_TRAINED = "as trained"
 CHECKPOINT = "checkpoint, or a folder with last.pt; {trial} in it stands for RegDB's trials 1 to N"
@@ -302,7 +297,7 @@ LONGEST = 60  # characters of what distinguishes a run; longer ones end with a h
 AS_TRAINED_FLAGS = tuple(f.name for f in EVALUATION["checkpoint"] if f.default == AS_TRAINED)
 # The ancestors' test scripts take these too; here the checkpoint knows them.
 CHECKPOINT_KNOWS = (
-    *("lr", "optim", "arch", "test-only", "save_epoch", "log_path", "vis_log_path", "batch-size"),
+    *("lr", "optim", "arch", "test_only", "save_epoch", "log_path", "vis_log_path", "batch_size"),
     *("method", "margin", "num_pos", "seed", "share_net", "pcb", "w_center", "local_feat_dim"),
     *("num_strips", "label_smooth"),
 )
@@ -350,7 +345,7 @@ def add_flags(
 
     The help of each ends with its default, and with the values that `presets` and AGW give it.
     """
-    layers = {**PRESETS, **METHOD_VALUES} if presets else {}
+    layers = {**PRESETS, "agw": {**AGW, **AGW_TRAINING}} if presets else {}
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -380,7 +375,7 @@ def test_parser(description: str) -> Parser:
     parser = Parser(description)
     hidden = [Flag(k, None, argparse.SUPPRESS, nargs="?", const=True) for k in CHECKPOINT_KNOWS]
     add_flags(parser, {**EVALUATION, argparse.SUPPRESS: hidden, **TEST})
-    parser.set_defaults(ignored=[flag.name for flag in hidden])
+    parser.set_defaults(ignored=CHECKPOINT_KNOWS)
     return parser
 
 
@@ -397,30 +392,28 @@ def resolve(
     Raises:
         ValueError: When flags contradict each other, or have no effect.
     """
-    flags = _given(args)
+    flags = _given(vars(args))
     saved = read_options(args.options) if args.options else {}
     given = {**saved, **flags}
-    method = given.get("method", DEFAULTS["method"])
-    of_method = METHOD_VALUES.get(method, {})
-    data = given.get("dataset", DEFAULTS["dataset"])
-    preset = given.get("preset", data)
-    if "preset" in given:
-        of_method = {k: v for k, v in of_method.items() if k in AGW or k not in PRESETS[preset]}
-    values, sources = {**vars(args), "preset": preset}, {}
-    for source, layer in (
-        ("default", DEFAULTS),
-        (f"preset {data}", PRESETS[data] if preset in ON_TOP else {}),
-        (f"preset {preset}", PRESETS[preset]),
-        (method.upper(), of_method),
-        ("no stripes", NO_STRIPES if {**of_method, **given}.get("pcb") == "off" else {}),
-        ("no memory", NO_MEMORY if given.get("memory_levels") == "none" else {}),
-        ("--options", saved),
-        ("flag", flags),
-    ):
-        values |= layer
-        sources |= dict.fromkeys(layer, source)
-    if method == "agw" and values["pcb"] == "on":
+    data, named = given.get("dataset", DEFAULTS["dataset"]), given.get("preset")
+    agw, pcb = given.get("method") == "agw", given.get("pcb")
+    if agw and pcb == "on":
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
+    values, sources = {**vars(args), "preset": named or data}, {}
+    for source, layer, holds in (  # each wins over those above
+        ("default", DEFAULTS, True),
+        (f"preset {data}", PRESETS[data], named in (None, *ON_TOP)),
+        ("AGW", AGW_TRAINING, agw),
+        (f"preset {named}", PRESETS.get(named), named is not None),
+        ("AGW", AGW, agw),
+        ("no stripes", NO_STRIPES, agw or pcb == "off"),
+        ("no memory", NO_MEMORY, given.get("memory_levels") == "none"),
+        ("--options", saved, True),
+        ("flag", flags, True),
+    ):
+        if holds:
+            values |= layer
+            sources |= dict.fromkeys(layer, source)
     for name, reason in unused(script, given).items():
         usual = name in PROTOCOL and flags.get(name) == DEFAULTS.get(name)
         absent = name.startswith("w_") and flags.get(name) == 0  # what a term without use has
@@ -499,50 +492,36 @@ def resolve_evaluation(
     Raises:
         ValueError: When flags contradict each other, or have no effect.
     """
-    values = dict(vars(args))
-    no_effect = [name for name in values.pop("ignored", ()) if values.pop(name) is not None]
-    if not values["dataset"] and trained == {} and not values.get("query_dir"):
+    asked = dict(vars(args))
+    no_effect = [name for name in asked.pop("ignored", ()) if asked.pop(name) is not None]
+    flags = _given(asked)
+    if trained == {} and not ("dataset" in flags or "query_dir" in flags):
         raise ValueError(
-            f"{values['resume']} does not say its data set: pass --dataset {' or '.join(DATASETS)}"
+            f"{args.resume} does not say its data set: pass --dataset {' or '.join(DATASETS)}"
         )
     trained = trained or {}
-    if values["dataset"] in (None, trained.get("dataset")):
-        values |= {name: value for name, value in trained.items() if values[name] is None}
-    for name in DEFAULTS.keys() & values.keys() - set(AS_TRAINED_FLAGS):
-        if values[name] is None:
-            values[name] = DEFAULTS[name]
+    same_data = flags.get("dataset", trained.get("dataset")) == trained.get("dataset")
+    defaults = {k: v for k, v in DEFAULTS.items() if k in asked and k not in AS_TRAINED_FLAGS}
+    values = {**asked, **defaults, **(trained if same_data else {}), **flags}
     values["data_path"] = values["data_path"] or DATASETS[values["dataset"]].default_folder
     for name, reason in unused_in_evaluation(values).items():
-        if vars(args).get(name) in (None, False):
-            continue
-        if values[name] != DEFAULTS.get(name) or name == "trials":
+        if name in flags and (flags[name] != DEFAULTS.get(name) or name == "trials"):
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
-        no_effect.append(name)
+        no_effect += [name] if name in flags else []
     if no_effect:
         names = ", --".join(no_effect)
         log.warning("no effect, since checkpoint and data set know: --%s", names)
     return argparse.Namespace(**values)
 
 
-def _differing(args: argparse.Namespace, sources: Mapping[str, str]) -> dict[str, str]:
-    """Returns the options that differ from the preset's, and the preset's values in words."""
-    below = PRESETS[args.dataset] if args.preset in ON_TOP else {}
-    preset = {**DEFAULTS, **below, **PRESETS[args.preset], "preset": args.preset}
-    return {
-        name: _words(preset.get(name, "unset"))
-        for name, value in vars(args).items()
-        if name in sources and name not in INCIDENTAL and value != preset.get(name)
-    }
-
-
 def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     """Returns what tells a run's name from that without other flags: "_seed3_lr0.05", or ""."""
-    chosen = {name: getattr(args, name) for name in ("dataset", "method", "pcb", "memory_levels")}
-    chosen["preset"] = None if args.preset == args.dataset else args.preset
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    words = [f"_{chosen['preset']}"] if "preset" in chosen else []
+    preset = None if args.preset == args.dataset else args.preset
+    front = ("dataset", "method", "pcb", "memory_levels")
+    chosen = {"preset": preset, **{name: getattr(args, name) for name in front}}
     usual = vars(resolve(train_parser("").parse_args(flags_of(chosen)))[0])
     usual["memory_levels"] = None  # named, but the loss weights that follow from it are not
+    words = [f"_{preset}"] if preset else []
     named = [k for k in vars(args) if k in sources and k not in (*UNNAMED, *INCIDENTAL)]
     for name in sorted(named, key=lambda name: name != "seed"):
         value = getattr(args, name)
@@ -554,10 +533,13 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
 
 def describe(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     """Returns the preset and the options that differ from it, one a line, with their source."""
-    lines = [
-        f"  {name} {_words(getattr(args, name))}  ({sources[name]}; preset: {usual})"
-        for name, usual in sorted(_differing(args, sources).items())
-    ]
+    below = PRESETS[args.dataset] if args.preset in ON_TOP else {}
+    preset = {**DEFAULTS, **below, **PRESETS[args.preset], "preset": args.preset}
+    lines = []
+    for name, value in sorted(vars(args).items()):
+        if name in sources and name not in INCIDENTAL and value != preset.get(name):
+            usual = _words(preset.get(name, "unset"))
+            lines.append(f"  {name} {_words(value)}  ({sources[name]}; preset: {usual})")
     differing = "these options differ" if lines else "no option differs"
     source = PRESET_SOURCES[args.preset]
     return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
@@ -569,10 +551,13 @@ def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:
-    """Returns options as command-line flags; True is a switch, a sequence several values."""
+    """Returns options as command-line flags; True is a switch, a sequence several values.
+
+    None and False stand for a flag that is not given.
+    """
     flags = []
-    for name, value in values.items():
-        several = value if isinstance(value, list | tuple) else [value]
+    for name, value in _given(values).items():
+        several = value if isinstance(value, tuple) else [value]
         flags += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, several))]
     return flags
 
@@ -584,18 +569,18 @@ def read_options(path: Path) -> dict[str, Any]:
         ValueError: When it is no such file, or holds an illegal value.
     """
     try:
-        saved = parse_json(path.read_bytes(), {"options": {}})["options"].items()
-        known = {k: v for k, v in saved if k not in INCIDENTAL}
-        words = flags_of({k: v for k, v in known.items() if v is not None and v is not False})
-        return _given(train_parser("").parse_args(words))
+        saved = parse_json(path.read_bytes(), {"options": {}})["options"]
+        words = flags_of({k: v for k, v in saved.items() if k not in INCIDENTAL})
+        return _given(vars(train_parser("").parse_args(words)))
     except (OSError, ValueError) as error:
         text = f"--options {path}: expected the options.json of a run ({error})"
         raise ValueError(text) from error
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items()}
-    return {k: v for k, v in values.items() if v is not None and v is not False}
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the flags that were given, several values of one as a tuple."""
+    given = {k: v for k, v in values.items() if v is not None and v is not False}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
 def to_json(args: argparse.Namespace) -> dict[str, Any]:
