@@ -46,6 +46,7 @@ def _checked(
 
 COUNT, FACTOR = (_checked(k, "a number above 0", lambda n: 0 < n < math.inf) for k in (int, float))
 COUNT_OR_0, WEIGHT = (_checked(k, "0 or more", lambda n: 0 <= n < math.inf) for k in (int, float))
+NPZ = _checked(Path, "a name that ends with .npz", lambda path: path.suffix == ".npz")
 PROBABILITY = _checked(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 AMP_VALUES = {"auto": True, "bf16": "bf16", "fp16": "fp16"}
 AMP = _checked(AMP_VALUES.get, "no value, auto, bf16 or fp16", bool)
@@ -88,8 +89,6 @@ PRESET_SOURCES = {
 # AGW's own settings on every data set: what defines the method, and schedule and batch.
 AGW = {"pcb": "off", "label_smooth": "off", "gem_p": 3.0}
 AGW_TRAINING = {"epochs": 81, "batch_size": 8, "num_pos": 4, "share_net": 1}
-NO_STRIPES = {"w_center": 0.0}  # --pcb off: no triplets of stripes
-NO_MEMORY = {"w_alignment": 0.0, "w_decorrelation": 0.0}  # --memory-levels none: no read to align
 
 # --- The flags ------------------------------------------------------------------------------------
 
@@ -270,7 +269,7 @@ TEST = {
         Flag("output-dir", None, "folder of results.json (default: beside the checkpoint)", Path),
         Flag("figures", False, "draw ranked lists, CMC, distances and an embedding"),
         NO_TITLE,
-        Flag("save-features", None, "write features, identities and paths to this .npz", Path),
+        Flag("save-features", None, "write features, identities and paths to this .npz", NPZ),
     ),
     "features of any method, in place of a checkpoint": (Flag("features", None, FEATURES),),
     "your own images, in place of a data set": (
@@ -355,8 +354,7 @@ def add_flags(
                 values |= {k: layer[name] for k, layer in layers.items() if name in layer}
                 text += f" ({'; '.join(f'{k}: {_words(value)}' for k, value in values.items())})"
                 more = {"default": None if name in DEFAULTS else flag.default, **more}
-            more = {"dest": name, "help": text.replace("%", "%%"), **more}
-            group.add_argument(*flag.spellings, **more)
+            group.add_argument(*flag.spellings, help=text.replace("%", "%%"), **more)
 
 
 def _words(value: Any) -> str:
@@ -396,7 +394,7 @@ def resolve(
     saved = read_options(args.options) if args.options else {}
     given = {**saved, **flags}
     data, named = given.get("dataset", DEFAULTS["dataset"]), given.get("preset")
-    agw, pcb = given.get("method") == "agw", given.get("pcb")
+    agw, pcb, levels = given.get("method") == "agw", given.get("pcb"), given.get("memory_levels")
     if agw and pcb == "on":
         raise ValueError("--method agw has no stripes: leave out --pcb on, or train --method base")
     values, sources = {**vars(args), "preset": named or data}, {}
@@ -406,8 +404,8 @@ def resolve(
         ("AGW", AGW_TRAINING, agw),
         (f"preset {named}", PRESETS.get(named), named is not None),
         ("AGW", AGW, agw),
-        ("no stripes", NO_STRIPES, agw or pcb == "off"),
-        ("no memory", NO_MEMORY, given.get("memory_levels") == "none"),
+        ("no stripes", {"w_center": 0.0}, agw or pcb == "off"),
+        ("no memory", {"w_alignment": 0.0, "w_decorrelation": 0.0}, levels == "none"),
         ("--options", saved, True),
         ("flag", flags, True),
     ):
@@ -438,9 +436,14 @@ OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
 
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the flags that have no effect on a training with those `given`, and why."""
+    """Returns the flags that have no effect on a script with those `given`, and why."""
     values = {**DEFAULTS, **given}
-    flags = _unused_by_data(values["dataset"])
+    data = DATASETS[values["dataset"]]
+    choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
+    choices |= {"trial"} if data.splits > 1 else set()
+    choices |= {"trials"} if data.gallery_draws > 1 else set()
+    others = [name for name in PROTOCOL if name not in choices]
+    flags = dict.fromkeys(others, f"{data.title} has no such choice")
     for holds, names, reason in (
         (values["shrink"] != "auto", ["shrink_scale"], "--shrink is not auto"),
         (values["addressing"] != "cosine", ["temperature"], "--addressing is not cosine"),
@@ -460,7 +463,7 @@ def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     if values.get("query_dir") or values.get("gallery_dir"):
         names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
         return dict.fromkeys(names, "your own images have no protocol")
-    flags = _unused_by_data(values["dataset"])
+    flags = unused("test.py", values)
     if "query_dir" in values:
         of_folders = ("query_modality", "gallery_modality", "top")
         flags |= dict.fromkeys(of_folders, "there is no --query-dir")
@@ -470,15 +473,6 @@ def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     elif "trials" in flags:
         flags["trials"] += ", and --resume no {trial} in it"
     return flags
-
-
-def _unused_by_data(dataset: str) -> dict[str, str]:
-    """Returns the flags of other data sets' protocols, and why they have no effect."""
-    data = DATASETS[dataset]
-    choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
-    choices |= {"trial"} if data.splits > 1 else set()
-    choices |= {"trials"} if data.gallery_draws > 1 else set()
-    return {name: f"{data.title} has no such choice" for name in PROTOCOL if name not in choices}
 
 
 def resolve_evaluation(

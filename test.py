@@ -36,13 +36,16 @@ from eval_metrics import METRICS, mean_and_std
 from figures.evaluation import evaluation_figures
 from figures.image_grids import ranked_lists
 from figures.page import save
-from model import TwoStreamNet
 
 log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]  # results of one checkpoint: a row for each feature and ranking
 
 TOP = 20  # gallery images per query in an own folder's ranking
+# Flags of a network, and of what takes one: they do not go with --features.
+OF_NETWORK = (*options.AS_TRAINED_FLAGS, "memory")
+NOT_WITH_FEATURES = ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat")
+NOT_WITH_FEATURES += ("top", "seen_ids", "amp", *OF_NETWORK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,85 +54,94 @@ def main(argv: Sequence[str] | None = None) -> int:
         utils.setup_logging()
         args = options.test_parser(__doc__).parse_args(argv)
         if args.features:
-            score_features(args)
-            return 0
-        if not args.resume:
-            raise ValueError("name the checkpoint to evaluate: --resume PATH")
-        args.resume = utils.find_checkpoint(args.resume, args.model_path)
-        trained = TrainedOn.read(args.resume.replace("{trial}", "1"))
-        args = options.resolve_evaluation(args, trained.defaults)
-        device = devices.resolve_device(args.gpu)
-        devices.set_up(device, args.float32_precision)
-        if args.query_dir or args.gallery_dir:
-            rank_folders(args, device, trained.options)
+            for name in NOT_WITH_FEATURES:
+                if getattr(args, name):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise ValueError(f"--features does not go with {flag}: give one")
+            args.resume, device, trained = args.features, torch.device("cpu"), {}
+            args = options.resolve_evaluation(args)
+        elif args.resume:
+            args.resume = utils.find_checkpoint(args.resume, args.model_path)
+            first = TrainedOn.read(args.resume.replace("{trial}", "1"))
+            args, trained = options.resolve_evaluation(args, first.defaults), first.options
+            device = devices.resolve_device(args.gpu)
+            devices.set_up(device, args.float32_precision)
         else:
-            evaluate_checkpoints(args, device, trained.options)
+            raise ValueError("name the checkpoint to evaluate: --resume PATH")
+        if args.query_dir or args.gallery_dir:
+            rank_folders(args, device, trained)
+        else:
+            evaluate_all(args, device, trained)
     return 0
 
 
-def run_network(
-    args: argparse.Namespace, device: torch.device, path: str, protocol: EvalSet, *rankings: str
-) -> tuple[TwoStreamNet, dict[str, Any], ImageCache, Features, Rows]:
-    """Evaluates a checkpoint with the flags' settings.
+def get_features(
+    args: argparse.Namespace, device: torch.device, path: str, protocol: EvalSet
+) -> tuple[Features, dict[str, Any], ImageCache | None]:
+    """Embeds a protocol's images by a checkpoint's network, or reads their features from a file.
 
-    Returns its network and other entries (see `open_network`), the decoded images, and the features
-    and results of `evaluate`.
+    Returns the features, what a result says of where they come from, and the decoded images.
     """
-    settings = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, "memory")}
+    if args.features:
+        about = {"checkpoint": path, "selection": "unknown: features of a file"}
+        return read_features(path, protocol), about, None
+    settings = {name: getattr(args, name) for name in OF_NETWORK}
     net, info, size = open_network(path, device, **settings)
     images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
-    features, results = evaluate(
+    features, _ = evaluate(
         net,
         protocol,
         images,
         test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-        rankings=rankings,
+        rankings=(),
         batch_size=args.test_batch,
         amp=devices.amp_dtype(args.amp, device),
         progress=not args.quiet,
     )
-    return net, info, images, features, results
+    return features, describe(path, info, net), images
 
 
 # --- A data set -----------------------------------------------------------------------------------
 
 
-def evaluate_checkpoints(
+def evaluate_all(
     args: argparse.Namespace, device: torch.device, trained: Mapping[str, Any]
 ) -> None:
-    """Evaluates every checkpoint asked for, prints the table and writes the results.
+    """Evaluates every checkpoint, or file of features; prints the table and writes the results.
 
     `trained` are the first one's options. Missing files, identities that were trained on and
     folders that cannot be written are found before the first evaluation.
     """
     data = data_name(args.dataset, args.data_path)
     work = []
-    for trial, path in checkpoint_paths(args):
+    for trial, path in files_to_evaluate(args):
         protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
-        which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
-        protocol, remark = TrainedOn.read(path).admit(protocol, data, **which)
+        remark = ""
+        if not args.features:
+            which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
+            protocol, remark = TrainedOn.read(path).admit(protocol, data, **which)
         work.append((path, protocol, remark, feature_file(args, trial)))
     output = utils.make_writable_dir(args.output_dir or default_output(args, trained))
     rankings = tuple(dict.fromkeys(("no", args.re_rank)))
     results: list[Rows] = []
     for path, protocol, remark, target in work:
-        net, info, images, features, rows = run_network(args, device, path, protocol, *rankings)
-        about = {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
-        about |= describe(path, info, net)
-        results.append([{**row, **about} for row in rows])
+        features, about, images = get_features(args, device, path, protocol)
+        about |= {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
+        rows = [{**row, **about} for row in score_kinds(protocol, features, rankings)]
+        results.append(rows)
         if target:
-            save_features(target, protocol, features, results[-1][-1])
+            save_features(target, protocol, features, rows[-1])
             log.info("wrote %s", target)
         if args.figures and len(results) == 1:
-            how = {"heading": not args.no_title}
             drawn = {role: kinds[rows[-1]["test_feat"]] for role, kinds in features.items()}
-            files = evaluation_figures(output, protocol, images, drawn, results[0], **how)
+            heading = not args.no_title
+            files = evaluation_figures(output, protocol, images, drawn, rows, heading=heading)
             log.info("wrote %s", ", ".join(files))
     write_results(output, args, results, device)
 
 
-def checkpoint_paths(args: argparse.Namespace) -> list[tuple[int, str]]:
-    """Returns the checkpoints to evaluate, each with its RegDB trial.
+def files_to_evaluate(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """Returns the checkpoints, or files of features, to evaluate, each with its RegDB trial.
 
     A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
 
@@ -216,12 +228,10 @@ def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path
         words += ["i2v"] if args.direction == "i2v" else []
     else:
         data = DATASETS[args.dataset]
-        asked = dict.fromkeys(  # the options in which its protocols in this direction differ
-            name
-            for settings in data.protocols.values()
-            if settings.get("direction", args.direction) == args.direction
-            for name in settings
-        )
+        asked: dict[str, Any] = {}  # the options in which its protocols in this direction differ
+        for settings in data.protocols.values():
+            if settings.get("direction", args.direction) == args.direction:
+                asked |= settings
         words = ["test", args.dataset]
         words += [f"{given[name]}shot" if name == "shots" else given[name] for name in asked]
         if data.splits > 1:
@@ -247,39 +257,13 @@ def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
     """Where the features of one checkpoint go: one file each where there are several.
 
     Raises:
-        ValueError: When it is no .npz, or its folder cannot be written to.
+        ValueError: When its folder cannot be written to.
     """
     path = args.save_features
     if path is None:
         return None
-    if path.suffix != ".npz":
-        raise ValueError(f"--save-features {path}: expected a name that ends with .npz")
     utils.make_writable_dir(path.parent)
     return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
-
-
-def score_features(args: argparse.Namespace) -> None:
-    """Scores files of features, anyone's, in place of checkpoints.
-
-    Raises:
-        ValueError: When a flag does not go with --features, or a file cannot be used.
-    """
-    names = ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat", "top")
-    for name in (*names, "seen_ids", "amp", "memory", *options.AS_TRAINED_FLAGS):
-        if getattr(args, name):
-            raise ValueError(f"--features does not go with --{name.replace('_', '-')}: give one")
-    args.resume = args.features
-    args = options.resolve_evaluation(args)
-    about = {"dataset": data_name(args.dataset, args.data_path), "remark": ""}
-    about |= {"stand_in": is_stand_in(args.data_path), "selection": "unknown: features of a file"}
-    rankings = tuple(dict.fromkeys(("no", args.re_rank)))
-    results = []
-    for trial, path in checkpoint_paths(args):
-        protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
-        rows = score_kinds(protocol, read_features(path, protocol), rankings)
-        results.append([{**row, **about, "checkpoint": path} for row in rows])
-    output = utils.make_writable_dir(args.output_dir or default_output(args, {}))
-    write_results(output, args, results, torch.device("cpu"))
 
 
 # --- Your own images ------------------------------------------------------------------------------
@@ -311,7 +295,7 @@ def rank_folders(
     title += TTA[args.tta]
     whole = (np.arange(len(gallery)),)
     protocol = EvalSet("own folders", query, gallery, whole, "none", title, None, args.tta)
-    _, _, images, features, _ = run_network(args, device, args.resume, protocol)
+    features, _, images = get_features(args, device, args.resume, protocol)
     feat = next(iter(features["query"]))
     features = {role: {feat: kinds[feat]} for role, kinds in features.items()}
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)
