@@ -128,7 +128,8 @@ RESIDENT = "training images on the GPU: only where small against its memory (aut
 SELECT = "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training"
 AUTOCAST = "run the network in bf16 or fp16; without a value, or auto: bf16 if the GPU has it"
 
-# By the headings of --help. The defaults are the releases' settings.
+# By the headings of --help. The defaults are the releases' settings. What stands under "run" and
+# "machine" has no influence on a number.
 TRAIN = {
     "data and protocol": (
         Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
@@ -154,6 +155,8 @@ TRAIN = {
         Flag("num_strips", 6, "horizontal stripes per image, S", COUNT),
         Flag("local_feat_dim", 256, "channels of a stripe's feature", COUNT),
         Flag("gem-p", 3.0, "exponent p of the generalised-mean (GeM) pooling", FACTOR),
+    ),
+    "memory": (
         Flag("memory-variant", "paper", "MG-MRA: paper, or first, later upload", settings.VARIANTS),
         Flag("shrink", settings.SHRINK, "memory threshold lambda, 0 to 1, or auto", _shrink),
         Flag("shrink-scale", 1.0, "c of --shrink auto: lambda is c / (size of the bank)", FACTOR),
@@ -205,6 +208,13 @@ TRAIN = {
         Flag("sync-bn", False, "torchrun: batch-norm statistics over all processes (CUDA only)"),
         Flag("compile", False, "compile the backbone for a GPU: minutes at the start, then faster"),
         Flag("deterministic", False, "bitwise reproducible results on CUDA too; slower"),
+        Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
+        Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
+        Flag("select-on", "test", SELECT, ("test", "val")),
+    ),
+    "precision": (
+        Flag("amp", False, AUTOCAST, AMP, nargs="?", const=True),
+        Flag("float32-precision", "high", "CUDA: high uses TF32", ("highest", "high")),
     ),
     "run": (
         Flag("options", None, "options.json of a run to use; flags win (default: none)", Path),
@@ -219,14 +229,9 @@ TRAIN = {
         Flag("no-cache", False, "SYSU-MM01: train from the jpgs, not from caches"),
         Flag("save_epoch", 0, "epochs between numbered checkpoints; 0: none", COUNT_OR_0),
         Flag("save-last-every", 1, "epochs between saves of last.pt; the end has one", COUNT),
-        Flag("eval-start", 10, "first epoch that is evaluated, counted from 0", COUNT_OR_0),
-        Flag("eval-every", 2, "epochs between evaluations; the last always has one", COUNT),
-        Flag("select-on", "test", SELECT, ("test", "val")),
     ),
     "machine": (
         Flag("gpu", None, "CUDA index, or cpu; torchrun: one per process (default: 0, if any)"),
-        Flag("amp", False, AUTOCAST, AMP, nargs="?", const=True),
-        Flag("float32-precision", "high", "CUDA: high uses TF32", ("highest", "high")),
         Flag("test-batch", 64, "images per evaluation batch", COUNT),
         Flag("workers", 4, "threads that decode images; 0 counts as 1", COUNT_OR_0),
         Flag("quiet", False, "no progress bars"),
@@ -260,6 +265,7 @@ EVALUATION = {
         Flag("subset", "test", "test identities, or --select-on val's", ("test", "val")),
         Flag("seen-ids", False, "admit identities that were trained on; every result says so"),
     ),
+    "precision": TRAIN["precision"],
     "machine": TRAIN["machine"],
 }
 MODALITY = ("visible", "infrared")
@@ -284,11 +290,7 @@ TEST = {
 # Flags that name data and protocol, as `data_manager.eval_set` takes them.
 PROTOCOL = ("dataset", "data_path", *(f.name for f in fields(EvalOptions) if f.name != "subset"))
 # Flags without influence on a number.
-INCIDENTAL = (
-    *("workers", "quiet", "gpu", "output_dir", "model_path", "log_path", "vis_log_path", "resume"),
-    *("overwrite", "test_only", "save_epoch", "save_last_every", "resident", "test_batch"),
-    *("figures", "options", "no_cache"),
-)
+INCIDENTAL = (*(flag.name for flag in (*TRAIN["run"], *TRAIN["machine"])), "figures")
 # Not among the options that end a run's name: in its front, without influence, or the epochs, which
 # may grow when it is resumed.
 UNNAMED = ("dataset", "trial", "method", "pcb", "preset", "data_path", "deterministic", "epochs")
@@ -428,10 +430,7 @@ def resolve(
 
 OF_STRIPES = ("w_center", "local_feat_dim")
 OF_LEVELS = ("memory_variant", "w_alignment", "w_decorrelation")
-OF_MEMORY = (
-    *(*OF_LEVELS, "instances_per_id", "parts_per_instance", "memory_ids", "shrink", "shrink_scale"),
-    *("addressing", "temperature", "bank_init", "bank_init_epoch"),
-)
+OF_MEMORY = (*OF_LEVELS, *(f.name for f in TRAIN["memory"] if f.name != "memory_levels"))
 OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
 
 
@@ -461,7 +460,7 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
 def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on an evaluation with these values, and why."""
     if values.get("query_dir") or values.get("gallery_dir"):
-        names = {*PROTOCOL, "figures", "seen_ids"} - {"direction", "tta"}
+        names = [k for k in (*PROTOCOL, "figures", "seen_ids") if k not in ("direction", "tta")]
         return dict.fromkeys(names, "your own images have no protocol")
     flags = unused("test.py", values)
     if "query_dir" in values:
