@@ -13,6 +13,7 @@ import math
 import pkgutil
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from hashlib import sha256
@@ -28,11 +29,11 @@ log = logging.getLogger(__name__)
 
 # --- Kinds of values ------------------------------------------------------------------------------
 
+Kind = Callable[[str], Any]  # a type for argparse
 
-def _checked(
-    kind: Callable[[str], Any], expected: str, legal: Callable[[Any], bool]
-) -> Callable[[str], Any]:
-    """Returns a type for argparse: `kind`, but its errors say what was `expected` and legal."""
+
+def _checked(kind: Kind, expected: str, legal: Callable[[Any], bool]) -> Kind:
+    """Returns `kind`, but its errors say what was `expected` and legal."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -382,9 +383,7 @@ def test_parser(description: str) -> Parser:
 # --- Resolving ------------------------------------------------------------------------------------
 
 
-def resolve(
-    args: argparse.Namespace, script: str = "train_MGMRA.py"
-) -> tuple[argparse.Namespace, dict[str, str]]:
+def resolve(args: Namespace, script: str = "train_MGMRA.py") -> tuple[Namespace, dict[str, str]]:
     """Fills in the flags of a training that were not given.
 
     Returns the resolved flags, and where each value came from: "flag", "default", a preset, ...
@@ -425,7 +424,7 @@ def resolve(
     if values["bank_init"] == "features" and values["memory_ids"] is not None:
         raise ValueError("--bank-init features has a bank size of its own: leave out --memory-ids")
     values["data_path"] = values["data_path"] or DATASETS[values["dataset"]].default_folder
-    return argparse.Namespace(**values), sources
+    return Namespace(**values), sources
 
 
 OF_STRIPES = ("w_center", "local_feat_dim")
@@ -474,9 +473,7 @@ def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
     return flags
 
 
-def resolve_evaluation(
-    args: argparse.Namespace, trained: Mapping[str, Any] | None = None
-) -> argparse.Namespace:
+def resolve_evaluation(args: Namespace, trained: Mapping[str, Any] | None = None) -> Namespace:
     """Fills in the flags of an evaluation that were not given, but for those `AS_TRAINED_FLAGS`.
 
     `trained` holds dataset, trial and data_path of the checkpoint's training: {} where it does not
@@ -504,10 +501,10 @@ def resolve_evaluation(
     if no_effect:
         names = ", --".join(no_effect)
         log.warning("no effect, since checkpoint and data set know: --%s", names)
-    return argparse.Namespace(**values)
+    return Namespace(**values)
 
 
-def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
+def distinction(args: Namespace, sources: Mapping[str, str]) -> str:
     """Returns what tells a run's name from that without other flags: "_seed3_lr0.05", or ""."""
     preset = None if args.preset == args.dataset else args.preset
     front = ("dataset", "method", "pcb", "memory_levels")
@@ -524,7 +521,7 @@ def distinction(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     return text if len(text) <= LONGEST else f"{text[:40]}_{sha256(text.encode()).hexdigest()[:8]}"
 
 
-def describe(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
+def describe(args: Namespace, sources: Mapping[str, str]) -> str:
     """Returns the preset and the options that differ from it, one a line, with their source."""
     below = PRESETS[args.dataset] if args.preset in ON_TOP else {}
     preset = {**DEFAULTS, **below, **PRESETS[args.preset], "preset": args.preset}
@@ -538,16 +535,13 @@ def describe(args: argparse.Namespace, sources: Mapping[str, str]) -> str:
     return "\n".join([f"preset {args.preset} ({source}); {differing} (options.json: all)", *lines])
 
 
-def protocol(args: argparse.Namespace, **given: Any) -> dict[str, Any]:
+def protocol(args: Namespace, **given: Any) -> dict[str, Any]:
     """Returns the flags that `data_manager.eval_set` takes; `given` ones are added or replaced."""
     return {**{name: getattr(args, name) for name in PROTOCOL}, **given}
 
 
 def flags_of(values: Mapping[str, Any]) -> list[str]:
-    """Returns options as command-line flags; True is a switch, a sequence several values.
-
-    None and False stand for a flag that is not given.
-    """
+    """Returns options as flags: True a switch, a sequence several values, None and False none."""
     flags = []
     for name, value in _given(values).items():
         several = value if isinstance(value, tuple) else [value]
@@ -576,6 +570,6 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
 
 
-def to_json(args: argparse.Namespace) -> dict[str, Any]:
+def to_json(args: Namespace) -> dict[str, Any]:
     """Returns the options as plain values: paths as texts, tuples as lists."""
     return json.loads(json.dumps(vars(args), default=str))

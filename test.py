@@ -11,11 +11,11 @@ protocol, whether it is re-ranked, and how the checkpoint's epoch was chosen. Yo
 images need no identities: ``ranks.csv``, ``ranks.json`` and a picture show the nearest images.
 """
 
-import argparse
 import csv
 import io
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from datasets.decode import ImageCache
 from datasets.folders import folder_images
 from engine import devices
 from engine.checkpoints import TrainedOn, describe, open_network
-from engine.evaluate import Features, distances, evaluate, score_kinds
+from engine.evaluate import Features, average, distances, evaluate, score_kinds
 from engine.feature_files import read_features, save_features
-from eval_metrics import METRICS, mean_and_std
+from eval_metrics import METRICS
 from figures.evaluation import evaluation_figures
 from figures.image_grids import ranked_lists
 from figures.page import save
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             devices.set_up(device, args.float32_precision)
         else:
             raise ValueError("name the checkpoint to evaluate: --resume PATH")
+        if args.save_features:
+            utils.make_writable_dir(args.save_features.parent)
         if args.query_dir or args.gallery_dir:
             rank_folders(args, device, trained)
         else:
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def get_features(
-    args: argparse.Namespace, device: torch.device, path: str, protocol: EvalSet
+    args: Namespace, device: torch.device, path: str, protocol: EvalSet
 ) -> tuple[Features, dict[str, Any], ImageCache | None]:
     """Embeds a protocol's images by a checkpoint's network, or reads their features from a file.
 
@@ -104,9 +106,7 @@ def get_features(
 # --- A data set -----------------------------------------------------------------------------------
 
 
-def evaluate_all(
-    args: argparse.Namespace, device: torch.device, trained: Mapping[str, Any]
-) -> None:
+def evaluate_all(args: Namespace, device: torch.device, trained: Mapping[str, Any]) -> None:
     """Evaluates every checkpoint, or file of features; prints the table and writes the results.
 
     `trained` are the first one's options. Missing files, identities that were trained on and
@@ -120,16 +120,19 @@ def evaluate_all(
         if not args.features:
             which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
             protocol, remark = TrainedOn.read(path).admit(protocol, data, **which)
-        work.append((path, protocol, remark, feature_file(args, trial)))
+        work.append((trial, path, protocol, remark))
     output = utils.make_writable_dir(args.output_dir or default_output(args, trained))
     rankings = tuple(dict.fromkeys(("no", args.re_rank)))
     results: list[Rows] = []
-    for path, protocol, remark, target in work:
+    for trial, path, protocol, remark in work:
         features, about, images = get_features(args, device, path, protocol)
         about |= {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
         rows = [{**row, **about} for row in score_kinds(protocol, features, rankings)]
         results.append(rows)
-        if target:
+        if args.save_features:
+            target = args.save_features
+            if "{trial}" in args.resume:
+                target = target.with_stem(f"{target.stem}_trial{trial}")
             save_features(target, protocol, features, rows[-1])
             log.info("wrote %s", target)
         if args.figures and len(results) == 1:
@@ -140,7 +143,7 @@ def evaluate_all(
     write_results(output, args, results, device)
 
 
-def files_to_evaluate(args: argparse.Namespace) -> list[tuple[int, str]]:
+def files_to_evaluate(args: Namespace) -> list[tuple[int, str]]:
     """Returns the checkpoints, or files of features, to evaluate, each with its RegDB trial.
 
     A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
@@ -169,9 +172,7 @@ def over_checkpoints(per_checkpoint: list[Rows]) -> Rows:
     rows = []
     for same in zip(*per_checkpoint, strict=True):
         trials = [{metric: row[metric] for metric in METRICS} for row in same]
-        mean, std = mean_and_std(trials)
-        row = {**same[0], **mean, "std": std, "per_trial": trials}
-        row["cmc"] = np.mean([each["cmc"] for each in same], axis=0).tolist()
+        row = {**same[0], **average(trials, [each["cmc"] for each in same])}
         row["protocol"] += f" (mean of trials 1 to {len(same)}, one model each)"
         row["remark"] = "; ".join(dict.fromkeys(each["remark"] for each in same if each["remark"]))
         if row["remark"] not in row["protocol"]:
@@ -180,9 +181,7 @@ def over_checkpoints(per_checkpoint: list[Rows]) -> Rows:
     return rows
 
 
-def write_results(
-    output: Path, args: argparse.Namespace, results: list[Rows], device: torch.device
-) -> None:
+def write_results(output: Path, args: Namespace, results: list[Rows], device: torch.device) -> None:
     """Prints the table; writes results.json: the means over checkpoints of each kind of row."""
     rows = over_checkpoints(results)
     sys.stdout.write(table(rows) + "\n")
@@ -219,7 +218,7 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path:
+def default_output(args: Namespace, trained: Mapping[str, Any]) -> Path:
     """A folder beside the checkpoint, named by protocol and what differs from the training."""
     given = vars(args)
     if args.query_dir:
@@ -253,25 +252,10 @@ def default_output(args: argparse.Namespace, trained: Mapping[str, Any]) -> Path
     return folder / "_".join(filter(None, [*words, stem]))
 
 
-def feature_file(args: argparse.Namespace, trial: int) -> Path | None:
-    """Where the features of one checkpoint go: one file each where there are several.
-
-    Raises:
-        ValueError: When its folder cannot be written to.
-    """
-    path = args.save_features
-    if path is None:
-        return None
-    utils.make_writable_dir(path.parent)
-    return path.with_stem(f"{path.stem}_trial{trial}") if "{trial}" in args.resume else path
-
-
 # --- Your own images ------------------------------------------------------------------------------
 
 
-def rank_folders(
-    args: argparse.Namespace, device: torch.device, trained: Mapping[str, Any]
-) -> None:
+def rank_folders(args: Namespace, device: torch.device, trained: Mapping[str, Any]) -> None:
     """Ranks one folder's images by likeness to another's: no identities, no lists, no protocol.
 
     `trained` are the checkpoint's options. Writes ``ranks.csv``, ``ranks.json`` and
@@ -286,7 +270,6 @@ def rank_folders(
             "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
             "--resume CHECKPOINT, which names one"
         )
-    target = feature_file(args, args.trial)
     sides = ("visible", "infrared") if args.direction == "v2i" else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
@@ -303,9 +286,9 @@ def rank_folders(
     about |= {"query_modality": query.modality, "gallery_modality": gallery.modality}
     about |= {"test_feat": feat, "re_rank": args.re_rank, "tta": args.tta}
     write_ranks(output, protocol, distmat, about, args.top or TOP)
-    if target:
-        save_features(target, protocol, features, {**about, **vars(protocol)})
-        log.info("wrote %s", target)
+    if args.save_features:
+        save_features(args.save_features, protocol, features, {**about, **vars(protocol)})
+        log.info("wrote %s", args.save_features)
     figure = ranked_lists(
         query_images=images(query),
         gallery_images=images(gallery),

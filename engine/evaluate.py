@@ -55,12 +55,12 @@ def score_kinds(
     eval_set: EvalSet, features: Features, rankings: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Scores each kind of feature by each ranking, which the results (see `score`) name."""
-    own = {"tta": eval_set.tta}
-    return [
-        {**score(eval_set, query, features["gallery"][name], ranking), "test_feat": name, **own}
-        for name, query in features["query"].items()
-        for ranking in rankings
-    ]
+    results = []
+    for name, query in features["query"].items():
+        for ranking in rankings:
+            result = score(eval_set, query, features["gallery"][name], ranking)
+            results.append({**result, "test_feat": name, "tta": eval_set.tta})
+    return results
 
 
 @torch.no_grad()
@@ -129,15 +129,13 @@ def score(
         result = evaluate_rule(eval_set.camera_rule, distmat, *people)
         per_trial.append(summarize(*result))
         curves.append(result[0])
-    mean, std = mean_and_std(per_trial)
-    return {
-        **mean,
-        "std": std,
-        "per_trial": per_trial,
-        "cmc": np.mean(curves, axis=0).tolist(),
-        "re_rank": ranking,
-        "protocol": eval_set.protocol,
-    }
+    return {**average(per_trial, curves), "re_rank": ranking, "protocol": eval_set.protocol}
+
+
+def average(trials: Sequence[Mapping[str, float]], curves: Sequence[Any]) -> dict[str, Any]:
+    """Returns the means of trials' metrics, their spread ``std``, and the mean of their CMCs."""
+    mean, std = mean_and_std(trials)
+    return {**mean, "std": std, "per_trial": trials, "cmc": np.mean(curves, axis=0).tolist()}
 
 
 def format_result(result: Mapping[str, Any]) -> str:

@@ -49,11 +49,8 @@ def read_features(path: str | Path, protocol: EvalSet) -> Features:
             arrays = dict(file)
         groups = ("",) if "paths" in arrays else ("query_", "gallery_")
         paths = np.concatenate([arrays[f"{group}paths"] for group in groups]).ravel().tolist()
-        names = [
-            name.removeprefix(groups[0])
-            for name, values in arrays.items()
-            if name.startswith(groups[0]) and values.ndim == 2 and values.dtype.kind == "f"
-        ]
+        floats = [k for k, v in arrays.items() if v.ndim == 2 and v.dtype.kind == "f"]
+        names = [n.removeprefix(groups[0]) for n in floats if n.startswith(groups[0])]
         kinds = {n: np.concatenate([arrays[group + n] for group in groups]) for n in names}
         if not paths or not kinds or any(len(values) != len(paths) for values in kinds.values()):
             raise ValueError({name: values.shape for name, values in arrays.items()})
