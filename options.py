@@ -431,18 +431,29 @@ OF_STRIPES = ("w_center", "local_feat_dim")
 OF_LEVELS = ("memory_variant", "w_alignment", "w_decorrelation")
 OF_MEMORY = (*OF_LEVELS, *(f.name for f in TRAIN["memory"] if f.name != "memory_levels"))
 OF_BRANCH = ("memory_levels", "w_memory_id", "w_memory_triplet")
+OF_FOLDERS = ("query_modality", "gallery_modality", "top")
 
 
 def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
     """Returns the flags that have no effect on a script with those `given`, and why."""
     values = {**DEFAULTS, **given}
+    if values.get("query_dir") or values.get("gallery_dir"):
+        names = [k for k in (*PROTOCOL, "figures", "seen_ids") if k not in ("direction", "tta")]
+        return dict.fromkeys(names, "your own images have no protocol")
     data = DATASETS[values["dataset"]]
+    no_choice = f"{data.title} has no such choice"
+    tested = script == "test.py"
+    by_pattern = tested and "{trial}" in (values.get("resume") or "")
     choices = {"dataset", "data_path", "tta"}.union(*data.protocols.values())
     choices |= {"trial"} if data.splits > 1 else set()
-    choices |= {"trials"} if data.gallery_draws > 1 else set()
-    others = [name for name in PROTOCOL if name not in choices]
-    flags = dict.fromkeys(others, f"{data.title} has no such choice")
+    choices |= {"trials"} if data.gallery_draws > 1 or by_pattern else set()
+    without = [name for name in PROTOCOL if name not in choices]
+    flags: dict[str, str] = {}
     for holds, names, reason in (
+        (by_pattern, ["trial"], "{trial} in --resume stands for the trials 1 to --trials"),
+        (True, without, no_choice),
+        (tested and "trials" in without, ["trials"], no_choice + ", and --resume no {trial} in it"),
+        ("query_dir" in values, OF_FOLDERS, "there is no --query-dir"),
         (values["shrink"] != "auto", ["shrink_scale"], "--shrink is not auto"),
         (values["addressing"] != "cosine", ["temperature"], "--addressing is not cosine"),
         (values["bank_init"] != "features", ["bank_init_epoch"], "--bank-init is not features"),
@@ -453,23 +464,6 @@ def unused(script: str, given: Mapping[str, Any]) -> dict[str, str]:
         (script == "train_HCT.py", OF_MEMORY + OF_BRANCH, f"{script} has no memory"),
     ):
         flags |= dict.fromkeys(names if holds else (), reason)
-    return flags
-
-
-def unused_in_evaluation(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the flags that have no effect on an evaluation with these values, and why."""
-    if values.get("query_dir") or values.get("gallery_dir"):
-        names = [k for k in (*PROTOCOL, "figures", "seen_ids") if k not in ("direction", "tta")]
-        return dict.fromkeys(names, "your own images have no protocol")
-    flags = unused("test.py", values)
-    if "query_dir" in values:
-        of_folders = ("query_modality", "gallery_modality", "top")
-        flags |= dict.fromkeys(of_folders, "there is no --query-dir")
-    if "{trial}" in (values["resume"] or ""):
-        flags.pop("trials", None)
-        flags.setdefault("trial", "{trial} in --resume stands for the trials 1 to --trials")
-    elif "trials" in flags:
-        flags["trials"] += ", and --resume no {trial} in it"
     return flags
 
 
@@ -494,7 +488,7 @@ def resolve_evaluation(args: Namespace, trained: Mapping[str, Any] | None = None
     defaults = {k: v for k, v in DEFAULTS.items() if k in asked and k not in AS_TRAINED_FLAGS}
     values = {**asked, **defaults, **(trained if same_data else {}), **flags}
     values["data_path"] = values["data_path"] or DATASETS[values["dataset"]].default_folder
-    for name, reason in unused_in_evaluation(values).items():
+    for name, reason in unused("test.py", values).items():
         if name in flags and (flags[name] != DEFAULTS.get(name) or name == "trials"):
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
         no_effect += [name] if name in flags else []
