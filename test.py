@@ -109,15 +109,18 @@ def get_features(
 def evaluate_all(args: Namespace, device: torch.device, trained: Mapping[str, Any]) -> None:
     """Evaluates every checkpoint, or file of features; prints the table and writes the results.
 
-    `trained` are the first one's options. Missing files, identities that were trained on and
-    folders that cannot be written are found before the first evaluation.
+    `trained` are the first one's options. Files that are missing or hold no such features,
+    identities that were trained on and folders that cannot be written are found before the first
+    evaluation.
     """
     data = data_name(args.dataset, args.data_path)
     work = []
     for trial, path in files_to_evaluate(args):
         protocol = eval_set(**options.protocol(args, subset=args.subset, trial=trial))
-        remark = ""
-        if not args.features:
+        if args.features:
+            read_features(path, protocol)
+            remark = ""
+        else:
             which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
             protocol, remark = TrainedOn.read(path).admit(protocol, data, **which)
         work.append((trial, path, protocol, remark))
