@@ -22,6 +22,7 @@ RESULT = {**dict.fromkeys(METRICS, float), "re_rank": str, "protocol": str}  # a
 LOG_LINE = {"epoch": int, "eval?": dict.fromkeys(METRICS, float), "*": float}  # of log.jsonl
 RE_RANKINGS = ("no", "k_reciprocal", "random_walk")  # what an evaluation may ask for; see `re_rank`
 
+Ids = ArrayLike  # one identity or camera for each image
 Metrics = tuple[np.ndarray, float, float]  # cmc (max_rank,), mAP, mINP
 
 # A protocol's rule about cameras: (q_pids (Q, 1), g_pids (G,), q_camids (Q, 1), g_camids (G,)) ->
@@ -37,12 +38,7 @@ COUNT_IMAGES = ("none",)  # rules whose CMC counts images; the others' counts id
 
 
 def eval_sysu(
-    distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    q_camids: ArrayLike,
-    g_camids: ArrayLike,
-    max_rank: int = 20,
+    distmat: np.ndarray, q_pids: Ids, g_pids: Ids, q_camids: Ids, g_camids: Ids, max_rank: int = 20
 ) -> Metrics:
     """Returns the metrics of the SYSU-MM01 protocol.
 
@@ -70,12 +66,7 @@ def eval_sysu(
 
 
 def eval_llcm(
-    distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    q_camids: ArrayLike,
-    g_camids: ArrayLike,
-    max_rank: int = 20,
+    distmat: np.ndarray, q_pids: Ids, g_pids: Ids, q_camids: Ids, g_camids: Ids, max_rank: int = 20
 ) -> Metrics:
     """Returns the metrics of the LLCM protocol: as `eval_sysu`, with LLCM's camera rule.
 
@@ -84,9 +75,7 @@ def eval_llcm(
     return evaluate_rule("same", distmat, q_pids, g_pids, q_camids, g_camids, max_rank)
 
 
-def eval_regdb(
-    distmat: np.ndarray, q_pids: ArrayLike, g_pids: ArrayLike, max_rank: int = 20
-) -> Metrics:
+def eval_regdb(distmat: np.ndarray, q_pids: Ids, g_pids: Ids, max_rank: int = 20) -> Metrics:
     """Returns the metrics of the RegDB protocol: as `eval_sysu`, but every image counts.
 
     Source: the AGW family's evaluation of RegDB.
@@ -98,10 +87,10 @@ def eval_regdb(
 def evaluate_rule(
     rule: str,
     distmat: np.ndarray,
-    q_pids: ArrayLike,
-    g_pids: ArrayLike,
-    q_camids: ArrayLike,
-    g_camids: ArrayLike,
+    q_pids: Ids,
+    g_pids: Ids,
+    q_camids: Ids,
+    g_camids: Ids,
     max_rank: int = 20,
 ) -> Metrics:
     """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`."""
@@ -115,7 +104,7 @@ def evaluate_rule(
         )
     _, labels = np.unique(np.concatenate([q_pids, g_pids]), return_inverse=True)
     labels = labels.astype(np.min_scalar_type(labels.max()))  # identities as small numbers
-    q_labels, g_labels = labels[: len(q_pids)], labels[len(q_pids) :]  # (Q,), (G,)
+    q_labels, g_labels = np.split(labels, [len(q_pids)])  # (Q,), (G,)
     dtype = np.promote_types(distmat.dtype, np.float32)  # float16 compares slowly
     block_size = max(1, BLOCK_ENTRIES // len(g_pids))
 
@@ -134,20 +123,19 @@ def evaluate_rule(
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
-        first_hits, ap, inp = np.concatenate(list(blocks), axis=1)  # (Q,) each
-    valid = first_hits >= 0
-    if not valid.any():
+        first_hits, ap, inp = np.concatenate(list(blocks), axis=1)  # of each query with a hit
+    if not len(first_hits):
         raise ValueError(
             f"none of {len(q_pids)} queries has a true match among the gallery images that count "
             "for it, expected at least one: do query and gallery share identities?"
         )
-    hits = np.bincount(np.minimum(first_hits[valid], max_rank).astype(int), minlength=max_rank)
-    cmc = np.cumsum(hits[:max_rank]) / valid.sum()
-    return cmc, float(ap[valid].mean()), float(inp[valid].mean())
+    hits = np.bincount(np.minimum(first_hits, max_rank).astype(int), minlength=max_rank)
+    cmc = np.cumsum(hits[:max_rank]) / len(first_hits)
+    return cmc, float(ap.mean()), float(inp.mean())
 
 
 def excluded(
-    rule: str, q_pids: ArrayLike, g_pids: ArrayLike, q_camids: ArrayLike, g_camids: ArrayLike
+    rule: str, q_pids: Ids, g_pids: Ids, q_camids: Ids, g_camids: Ids
 ) -> np.ndarray | None:
     """Returns where a gallery image does not count for a query, (Q, G) bool; None where all count.
 
@@ -159,8 +147,8 @@ def excluded(
     excludes = CAMERA_RULES[rule]
     if excludes is None:
         return None
-    queries = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
-    mask = excludes(queries[0], np.asarray(g_pids), queries[1], np.asarray(g_camids))  # (Q, G)
+    q_pids, q_camids = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
+    mask = excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))  # (Q, G)
     return mask if mask.any() else None
 
 
@@ -181,64 +169,49 @@ def mean_and_std(results: Sequence[dict[str, float]]) -> tuple[dict[str, float],
 def _query_metrics(
     values: np.ndarray, matches: np.ndarray, g_labels: np.ndarray | None
 ) -> np.ndarray:
-    """Returns the metrics of each of n queries.
+    """Returns what precedes the first hit, AP and INP of the V queries with a hit: (3, V).
 
-    Args:
-        values: (n, G) distances, NaN where an image does not count.
-        matches: (n, G) bool, True where identities agree and the image counts.
-        g_labels: (G,) identities 0, 1, ... to count identities; None to count images.
-
-    Returns:
-        (3, n): how many identities or images precede the first hit, AP, INP; -1 for queries without
-        a true match.
+    `values` (n, G) are distances, NaN where an image does not count; `matches` (n, G) tells hits.
+    Identities `g_labels` (G,), 0, 1, ..., are counted, or images where it is None.
     """
-    num_queries, num_images = values.shape
+    num_images = values.shape[1]
     rows, columns = np.divmod(np.flatnonzero(matches), num_images)  # (M,) each, true matches
-    result = np.full((3, num_queries), -1.0)
-    if not len(rows):
-        return result
-    ranks, tied = _ranks(values, rows, columns)  # (M,) each
-    uncertain = np.flatnonzero(tied)
-    for start in range(0, len(uncertain), num_queries):  # (at most n, G) at a time
-        some = uncertain[start : start + num_queries]
-        ahead = _precede(values, rows[some], columns[some])
-        ranks[some] = [np.count_nonzero(row) for row in ahead]  # faster than ahead.sum(axis=1)
+    ranks = _ranks(values, rows, columns)  # (M,)
     order = np.argsort(rows * num_images + ranks)  # by query, then by rank
     ranks, columns = ranks[order], columns[order]
-    counts = np.bincount(rows, minlength=num_queries)
-    queries = np.flatnonzero(counts)  # (V,) those with a true match
-    counts = counts[queries]  # (V,) true matches of each
-    ends = np.cumsum(counts)
-    firsts = ends - counts  # (V,) place of each query's first hit in `ranks`
-    result[0, queries] = ranks[firsts]
+    queries, firsts, counts = np.unique(rows, return_index=True, return_counts=True)  # (V,) each
+    found = np.arange(len(rows)) - np.repeat(firsts, counts) + 1  # (M,) 1, 2, ... in each query
+    ap = np.add.reduceat(found / (ranks + 1), firsts) / counts
+    inp = counts / (ranks[firsts + counts - 1] + 1)
+    first_hits = ranks[firsts]
     if g_labels is not None:
         ahead = _precede(values, queries, columns[firsts])  # (V, G)
         row, column = np.divmod(np.flatnonzero(ahead), num_images)
         seen = np.zeros((len(queries), int(g_labels.max()) + 1), bool)  # (V, identities)
         seen[row, g_labels[column]] = True
-        result[0, queries] = seen.sum(axis=1)
-    found = np.arange(len(rows)) - np.repeat(firsts, counts) + 1  # (M,) 1, 2, ... in each query
-    result[1, queries] = np.add.reduceat(found / (ranks + 1), firsts) / counts
-    result[2, queries] = counts / (ranks[ends - 1] + 1)
-    return result
+        first_hits = seen.sum(axis=1)
+    return np.stack([first_hits, ap, inp])
 
 
-def _ranks(
-    values: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (M,) how many values of an entry's row are smaller, (M,) whether one may be equal."""
-    width = values.shape[1]
+def _ranks(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Returns the ranks 0, 1, ... of M entries in a stable sort of their rows: (M,)."""
+    height, width = values.shape
     wanted = values[rows, columns]  # (M,)
     ordered = np.sort(values, axis=1).ravel()  # (n * G,)
     base = rows * width  # (M,) start of each entry's row in `ordered`
-    ranks = np.zeros_like(rows)
+    ranks = np.zeros_like(rows)  # how many values of the row are smaller
     step = 1 << (width.bit_length() - 1)
     while step:  # binary search of all entries at once
         further = np.minimum(ranks + step, width)
         ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
         step >>= 1
     following = np.minimum(ranks + 1, width - 1)
-    return ranks, ordered[base + following] == wanted
+    tied = np.flatnonzero(ordered[base + following] == wanted)  # perhaps
+    for start in range(0, len(tied), height):  # (at most n, G) at a time
+        some = tied[start : start + height]
+        ahead = _precede(values, rows[some], columns[some])
+        ranks[some] = [np.count_nonzero(row) for row in ahead]  # faster than ahead.sum(axis=1)
+    return ranks
 
 
 def _precede(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
