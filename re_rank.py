@@ -128,10 +128,7 @@ def _nearest(squared: np.ndarray, size: int) -> np.ndarray:
 
 
 def _decide(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> None:
-    """Orders neighbours anew, in place, in float64 where float32 leaves the first k undecided.
-
-    That is for any k of `bounds`; points are (n, D).
-    """
+    """Reorders neighbours, in place, in float64 where float32 leaves one of `bounds` undecided."""
     ids, squared, farthest = near
     undecided = np.zeros(len(ids), bool)
     for k in bounds:
@@ -159,9 +156,8 @@ def _codes(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> spa
     joins = (nearest @ half.T).multiply(nearest).tocsr()
     joins.data = (3 * joins.data > 2 * np.diff(half.indptr)[joins.indices]).astype(np.float32)
     joins.eliminate_zeros()
-    expanded = nearest + joins @ half  # R*(i): where it is not zero
-    rows = np.repeat(np.arange(len(points)), np.diff(expanded.indptr))  # (entries,)
-    columns = expanded.indices  # (entries,)
+    expanded = (nearest + joins @ half).tocoo()  # R*(i): where it is not zero
+    rows, columns = expanded.row, expanded.col  # (entries,) each
     # Squared distances are looked up among the nearest, the others computed: (entries,).
     known = sparse.csr_matrix(_members(near.ids, near.squared))
     squared = np.asarray(known[rows, columns]).ravel()
@@ -176,11 +172,11 @@ def _codes(near: Neighbours, points: np.ndarray, bounds: tuple[int, ...]) -> spa
 def _shared_weight(queries: sparse.csr_array, gallery: sparse.csc_array) -> np.ndarray:
     """Returns the sums of elementwise minima of codes (Q, n) and (G, n): (Q, G)."""
     shape = queries.shape[0], gallery.shape[0]
-    met = gallery[:, queries.indices]  # (G, weights): what the gallery has in each weight's column
+    queries = queries.tocoo()
+    met = gallery[:, queries.col]  # (G, weights): what the gallery has in each weight's column
     partners = np.diff(met.indptr)  # (weights,) how many gallery images that are
     smaller = np.minimum(np.repeat(queries.data, partners), met.data)  # (pairs,)
-    rows = np.repeat(np.arange(shape[0]), np.diff(queries.indptr))  # (weights,)
-    places = np.repeat(rows, partners) * shape[1] + met.indices  # (pairs,)
+    places = np.repeat(queries.row, partners) * shape[1] + met.indices  # (pairs,)
     return np.bincount(places, smaller, minlength=shape[0] * shape[1]).reshape(shape)
 
 
