@@ -35,7 +35,6 @@ ABOUT = {  # what the JSON text says, as `utils.parse_json` takes it
     "optimizer?": {"param_groups": [{"params": [int]}], "state": {}},
     **dict.fromkeys(("method?", "run?", "data?", "selection?"), str),
 }
-TENSORS = ("net", "generators", "optimizer")
 OF_FORMER = ("config", "options", "epoch", "identities", "method", "data", "selection", "versions")
 # The NumPy types in earlier releases' checkpoints: scalars and arrays beside the weights.
 NUMPY_TYPES = [
@@ -104,11 +103,17 @@ def _unpacked(content: Any) -> dict[str, Any]:
     """Returns what is taken of a file."""
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__}, expected a dictionary")
+    if content.get("format") == FORMER:
+        about = json.dumps({name: content[name] for name in OF_FORMER if name in content})
+        content = {"format": FORMAT, "about": about, "net": content["net"]}
     if content.get("format") == FORMAT:
-        about = _about(content["about"])
         if "net" not in content:
             raise ValueError("no network weights")
-        tensors = {name: content[name] for name in TENSORS if name in content}
+        about = parse_json(content["about"], ABOUT)
+        for name, value in about.get("config", {}).items():
+            if isinstance(value, list):  # JSON has no tuples, and the network's arguments no lists
+                about["config"][name] = tuple(value)
+        tensors = {k: content[k] for k in ("net", "generators", "optimizer") if k in content}
         if "optimizer" in about:
             state: dict[int, dict[str, Any]] = {}
             for name, value in {**about["optimizer"]["state"], **tensors["optimizer"]}.items():
@@ -116,22 +121,12 @@ def _unpacked(content: Any) -> dict[str, Any]:
                 state.setdefault(int(number), {})[key] = value
             tensors["optimizer"] = {**about["optimizer"], "state": state}
         return {**about, **tensors}
-    if content.get("format") == FORMER:
-        text = json.dumps({name: content[name] for name in OF_FORMER if name in content})
-        return {**_about(text), "net": content["net"]}
     nested = (content.get(key) for key in ("net", "state_dict", "model"))
     state = next((each for each in nested if isinstance(each, dict)), content)
     net = {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)}
     if not net:
         raise ValueError(f"no network weights (found: {', '.join(map(str, content))[:200]})")
     return {"net": {k.removeprefix("module."): v for k, v in net.items()}}
-
-
-def _about(text: str) -> dict[str, Any]:
-    about = parse_json(text, ABOUT)
-    if "config" in about:  # JSON has no tuples, and the network's arguments no lists
-        about["config"] |= {k: tuple(v) for k, v in about["config"].items() if isinstance(v, list)}
-    return about
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:

@@ -32,9 +32,8 @@ RENAMED = (  # how a released name begins, and what replaces that
 def load_matching(net: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Starts a network from another one's weights: every entry of the same name and shape.
 
-    Classifiers and memories for another number of identities keep their random start; the log names
-    them.
-    `state` has this project's names, or an earlier release's; `origin` is its file, for messages.
+    Classifiers and memories for another number of identities keep their random start, which the log
+    says. `state` has this project's or an earlier release's names; `origin` is its file.
 
     Raises:
         CheckpointError: When less than half of the network's entries are there.
@@ -116,8 +115,7 @@ def released_config(state: dict[str, Tensor]) -> dict[str, Any]:
     if not is_released(state):
         raise ValueError("not a checkpoint of the earlier releases: no base_resnet.base.* in it")
     shared = re.findall(r"\bbase_resnet\.base\.layer(\d)", " ".join(state))
-    config: dict[str, Any] = {"arch": "resnet50", "memory": None}
-    config["share_net"] = min(map(int, shared))
+    config = {"arch": "resnet50", "share_net": min(map(int, shared)), "memory": None}
     if "fc_list.0.weight" in state:
         config["head"] = "pcb"
         config["num_strips"] = len([k for k in state if re.match(r"fc_list\.\d+\.bias$", k)])
