@@ -16,11 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # on Windows, where nothing is locked
-    fcntl = None
-
 log = logging.getLogger(__name__)
 
 VERSION = "2.0.0"  # of this project, see CHANGELOG.md
@@ -124,8 +119,8 @@ def lock(path: Path) -> Iterator[None]:
     make_writable_dir(path.parent)
     with open(path, "a+") as file:
         try:
-            if fcntl is None:
-                raise OSError("this system has no such locks")
+            import fcntl  # not on Windows, where nothing is locked
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
@@ -133,7 +128,7 @@ def lock(path: Path) -> Iterator[None]:
                 f"{path.parent} is being written by {file.read() or 'another process'}: wait for "
                 f"it, end it, or choose another folder"
             ) from None
-        except OSError as error:
+        except (ImportError, OSError) as error:
             log.warning("%s cannot be locked (%s): start no other run there", path, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
@@ -175,15 +170,15 @@ def find_checkpoint(name: str | Path, *folders: Path) -> str:
     Raises:
         CheckpointError: When there is none; it says where it was looked for and what is there.
     """
-    looked = {}
-    for place in (Path(name), *(folder / name for folder in folders)):
+    looked = []
+    for place in dict.fromkeys(Path(folder, name) for folder in ("", *folders)):
         first = Path(str(place).replace("{trial}", "1"))
         if first.is_dir():
             place, first = place / "last.pt", first / "last.pt"
         if first.is_file():
             return str(place)
         there = sorted(p.name for p in first.parent.glob("*") if p.suffix in (".pt", ".pth", ".t"))
-        looked[f"{first.absolute()} (checkpoints there: {', '.join(there[:8]) or 'none'})"] = None
+        looked.append(f"{first.absolute()} (checkpoints there: {', '.join(there[:8]) or 'none'})")
     raise CheckpointError(f"no checkpoint at {name}: looked for {' and '.join(looked)}")
 
 
@@ -206,9 +201,9 @@ def read_json(path: Path, schema: Any) -> Any:
 def parse_json(text: str | bytes, schema: Any) -> Any:
     """Reads a JSON text; raises ValueError where it is none, or other than the schema.
 
-    A schema is a type (float takes integers too, object any value), None, a tuple of alternatives,
-    a list with the schema of each entry, or a dictionary of entries: "name?" may be absent, "*" is
-    the schema of those not named.
+    A schema is a type (float takes integers too, object any value), (None, schema) where null will
+    do, a list with the schema of each entry, or a dictionary of entries: "name?" may be absent, "*"
+    is the schema of those not named.
     """
     try:
         value = json.loads(text)
@@ -221,10 +216,13 @@ def parse_json(text: str | bytes, schema: Any) -> Any:
 def check_form(value: Any, schema: Any, where: str = "it") -> None:
     """Raises ValueError, which says `where`, when a JSON value is other than a schema."""
     if isinstance(schema, tuple):
-        schema = next((each for each in schema if _is_a(value, each)), schema[0])
-    if not _is_a(value, schema):
-        expected = getattr(schema, "__name__", type(schema).__name__)
-        raise ValueError(f"{where} is {reprlib.repr(value)}, expected {expected}")
+        if value is None:
+            return
+        schema = schema[1]
+    kind = schema if isinstance(schema, type) else type(schema)
+    fits = kind in (object, type(value)) or (kind is float and type(value) is int)
+    if not fits:
+        raise ValueError(f"{where} is {reprlib.repr(value)}, expected {kind.__name__}")
     if isinstance(schema, list):
         for number, each in enumerate(value, start=1):
             check_form(each, schema[0], f"entry {number} of {where}")
@@ -235,8 +233,3 @@ def check_form(value: Any, schema: Any, where: str = "it") -> None:
         for name, each in value.items():
             own = schema.get(name, schema.get(f"{name}?", schema.get("*", object)))
             check_form(each, own, reprlib.repr(name))
-
-
-def _is_a(value: Any, schema: Any) -> bool:
-    kind = schema if isinstance(schema, type) else type(schema)
-    return kind in (type(value), object) or (kind is float and type(value) is int)
