@@ -80,8 +80,8 @@ def eval_regdb(distmat: np.ndarray, q_pids: Ids, g_pids: Ids, max_rank: int = 20
 
     Source: the AGW family's evaluation of RegDB.
     """
-    cameras = np.zeros(np.shape(q_pids)), np.zeros(np.shape(g_pids))  # no rule reads them
-    return evaluate_rule("none", distmat, q_pids, g_pids, *cameras, max_rank)
+    # Identities in place of cameras, which this rule does not read.
+    return evaluate_rule("none", distmat, q_pids, g_pids, q_pids, g_pids, max_rank)
 
 
 def evaluate_rule(
