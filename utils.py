@@ -170,15 +170,15 @@ def find_checkpoint(name: str | Path, *folders: Path) -> str:
     Raises:
         CheckpointError: When there is none; it says where it was looked for and what is there.
     """
-    looked = []
-    for place in dict.fromkeys(Path(folder, name) for folder in ("", *folders)):
+    looked = {}
+    for place in (Path(name), *(folder / name for folder in folders)):
         first = Path(str(place).replace("{trial}", "1"))
         if first.is_dir():
             place, first = place / "last.pt", first / "last.pt"
         if first.is_file():
             return str(place)
         there = sorted(p.name for p in first.parent.glob("*") if p.suffix in (".pt", ".pth", ".t"))
-        looked.append(f"{first.absolute()} (checkpoints there: {', '.join(there[:8]) or 'none'})")
+        looked[f"{first.absolute()} (checkpoints there: {', '.join(there[:8]) or 'none'})"] = None
     raise CheckpointError(f"no checkpoint at {name}: looked for {' and '.join(looked)}")
 
 
