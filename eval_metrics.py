@@ -206,7 +206,7 @@ def _ranks(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
         ranks = np.where(ordered[base + further - 1] < wanted, further, ranks)
         step >>= 1
     following = np.minimum(ranks + 1, width - 1)
-    tied = np.flatnonzero(ordered[base + following] == wanted)  # perhaps
+    tied = np.flatnonzero(ordered[base + following] == wanted)  # or last of their rows
     for start in range(0, len(tied), height):  # (at most n, G) at a time
         some = tied[start : start + height]
         ahead = _precede(values, rows[some], columns[some])
