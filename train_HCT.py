@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
         )
 
         # Network: two streams and the head: stripes or the whole map.
-        net = TwoStreamNet(train.num_ids, head=run.head, weights=run.weights, **run.shape)
+        net = TwoStreamNet(train.num_ids, **run.network)
         net.to(run.device, memory_format=torch.channels_last)
 
         # Loss: terms and their weights.
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, criterion_class: type[Criterion] = C
             {"id": args.w_id, "triplet": args.w_triplet, "center_triplet": args.w_center},
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
-            head=run.head,
+            head=net.head,
             images_per_id=args.num_pos,
         )
 

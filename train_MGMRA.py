@@ -47,13 +47,9 @@ def main(
             **run.addressing,
         )
         net = TwoStreamNet(
-            train.num_ids,
-            head=run.head,
-            memory=memory,
-            memory_levels=args.memory_levels,
-            weights=run.weights,
-            **run.shape,
-        ).to(run.device, memory_format=torch.channels_last)
+            train.num_ids, memory=memory, memory_levels=args.memory_levels, **run.network
+        )
+        net.to(run.device, memory_format=torch.channels_last)
 
         # Loss: terms and their weights.
         criterion = criterion_class(
@@ -68,7 +64,7 @@ def main(
             },
             margin=args.margin,
             label_smoothing=LABEL_SMOOTHING if args.label_smooth == "on" else 0.0,
-            head=run.head,
+            head=net.head,
             images_per_id=args.num_pos,
         )
 

@@ -32,11 +32,8 @@ def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] |
 
     Raises:
         CheckpointError: When neither can be read, or it is no such checkpoint.
-        ValueError: --test-only without --resume.
     """
     if given is None:
-        if not train:
-            raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         return None
     folder = files.checkpoint_dir
     nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))

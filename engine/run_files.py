@@ -23,13 +23,18 @@ class RunFiles:
     name: str = ""  # the run's, which tells it from others
     header: dict[str, Any] = field(default_factory=dict)  # entries: options, versions, ...
     prefix: str = ""  # of the checkpoints' names, in a folder that runs share
+    begun: bool = False  # whether what is there is this run's
 
     def checkpoint(self, name: str) -> Path:
         """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
         return self.checkpoint_dir / f"{self.prefix}{name}"
 
-    def check(self, *, overwrite: bool, resumed: Path | None) -> None:
-        """Raises ValueError where the run, `resumed` from a checkpoint, would overwrite another."""
+    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
+        """Removes a former run's files or keeps a resumed one's; writes options.json.
+
+        Raises:
+            ValueError: The run, `resumed` from a checkpoint or None, would overwrite another.
+        """
         report = self.output_dir / "options.json"
         others = self.prefix and report.exists()
         if others and read_json(report, {"run?": str}).get("run") != self.name:
@@ -38,23 +43,15 @@ class RunFiles:
                 f"--model_path, but each needs an --output-dir of its own: name another, or leave "
                 f"it out"
             )
-        existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
+        last, previous = self.checkpoint(LAST), self.checkpoint(PREVIOUS)
+        existing = [path for path in (last, previous) if path.exists()]
         own = resumed is not None and self._holds(resumed)
         if existing and not (own or overwrite):
             raise ValueError(
                 f"{existing[0]} is there already: continue that run with --resume (no file), start "
                 f"it afresh with --overwrite, or choose another --output-dir"
             )
-
-    def _holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of the run's."""
-        names = [self.checkpoint(name).name for name in CHECKPOINTS] if self.prefix else ["*"]
-        same_folder = checkpoint.parent.resolve() == self.checkpoint_dir.resolve()
-        return same_folder and any(fnmatch(checkpoint.name, name) for name in names)
-
-    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
-        """Removes a former run's files or keeps a resumed one's; writes options.json."""
-        folder, last, previous = self.checkpoint_dir, *map(self.checkpoint, (LAST, PREVIOUS))
+        folder = self.checkpoint_dir
         former = [p for name in CHECKPOINTS for p in folder.glob(f".{self.prefix}{name}.*.tmp")]
         if overwrite:
             former += [p for name in CHECKPOINTS for p in folder.glob(f"{self.prefix}{name}")]
@@ -62,7 +59,13 @@ class RunFiles:
             former += self.tensorboard_dir.glob("events.*")
         for file in former:
             file.unlink(missing_ok=True)
-        if resumed and self._holds(resumed) and resumed.name == previous.name and last.exists():
+        if own and resumed.name == previous.name and last.exists():
             last.replace(self.checkpoint(DAMAGED))  # else the next save moves it over the good one
-        write_json(self.output_dir / "options.json", about)
-        self.header.update(about)
+        write_json(report, about)
+        self.begun = True
+
+    def _holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of the run's."""
+        names = [self.checkpoint(name).name for name in CHECKPOINTS] if self.prefix else ["*"]
+        same_folder = checkpoint.parent.resolve() == self.checkpoint_dir.resolve()
+        return same_folder and any(fnmatch(checkpoint.name, name) for name in names)

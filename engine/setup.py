@@ -49,17 +49,16 @@ class Run:
     locks: contextlib.ExitStack  # held until it ends
 
     @property
-    def head(self) -> str:
-        """The network's head: "agw", or HCT's "pcb" or "global"."""
-        if self.args.method == "agw":
-            return "agw"
-        return "pcb" if self.args.pcb == "on" else "global"
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The network's numbers, as `TwoStreamNet` takes them."""
+    def network(self) -> dict[str, Any]:
+        """The network's settings, as `TwoStreamNet` takes them, but for the memory's."""
+        args = self.args
         names = ("arch", "share_net", "num_strips", "local_feat_dim", "gem_p")
-        return {name: getattr(self.args, name) for name in names}
+        without_stripes = "agw" if args.method == "agw" else "global"
+        return {
+            "head": "pcb" if args.pcb == "on" else without_stripes,
+            "weights": None if self.checkpoint else args.weights,  # a checkpoint brings them
+            **{name: getattr(args, name) for name in names},
+        }
 
     @property
     def addressing(self) -> dict[str, float]:
@@ -67,11 +66,6 @@ class Run:
         args, auto = self.args, self.args.shrink == "auto"
         chosen = {"shrink_scale": args.shrink_scale} if auto else {"shrink": args.shrink}
         return chosen | ({"temperature": args.temperature} if args.addressing == "cosine" else {})
-
-    @property
-    def weights(self) -> str | None:
-        """Starting weights of a new network; None where a checkpoint brings them."""
-        return None if self.checkpoint else self.args.weights
 
     @cached_property
     def settings(self) -> TrainSettings:
@@ -88,18 +82,11 @@ class Run:
         )
 
     def data_sets(self) -> tuple[TrainSet, EvalSet]:
-        """Lists the images to train and to evaluate on; the checkpoints will say whose they are."""
-        args, header = self.args, self.files.header
+        """Lists the images to train and to evaluate on."""
+        args = self.args
         fit, test = ("fit", "val") if args.select_on == "val" else ("all", "test")
         caches = {"use_cache": not args.no_cache, "size": (args.img_h, args.img_w)}
         train = train_set(args.dataset, args.data_path, trial=args.trial, subset=fit, **caches)
-        header["data"] = data_name(args.dataset, args.data_path)
-        header["identities"] = train.pids.tolist()
-        if self.checkpoint is not None:
-            header[SEEN_BEFORE] = self.checkpoint.get(SEEN_BEFORE, {})
-        elif args.weights not in ("imagenet", "none"):
-            seen = TrainedOn.read(args.weights).seen
-            header[SEEN_BEFORE] = {name: sorted(pids) for name, pids in seen.items()}
         return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
@@ -116,37 +103,47 @@ class Run:
         args, files, checkpoint = self.args, self.files, self.checkpoint
         _check_network(args, net)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
-        identities, progress, changed = files.header["identities"], Progress(), ""
+        about = {
+            "method": self.name,
+            "run": files.name,
+            "data": data_name(args.dataset, args.data_path),
+            "options": options.to_json(args),
+            "versions": devices.versions(self.device),
+        }
+        identities = train.pids.tolist()
+        files.header = {**about, "identities": identities, SEEN_BEFORE: self._seen_before()}
+        progress, resumed = Progress(), None
         if checkpoint is not None:
-            if not args.test_only:
-                changed = resume.changes(checkpoint["options"], options.to_json(args))
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-        data, versions = files.header["data"], devices.versions(self.device)
+            resumed = checkpoint["path"]
         if distributed.is_main():
             logs = utils.make_writable_dir(args.log_path or files.output_dir)
             if not args.test_only:
                 own = files.output_dir / ".lock", files.checkpoint_dir / f".{files.prefix}lock"
                 for file in sorted(set(own)):
                     self.locks.enter_context(utils.lock(file))
-                about = {"method": self.name, "run": files.name, "data": data}
-                about |= {"options": options.to_json(args), "versions": versions}
-                resumed = checkpoint and checkpoint["path"]
                 files.begin(about, overwrite=args.overwrite, resumed=resumed)
                 write_reports(files, progress)
             utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
         log.info("%s: writing into %s", files.name, files.output_dir)
         log.info("command: %s", self.command)
         where = "device: %(device)s; torch %(torch)s; version %(version)s, commit %(commit)s"
-        log.info(where, versions)
+        log.info(where, about["versions"])
         log.info("%s", options.describe(args, self.sources))
-        log.info("data: %s; %s", data, train.description)
-        if checkpoint is not None:
-            log.warning("resumed %s after epoch %d", checkpoint["path"], progress.epoch)
-        if changed:
-            log.warning("options changed since then: %s", changed)
+        log.info("data: %s; %s", about["data"], train.description)
+        if resumed:
+            log.warning("resumed %s after epoch %d", resumed, progress.epoch)
         if not args.test_only:
             _warn_of_an_unread_memory(net)
         return progress
+
+    def _seen_before(self) -> dict[str, list[int]]:
+        """Raw pids that the starting weights had seen, by data."""
+        if self.checkpoint is not None:
+            return self.checkpoint.get(SEEN_BEFORE, {})
+        if self.args.weights in ("imagenet", "none"):
+            return {}
+        return {name: sorted(pids) for name, pids in TrainedOn.read(self.args.weights).seen.items()}
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
@@ -258,6 +255,8 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         args, sources = options.resolve(given, f"train_{method}.py")
         if args.overwrite and args.resume is not None:
             raise ValueError("--resume goes on with a run, --overwrite starts it afresh: give one")
+        if args.test_only and args.resume is None:
+            raise ValueError("--test-only needs the checkpoint to evaluate: --resume PATH")
         without_stripes = "_AGW" if args.method == "agw" else "_global"
         name = f"{method}{without_stripes if args.pcb == 'off' else ''}_{args.dataset}"
         name += f"_trial{args.trial}" if DATASETS[args.dataset].splits > 1 else ""
@@ -272,16 +271,17 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
-                if not args.test_only:
-                    resumed = checkpoint and checkpoint["path"]
-                    files.check(overwrite=args.overwrite, resumed=resumed)
+                if checkpoint is not None and not args.test_only:
+                    changed = resume.changes(checkpoint["options"], options.to_json(args))
+                    if changed:
+                        log.warning("options changed since %s: %s", checkpoint["path"], changed)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
-            saved, begun = files.checkpoint(LAST), "options" in files.header  # on rank 0
-            complete = begun and saved.exists()
-            kept = f": complete epochs are in {saved}" if complete else ""
-            command = _command(argv, resume=complete or (begun and not args.resume))
             if distributed.is_main():
+                saved = files.checkpoint(LAST)
+                complete = files.begun and saved.exists()
+                kept = f": complete epochs are in {saved}" if complete else ""
+                command = _command(argv, resume=complete or (files.begun and not args.resume))
                 sys.stderr.write(f"{stop}{kept}. Go on with: {command}\n")
             raise SystemExit(stop.exit_code) from None
 
