@@ -4,7 +4,6 @@ import ctypes
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -26,28 +25,28 @@ def resolve_device(gpu: str | None, *, local_rank: str | None = None) -> torch.d
     """
     if gpu in ("cpu", "-1"):
         return torch.device("cpu")
-    index = local_rank or gpu or "0"
-    if re.fullmatch(r"\d+(,\d+)+", index):
+    indices = (local_rank or gpu or "0").split(",")
+    if not all(index.isdigit() for index in indices):
+        raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {gpu!r}")
+    if len(indices) > 1:
         log.warning(
             "--gpu %s: one process uses one GPU, here the first of these; for several start it "
             "with torchrun --nproc_per_node=%d",
-            *(index, 1 + index.count(",")),
+            *(gpu, len(indices)),
         )
-        index = index.partition(",")[0]
-    if not index.isdigit():
-        raise ValueError(f"--gpu takes a CUDA index (0, 1, ...) or 'cpu', got {index!r}")
-    if torch.cuda.is_available() and int(index) >= torch.cuda.device_count():
+    index = int(indices[0])
+    if torch.cuda.is_available() and index >= torch.cuda.device_count():
         raise ValueError(
             f"--gpu {index}: this machine has {torch.cuda.device_count()} CUDA device(s), "
             f"numbered from 0; list them with nvidia-smi"
         )
-    problem = _why_unusable(int(index))
+    problem = _why_unusable(index)
     if problem and gpu is not None:
         raise ValueError(f"--gpu {gpu}: {problem}, or run on the CPU with --gpu cpu")
     if problem or not torch.cuda.is_available():
         log.warning("running on the CPU: %s", problem or "no CUDA device on this machine")
         return torch.device("cpu")
-    device = torch.device("cuda", int(index))
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)  # for what takes no device: events, autocast, object exchange
     return device
 
@@ -58,19 +57,23 @@ def _why_unusable(index: int) -> str:
         return ""
     try:
         torch.ones(1, device=torch.device("cuda", index)).add(1)
+        return ""
     except (RuntimeError, AssertionError) as error:  # the second: a build without CUDA
-        build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda})"
-        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        cards = "this GPU"
-        if shutil.which("nvidia-smi"):
-            found = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-            cards = "; ".join(filter(None, found)) + " (card, driver)"
-        return (
-            f"{build} cannot use {cards}: {str(error).splitlines()[0]}. Update the driver, unset "
-            f"CUDA_VISIBLE_DEVICES, or install a PyTorch that can, for example from "
-            f"https://download.pytorch.org/whl/cu126"
-        )
-    return ""
+        reason = str(error).splitlines()[0]
+    found = _output_of("nvidia-smi --query-gpu=name,driver_version --format=csv,noheader")
+    cards = f"{'; '.join(found.splitlines())} (card, driver)" if found else "this GPU"
+    return (
+        f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) cannot use {cards}: {reason}. "
+        f"Update the driver, unset CUDA_VISIBLE_DEVICES, or install a PyTorch that can, for "
+        f"example from https://download.pytorch.org/whl/cu126"
+    )
+
+
+def _output_of(command: str) -> str:
+    """What a command prints, here in the code's folder; "" where there is no such program."""
+    folder = Path(__file__).parent
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def set_up(
@@ -139,12 +142,6 @@ def keep_freed_memory() -> None:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Returns versions, hardware and commit (marked where the code has local changes) of a run."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = git.stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
     on_gpu = device.type == "cuda"
     return {
         "version": VERSION,
@@ -153,5 +150,5 @@ def versions(device: torch.device) -> dict[str, str]:
         **{name: metadata.version(name) for name in ("torchvision", "numpy")},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
-        "commit": commit or "unknown",
+        "commit": _output_of("git describe --always --dirty --abbrev=12") or "unknown",
     }
