@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.devices import resolve_device
-from networks.settings import LEVELS
 
 
 def size() -> int:
@@ -111,9 +110,8 @@ def gather_output(
     whole = {k: gather_rows(v) if torch.is_tensor(v) else v for k, v in out.items()}
     read = whole.get("memory_read")
     if whole_reads and read is not None:
-        maps = {k: getattr(read, k) for k in LEVELS}
-        gathered = {k: gather_rows(v) for k, v in maps.items() if v is not None}
-        whole["memory_read"] = read._replace(**gathered)
+        maps = {k: gather_rows(v) for k, v in read._asdict().items() if torch.is_tensor(v)}
+        whole["memory_read"] = read._replace(**maps)
     return whole, gather_rows(labels)
 
 

@@ -94,13 +94,12 @@ def restore(
         CheckpointError: When it belongs to another network or other `identities`, or is damaged.
     """
     try:
-        differing = [
-            f"{key} {content['config'].get(key)!r} there, {value!r} here"
-            for key, value in net.config.items()
-            if content["config"].get(key) != value
-        ]
-        if differing:
-            raise ValueError(f"it belongs to another network ({'; '.join(differing)})")
+        for name, here in net.config.items():
+            there = content["config"].get(name)
+            if there != here:
+                raise ValueError(
+                    f"it belongs to another network ({name} {there!r} there, {here!r} here)"
+                )
         if content["identities"] != list(identities):
             raise ValueError(
                 "it was trained on other identities than this data set and split hold: go on with "

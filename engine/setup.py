@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 import options
 import utils
@@ -90,11 +91,7 @@ class Run:
         return train, eval_set(**options.protocol(args, subset=test))
 
     def begin(
-        self,
-        net: TwoStreamNet,
-        optimizer: torch.optim.Optimizer,
-        train: TrainSet,
-        sampler: IdentitySampler,
+        self, net: TwoStreamNet, optimizer: Optimizer, train: TrainSet, sampler: IdentitySampler
     ) -> Progress:
         """Checks what is left to check, loads the checkpoint, if any, and opens the folders.
 
@@ -147,18 +144,14 @@ class Run:
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
-        if self.args.test_only:
-            return False
-        if progress.epoch < self.args.epochs:
-            return True
-        log.info("nothing to train: all %d epochs are done; test.py evaluates them", progress.epoch)
-        return False
+        done = progress.epoch >= self.args.epochs
+        if done and not self.args.test_only:
+            log.info("nothing to train: all %d epochs are done", progress.epoch)
+        return not (done or self.args.test_only)
 
     def _images(self) -> ImageCache:
-        args = self.args
-        return ImageCache(
-            args.img_h, args.img_w, workers=args.workers, progress=self.settings.progress
-        )
+        size = self.args.img_h, self.args.img_w
+        return ImageCache(*size, workers=self.args.workers, progress=self.settings.progress)
 
     def loader(
         self,
@@ -180,11 +173,7 @@ class Run:
         )
 
     def bank_filler(
-        self,
-        net: TwoStreamNet,
-        optimizer: torch.optim.Optimizer,
-        loader: TrainLoader,
-        train: TrainSet,
+        self, net: TwoStreamNet, optimizer: Optimizer, loader: TrainLoader, train: TrainSet
     ) -> Callable[[int], None] | None:
         """Returns what `fit` calls before each epoch; None where the bank stays as it started."""
         args = self.args
@@ -313,7 +302,7 @@ def _warn_of_an_unread_memory(net: TwoStreamNet) -> None:
 
 def _command(argv: Sequence[str] | None, *, resume: bool = False) -> str:
     """The command line that started this process; with `resume`, the one that resumes its run."""
-    words = [sys.argv[0], *map(str, sys.argv[1:] if argv is None else argv)]
+    words = sys.argv if argv is None else [sys.argv[0], *argv]
     if resume and words[-1] != "--resume":  # the last one counts: without a value last.pt
         words = [*(word for word in words if word != "--overwrite"), "--resume"]
     return f"{'torchrun ...' if distributed.size() > 1 else 'python'} {shlex.join(words)}"
