@@ -1,7 +1,6 @@
 """Where a run writes, and what a former run has left there."""
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +65,6 @@ class RunFiles:
 
     def _holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of the run's."""
-        names = [self.checkpoint(name).name for name in CHECKPOINTS] if self.prefix else ["*"]
-        same_folder = checkpoint.parent.resolve() == self.checkpoint_dir.resolve()
-        return same_folder and any(fnmatch(checkpoint.name, name) for name in names)
+        if checkpoint.parent.resolve() != self.checkpoint_dir.resolve():
+            return False
+        return not self.prefix or any(checkpoint.match(self.prefix + name) for name in CHECKPOINTS)

@@ -174,16 +174,15 @@ class Run:
 
     def bank_filler(
         self, net: TwoStreamNet, optimizer: Optimizer, loader: TrainLoader, train: TrainSet
-    ) -> Callable[[int], None] | None:
-        """Returns what `fit` calls before each epoch; None where the bank stays as it started."""
+    ) -> Callable[[int], None]:
+        """Returns what `fit` calls before each epoch: it fills the bank where the flags say so."""
         args = self.args
-        if args.bank_init == "uniform":
-            return None
-        if args.bank_init_epoch >= args.epochs:
+        chosen = args.bank_init == "features"
+        if chosen and args.bank_init_epoch >= args.epochs:
             log.warning("--bank-init features: no epoch has the number of --bank-init-epoch")
 
         def fill(epoch: int) -> None:
-            if epoch == args.bank_init_epoch:
+            if chosen and epoch == args.bank_init_epoch:
                 fill_bank(net, optimizer, loader, train.labels, seed=args.seed)
                 log.info("the prototypes are now features of the training images")
 
@@ -195,8 +194,7 @@ class Run:
         With --test-only, raises ValueError where the test identities were trained on.
         """
         args, images, header = self.args, self._images(), self.files.header
-        path = self.checkpoint["path"] if self.checkpoint else ""
-        trained = TrainedOn.read(path, header)
+        trained = TrainedOn.read(self.checkpoint["path"] if self.checkpoint else "", header)
         which = {"trial": args.trial, "subset": args.select_on, "seen": not args.test_only}
         test, remark = trained.admit(test, header["data"], **which)
         if remark:
