@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn import all_gather
 
 from engine.devices import resolve_device
 
@@ -82,18 +83,12 @@ def share(tensors: Iterable[Tensor]) -> None:
 def gather_rows(rows: Tensor) -> Tensor:
     """The whole batch's rows, visible first, from each process's (2PK, ...), visible first.
 
-    Gradient flows to the own rows, times the number of processes: every process computes the same
-    loss from the result, and DistributedDataParallel divides by that number.
+    Every process computes the same loss from the result, and the gradient of its rows is the sum
+    over all these losses: DistributedDataParallel divides by their number.
     """
     if size() == 1:
         return rows
-    rows = rows.contiguous()
-    shares = [torch.empty_like(rows) for _ in range(size())]
-    dist.all_gather(shares, rows.detach())
-    if rows.requires_grad:
-        own = rows.clone()
-        own.register_hook(lambda grad: size() * grad)
-        shares[rank()] = own
+    shares = all_gather(rows)
     return torch.stack([share.unflatten(0, (2, -1)) for share in shares], dim=1).flatten(0, 2)
 
 
