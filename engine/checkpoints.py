@@ -165,15 +165,14 @@ class TrainedOn:
 def describe(path: str, info: dict[str, Any], net: TwoStreamNet) -> dict[str, Any]:
     """Returns what a result says of its checkpoint: file, epoch, training data, open settings."""
     trained = info.get("options", {})
-    recipe = [f"preset {trained['preset']}"] if "preset" in trained else []
-    augmentation = ("erase", "channel_aug", "grey", "tone")
-    recipe += [f"{name} {trained[name]}" for name in augmentation if trained.get(name)]
+    names = ("preset", "erase", "channel_aug", "grey", "tone")
+    recipe = ", ".join(f"{name} {trained[name]}" for name in names if trained.get(name))
     return {
         "checkpoint": str(path),
         "selection": info.get("selection", "unknown (checkpoint of an earlier release)"),
         "epoch": info.get("epoch"),
         "trained_on": info.get("data", "unknown"),
-        "recipe": ", ".join(recipe),
+        "recipe": recipe,
         "gem_p": float(net.gem_p),
         "memory_variant": net.config["memory_variant"] if net.config["memory"] == "mg" else None,
     }
