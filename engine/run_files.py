@@ -28,12 +28,8 @@ class RunFiles:
         """Path of one of the run's checkpoints: `LAST`, `PREVIOUS`, `BEST` or a numbered one."""
         return self.checkpoint_dir / f"{self.prefix}{name}"
 
-    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
-        """Removes a former run's files or keeps a resumed one's; writes options.json.
-
-        Raises:
-            ValueError: The run, `resumed` from a checkpoint or None, would overwrite another.
-        """
+    def check(self, *, overwrite: bool, resumed: Path | None) -> None:
+        """Raises ValueError where the run, `resumed` from a checkpoint, would overwrite another."""
         report = self.output_dir / "options.json"
         others = self.prefix and report.exists()
         if others and read_json(report, {"run?": str}).get("run") != self.name:
@@ -42,15 +38,16 @@ class RunFiles:
                 f"--model_path, but each needs an --output-dir of its own: name another, or leave "
                 f"it out"
             )
-        last, previous = self.checkpoint(LAST), self.checkpoint(PREVIOUS)
-        existing = [path for path in (last, previous) if path.exists()]
-        own = resumed is not None and self._holds(resumed)
-        if existing and not (own or overwrite):
+        existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
+        if existing and not (overwrite or self._holds(resumed)):
             raise ValueError(
                 f"{existing[0]} is there already: continue that run with --resume (no file), start "
                 f"it afresh with --overwrite, or choose another --output-dir"
             )
-        folder = self.checkpoint_dir
+
+    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
+        """Removes a former run's files or keeps a resumed one's; writes options.json."""
+        folder, last, previous = self.checkpoint_dir, *map(self.checkpoint, (LAST, PREVIOUS))
         former = [p for name in CHECKPOINTS for p in folder.glob(f".{self.prefix}{name}.*.tmp")]
         if overwrite:
             former += [p for name in CHECKPOINTS for p in folder.glob(f"{self.prefix}{name}")]
@@ -58,13 +55,13 @@ class RunFiles:
             former += self.tensorboard_dir.glob("events.*")
         for file in former:
             file.unlink(missing_ok=True)
-        if own and resumed.name == previous.name and last.exists():
+        if self._holds(resumed) and resumed.name == previous.name and last.exists():
             last.replace(self.checkpoint(DAMAGED))  # else the next save moves it over the good one
-        write_json(report, about)
+        write_json(self.output_dir / "options.json", about)
         self.begun = True
 
-    def _holds(self, checkpoint: Path) -> bool:
+    def _holds(self, checkpoint: Path | None) -> bool:
         """Whether a checkpoint is one of the run's."""
-        if checkpoint.parent.resolve() != self.checkpoint_dir.resolve():
+        if checkpoint is None or checkpoint.parent.resolve() != self.checkpoint_dir.resolve():
             return False
         return not self.prefix or any(checkpoint.match(self.prefix + name) for name in CHECKPOINTS)

@@ -258,10 +258,13 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
-                if checkpoint is not None and not args.test_only:
+                resumed = checkpoint and checkpoint["path"]
+                if not args.test_only:
+                    files.check(overwrite=args.overwrite, resumed=resumed)
+                if resumed and not args.test_only:
                     changed = resume.changes(checkpoint["options"], options.to_json(args))
                     if changed:
-                        log.warning("options changed since %s: %s", checkpoint["path"], changed)
+                        log.warning("options changed since %s: %s", resumed, changed)
                 yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
             if distributed.is_main():
