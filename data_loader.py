@@ -108,13 +108,13 @@ class ImageStore:
 
     def gather(self, rows: np.ndarray) -> torch.Tensor:
         """Returns the images at `rows` ((m,) integers): (m, H, W, 3) uint8 on the device."""
-        chosen = torch.from_numpy(rows).to(self._images.device)
+        chosen = _copy_to(self._images.device, torch.from_numpy(rows))
         return _copy_to(self.device, self._images.index_select(0, chosen))
 
 
 def _copy_to(device: torch.device, batch: torch.Tensor) -> torch.Tensor:
     if device.type == "cuda" and not batch.is_cuda:
-        batch = batch.pin_memory()  # or the copy would wait for the device
+        batch = batch.pin_memory()  # or the copy would wait for the training steps before it
     return batch.to(device, non_blocking=True)
 
 
@@ -154,7 +154,7 @@ class TrainLoader:
         visible = self._augmented(self.visible, drawn.visible, "visible", epoch, step)
         infrared = self._augmented(self.infrared, drawn.infrared, "infrared", epoch, step)
         labels = torch.from_numpy(np.tile(drawn.labels[self._rows], 2))
-        return Batch(visible, infrared, labels.to(self.visible.device))
+        return Batch(visible, infrared, _copy_to(self.visible.device, labels))
 
     def _augmented(
         self, store: ImageStore, rows: np.ndarray, modality: str, epoch: int, step: int
@@ -188,46 +188,19 @@ class EvalLoader:
         return _ahead(lambda x: normalize(_copy_to(self.device, x)), self.batches, self.device)
 
 
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """The device's one stream for input: PyTorch reuses freed memory only within a stream."""
-    return torch.cuda.Stream(device)
-
-
 def _ahead(
     make: Callable[[Any], Batch | torch.Tensor], items: Sequence[Any], device: torch.device
 ) -> Iterator[Batch | torch.Tensor]:
-    """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own.
-
-    On CUDA the thread works on another stream, so that copies run beside training; the consumer's
-    stream waits for each result.
-    """
-    stream = _copy_stream(device) if device.type == "cuda" else None
-    if stream is not None:  # resident images were copied on the current stream
-        stream.wait_stream(torch.cuda.current_stream(device))
-
-    def work(item: Any) -> tuple[Batch | torch.Tensor, torch.cuda.Event | None]:
-        with torch.cuda.stream(stream):  # None: no effect
-            return make(item), stream.record_event() if stream else None
-
-    def hand_over(future: Future) -> Batch | torch.Tensor:
-        result, event = future.result()
-        if event is not None:
-            current = torch.cuda.current_stream(device)
-            current.wait_event(event)
-            for tensor in result if isinstance(result, Batch) else (result,):
-                tensor.record_stream(current)  # else its memory would be reused too early
-        return result
-
+    """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own."""
+    on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
+    pool = ThreadPoolExecutor(1, "batches", *on_device)
     queue: deque[Future] = deque()
-    on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if stream else {}
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batches", **on_device)
     try:
         for item in items:
-            queue.append(pool.submit(work, item))
+            queue.append(pool.submit(make, item))
             if len(queue) > PREFETCH:
-                yield hand_over(queue.popleft())
+                yield queue.popleft().result()
         while queue:
-            yield hand_over(queue.popleft())
+            yield queue.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

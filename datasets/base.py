@@ -84,9 +84,8 @@ class TrainSet:
     @property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the visible and of the infrared images, (n,) int64: places in `pids`."""
-        order = np.argsort(self.pids)
         visible, infrared = (
-            order[np.searchsorted(self.pids, images.pids, sorter=order)]
+            np.argmax(images.pids[:, None] == self.pids, axis=1)
             for images in (self.visible, self.infrared)
         )
         return visible, infrared
@@ -98,11 +97,12 @@ class TrainSet:
 
     def narrow(self, kept: np.ndarray) -> "TrainSet":
         """Returns the identities whose label is true in `kept` (L,), renumbered from 0."""
+        pids = self.pids[kept]
         visible, infrared = (
-            images.take(np.flatnonzero(kept[labels]))
-            for images, labels in zip((self.visible, self.infrared), self.labels, strict=True)
+            images.take(np.flatnonzero(np.isin(images.pids, pids)))
+            for images in (self.visible, self.infrared)
         )
-        return replace(self, visible=visible, infrared=infrared, pids=self.pids[kept])
+        return replace(self, visible=visible, infrared=infrared, pids=pids)
 
 
 @dataclass(frozen=True, eq=False)

@@ -577,15 +577,6 @@ def test_images_stay_on_a_device_where_small_or_asked_for(resident, total, kept,
     assert not off._images.is_cuda
 
 
-def test_one_copy_stream_a_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    first, other = torch.device("cuda", 0), torch.device("cuda", 1)
-    data_loader._copy_stream.cache_clear()
-    assert data_loader._copy_stream(first) is data_loader._copy_stream(torch.device("cuda", 0))
-    assert data_loader._copy_stream(first) is not data_loader._copy_stream(other)
-    data_loader._copy_stream.cache_clear()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("resident", ["on", "off"])
