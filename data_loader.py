@@ -5,12 +5,11 @@ batches ahead of time. Every random draw is a function of (seed, epoch, step), s
 resumed at any epoch and prefetching changes nothing.
 """
 
-import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -171,12 +170,22 @@ class TrainLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Yields the batches of an epoch; closing the iterator early stops the thread."""
-        make = functools.partial(self.batch, epoch)
-        return _ahead(make, range(len(self)), self.visible.device)
+        device, queue = self.visible.device, deque()
+        on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
+        pool = ThreadPoolExecutor(1, "batches", *on_device)
+        try:
+            for step in range(len(self)):
+                queue.append(pool.submit(self.batch, epoch, step))
+                if len(queue) > PREFETCH:
+                    yield queue.popleft().result()
+            while queue:
+                yield queue.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class EvalLoader:
-    """Delivers (n, H, W, 3) uint8 images in order as normalised batches, made ahead of time."""
+    """Delivers (n, H, W, 3) uint8 images in order as normalised batches."""
 
     def __init__(self, images: np.ndarray, *, batch_size: int, device: torch.device) -> None:
         self.batches, self.device = torch.from_numpy(images).split(batch_size), device
@@ -185,22 +194,5 @@ class EvalLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return _ahead(lambda x: normalize(_copy_to(self.device, x)), self.batches, self.device)
-
-
-def _ahead(
-    make: Callable[[Any], Batch | torch.Tensor], items: Sequence[Any], device: torch.device
-) -> Iterator[Batch | torch.Tensor]:
-    """Yields make(item) in order, `PREFETCH` of them made ahead by a thread of their own."""
-    on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()
-    pool = ThreadPoolExecutor(1, "batches", *on_device)
-    queue: deque[Future] = deque()
-    try:
-        for item in items:
-            queue.append(pool.submit(make, item))
-            if len(queue) > PREFETCH:
-                yield queue.popleft().result()
-        while queue:
-            yield queue.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+        for batch in self.batches:
+            yield normalize(_copy_to(self.device, batch))

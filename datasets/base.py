@@ -210,17 +210,17 @@ class DataSet:
 
     def evaluate(self, root: Path, options: EvalOptions) -> EvalSet:
         """Makes all images of one modality the queries and all of the other the gallery."""
+        title = f"{self.title} trial {options.trial}" if self.splits > 1 else self.title
+        protocol = f"{title}, {self.describe(options)}"
         if options.subset == "test":
-            visible, infrared = self.images(root, "test", options.trial)
+            query, gallery = self.images(root, "test", options.trial)
         else:
             people = self.train(root, options.trial)
             people = people.narrow(self.held_out(root, people.pids))
-            visible, infrared = people.visible, people.infrared
-        forth = options.direction == "v2i"
-        query, gallery = (visible, infrared) if forth else (infrared, visible)
-        title = f"{self.title} trial {options.trial}" if self.splits > 1 else self.title
-        protocol = f"{title}, {self.describe(options)}"
-        protocol += ", validation identities" if options.subset == "val" else ""
+            query, gallery = people.visible, people.infrared
+            protocol += ", validation identities"
+        if options.direction == "i2v":
+            query, gallery = gallery, query
         return EvalSet(self.name, query, gallery, (np.arange(len(gallery)),), "none", protocol)
 
 
