@@ -24,18 +24,14 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ImageList:
-    """n images in order; nothing is decoded.
-
-    `cache`, if any, is a .npy file of (N, H, W, 3) uint8 that holds them in place of `paths`.
-    """
+    """n images in order: files that are not decoded yet, or `pixels` that were decoded before."""
 
     root: Path  # the data folder, links resolved
-    paths: tuple[str, ...]  # n posix paths relative to `root`; () where `cache` is set
+    paths: tuple[str, ...]  # n posix paths relative to `root`; () where `pixels` are set
     pids: np.ndarray  # (n,) int64 raw identities
     camids: np.ndarray  # (n,) int64; RegDB 1 visible, 2 infrared; -1 unknown, as in caches
     modality: str  # "visible" or "infrared"
-    cache: Path | None = None
-    cache_rows: np.ndarray | None = None  # (n,) int64 rows of the cache; None: all, in order
+    pixels: np.ndarray | None = None  # (n, H, W, 3) uint8, such as the memory map of a cache
 
     def __len__(self) -> int:
         return len(self.pids)
@@ -43,13 +39,12 @@ class ImageList:
     def take(self, indices: np.ndarray | Sequence[int]) -> "ImageList":
         """Returns the images at `indices` ((m,) integers), in that order."""
         rows = np.asarray(indices, dtype=np.int64)
-        cached = rows if self.cache_rows is None else self.cache_rows[rows]
         return replace(
             self,
             paths=tuple(self.paths[i] for i in rows) if self.paths else (),
             pids=self.pids[rows],
             camids=self.camids[rows],
-            cache_rows=None if self.cache is None else cached,
+            pixels=None if self.pixels is None else self.pixels[rows],
         )
 
 

@@ -26,13 +26,20 @@ def load_images(
     Grey of more than 8 bits is stretched between two percentiles of each image.
 
     Returns:
-        (n, height, width, 3) uint8 RGB; a memory map where a whole cache is asked for.
+        (n, height, width, 3) uint8 RGB; the list's own `pixels` where it has them.
 
     Raises:
-        DataError: An image cannot be decoded, or the cache has another size.
+        DataError: An image cannot be decoded, or the `pixels` have another size.
     """
-    if images.cache is not None:
-        return _load_cache(images, height, width)
+    if images.pixels is not None:
+        found = images.pixels.shape[1:3]
+        if found != (height, width):
+            raise DataError(
+                f"the {images.modality} cache in {images.root} holds images of {found[0]} x"
+                f" {found[1]} (H x W), not {height} x {width}. Rebuild: python pre_process_sysu.py"
+                f" --data-path {images.root} --overwrite --img_h {height} --img_w {width}"
+            )
+        return images.pixels
     files, hidden = [images.root / path for path in images.paths], None if progress else True
     out = np.empty((len(files), height, width, 3), dtype=np.uint8)
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -67,18 +74,6 @@ def _decode(file: Path, out: np.ndarray) -> bool:
             f"cannot decode {file}: {error}; expected an intact {formats} image: copy it again"
         ) from error
     return deep
-
-
-def _load_cache(images: ImageList, height: int, width: int) -> np.ndarray:
-    """Opens what `pre_process_sysu.py` wrote."""
-    cache = np.load(images.cache, mmap_mode="c", allow_pickle=False)  # changes are not written
-    if cache.shape[1:] != (height, width, 3):
-        raise DataError(
-            f"{images.cache} holds images of {cache.shape[1]} x {cache.shape[2]} (H x W), not"
-            f" {height} x {width}. Rebuild: python pre_process_sysu.py --data-path {images.root}"
-            f" --overwrite --img_h {height} --img_w {width}"
-        )
-    return cache if images.cache_rows is None else np.asarray(cache[images.cache_rows])
 
 
 class ImageCache:

@@ -121,13 +121,13 @@ class Sysu(DataSet):
         root = path.resolve()
         pids, lists = np.array(_train_pids(root)), []
         for modality in ("visible", "infrared"):
-            labels, (height, width) = _cached_labels(root, modality, len(pids))
+            images = _cached_images(root, modality, pids)
+            height, width = images.pixels.shape[1:3]
             if size not in (None, (height, width)):
                 text = "the caches in %s are %d x %d, --img_h x --img_w is %d x %d: taking the jpgs"
                 log.warning(text, path, height, width, *size)
                 return None
-            file, unknown = cache_files(root, modality)[0], np.full(len(labels), -1)
-            lists.append(ImageList(root, (), pids[labels], unknown, modality, cache=file))
+            lists.append(images)
         return TrainSet(*lists, pids, f"{self.title} (caches, {height} x {width})")
 
 
@@ -195,23 +195,23 @@ def cache_files(folder: Path, modality: str) -> tuple[Path, Path]:
     return folder / f"{stem}_img.npy", folder / f"{stem}_label.npy"
 
 
-def _cached_labels(root: Path, modality: str, num_ids: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Checks one modality's cache; returns its (n,) int64 labels and its images' height and width.
+def _cached_images(root: Path, modality: str, pids: np.ndarray) -> ImageList:
+    """Maps one modality's cache, whose labels number `pids` (L,); changes are not written to it.
 
-    They may be links to faster storage: no list names them, and loading executes nothing.
+    Its files may be links to faster storage: no list names them, and loading executes nothing.
     """
     files = cache_files(root, modality)
     try:
-        pixels, labels = (np.load(file, mmap_mode="r", allow_pickle=False) for file in files)
-        size = pixels.shape[1:3]
-        if pixels.dtype != np.uint8 or pixels.shape != (*labels.shape, *size, 3):
+        pixels, labels = (np.load(file, mmap_mode="c", allow_pickle=False) for file in files)
+        if pixels.dtype != np.uint8 or pixels.shape != (*labels.shape, *pixels.shape[1:3], 3):
             raise ValueError(f"{pixels.dtype} {pixels.shape}, labels {labels.shape}")
-        if not np.array_equal(np.unique(labels), np.arange(num_ids)):
+        if not np.array_equal(np.unique(labels), np.arange(len(pids))):
             raise ValueError(f"labels from {labels.min()} to {labels.max()}")
     except Exception as error:  # a damaged header makes numpy raise nearly anything
         raise DataError(
             f"{files[0]} and {files[1].name} cannot be used: {error}; expected uint8 (n, H, W, 3),"
-            f" and integers (n,), all of 0..{num_ids - 1}, the training identities. Rebuild: python"
-            f" pre_process_sysu.py --data-path {root} --overwrite"
+            f" and integers (n,), all of 0..{len(pids) - 1}, the training identities. Rebuild:"
+            f" python pre_process_sysu.py --data-path {root} --overwrite"
         ) from error
-    return np.asarray(labels, dtype=np.int64), size
+    camids = np.full(len(labels), -1)
+    return ImageList(root, (), pids[labels.astype(np.int64)], camids, modality, pixels)

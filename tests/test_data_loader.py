@@ -189,10 +189,10 @@ def test_decoding_stops_at_the_first_bad_image(tmp_path, monkeypatch):
 
 
 def cached(root, pixels, rows=None):
-    np.save(root / "train_rgb_resized_img.npy", pixels)
-    n = np.zeros(len(pixels), dtype=np.int64)
     file = root / "train_rgb_resized_img.npy"
-    images = ImageList(root, (), n, n, "visible", cache=file)
+    np.save(file, pixels)
+    n = np.zeros(len(pixels), dtype=np.int64)
+    images = ImageList(root, (), n, n, "visible", np.load(file, mmap_mode="c"))
     return images if rows is None else images.take(rows)
 
 

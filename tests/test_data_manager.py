@@ -241,9 +241,10 @@ def test_take_keeps_everything_in_step(tiny_regdb):
 
 def test_take_twice_from_a_cache_composes_rows():
     numbers = np.arange(10)
-    images = ImageList(Path("x"), (), numbers, numbers, "visible", cache=Path("x.npy"))
-    assert images.cache_rows is None
-    assert images.take([7, 3, 5]).take([2, 0]).cache_rows.tolist() == [5, 7]
+    pixels = np.broadcast_to(numbers[:, None, None, None], (10, 4, 2, 3))
+    images = ImageList(Path("x"), (), numbers, numbers, "visible", pixels)
+    taken = images.take([7, 3, 5]).take([2, 0])
+    assert taken.pixels[:, 0, 0, 0].tolist() == taken.pids.tolist() == [5, 7]
 
 
 # --- LLCM -----------------------------------------------------------------------------------------

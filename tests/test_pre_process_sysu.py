@@ -38,7 +38,7 @@ def test_caches_equal_decoding_the_jpgs(tiny_sysu):
     cached = train_set("sysu", tiny_sysu)
     for side, name in enumerate(("visible", "infrared")):
         jpgs, cache = getattr(plain, name), getattr(cached, name)
-        assert cache.cache is not None and cache.cache.parent == tiny_sysu
+        assert Path(cache.pixels.filename).parent == tiny_sysu
         expected = load_images(jpgs, height=16, width=8, progress=False)
         assert np.array_equal(load_images(cache, height=16, width=8), expected)
         assert cached.labels[side].tolist() == plain.labels[side].tolist()
@@ -87,7 +87,7 @@ def test_an_interrupted_run_leaves_whole_caches_only(
         count_calls(patch, stop_after)
         assert run(tiny_sysu) == 130
     assert "the same command" in capsys.readouterr().err
-    assert train_set("sysu", tiny_sysu).visible.cache is None  # no half cache is ever taken
+    assert train_set("sysu", tiny_sysu).visible.pixels is None  # no half cache is ever taken
     assert not list(tiny_sysu.glob(".*"))
     rest = count_calls(monkeypatch)
     assert run(tiny_sysu) == 0

@@ -53,7 +53,7 @@ def test_sysu_training_lists(tiny_sysu):
         assert images.camids.tolist() == [item[0] for item in expected]
         assert images.pids.tolist() == [item[1] for item in expected]
         assert labels.tolist() == [train.pids.tolist().index(item[1]) for item in expected]
-        assert images.cache is None
+        assert images.pixels is None
 
 
 def test_sysu_fit_leaves_the_validation_list_out(tiny_sysu):
@@ -165,11 +165,11 @@ def test_a_file_far_too_large_for_permutations_is_not_read(tiny_sysu, monkeypatc
 def test_caches_of_another_size_are_left_for_the_jpgs(tiny_sysu, caplog):
     write_caches(tiny_sysu)
     cached = train_set("sysu", tiny_sysu)
-    shape = np.load(cached.visible.cache, mmap_mode="r").shape[1:3]
+    shape = cached.visible.pixels.shape[1:3]
     assert f"(caches, {shape[0]} x {shape[1]})" in cached.description
-    assert train_set("sysu", tiny_sysu, size=shape).visible.cache is not None
+    assert train_set("sysu", tiny_sysu, size=shape).visible.pixels is not None
     assert caplog.messages == []
-    assert train_set("sysu", tiny_sysu, size=(96, 48)).visible.cache is None
+    assert train_set("sysu", tiny_sysu, size=(96, 48)).visible.pixels is None
     assert "--img_h x --img_w is 96 x 48: taking the jpgs" in caplog.text
 
 
@@ -372,11 +372,13 @@ def test_caches_are_taken_as_they_are(tiny_sysu):
     cached = train_set("sysu", tiny_sysu)
     for name in ("visible", "infrared"):
         images, expected = getattr(cached, name), getattr(plain, name)
-        assert images.paths == () and images.cache_rows is None and len(images) == len(expected)
+        assert images.paths == () and len(images.pixels) == len(images) == len(expected)
         assert images.pids.tolist() == expected.pids.tolist()
         assert set(images.camids) == {-1} and images.modality == name
     assert cached.labels[0].tolist() == plain.labels[0].tolist()
-    assert cached.infrared.cache == tiny_sysu / "train_ir_resized_img.npy"
+    whole = cached.infrared.pixels
+    assert Path(whole.filename) == tiny_sysu / "train_ir_resized_img.npy"
+    assert isinstance(whole, np.memmap) and whole.mode == "c"  # the file stays as it is
     assert cached.pids.tolist() == plain.pids.tolist()
     assert train_set("sysu", tiny_sysu, use_cache=False).visible.paths == plain.visible.paths
 
@@ -386,7 +388,8 @@ def test_fit_takes_rows_of_the_caches(tiny_sysu):
     cached = train_set("sysu", tiny_sysu, subset="fit")
     plain = train_set("sysu", tiny_sysu, subset="fit", use_cache=False)
     full = train_set("sysu", tiny_sysu, use_cache=False)
-    assert [full.visible.paths[i] for i in cached.visible.cache_rows] == list(plain.visible.paths)
+    rows = cached.visible.pixels[:, 0, 0, 0]  # each pixel of an image is its row
+    assert [full.visible.paths[i] for i in rows] == list(plain.visible.paths)
     assert cached.labels[1].tolist() == plain.labels[1].tolist()
     assert cached.pids.tolist() == [1, 2, 5, 9]
 
@@ -394,7 +397,7 @@ def test_fit_takes_rows_of_the_caches(tiny_sysu):
 def test_incomplete_caches_are_reported_and_left(tiny_sysu, caplog):
     write_caches(tiny_sysu)
     (tiny_sysu / "train_ir_resized_label.npy").unlink()
-    assert train_set("sysu", tiny_sysu).visible.cache is None
+    assert train_set("sysu", tiny_sysu).visible.pixels is None
     assert "of the four caches" in caplog.text
 
 
@@ -405,7 +408,7 @@ def test_caches_beside_the_folder_are_found_and_said(tiny_sysu, monkeypatch, cap
     for file in tiny_sysu.glob("*.npy"):
         file.rename(tiny_sysu.with_name(tiny_sysu.name + file.name))
     monkeypatch.chdir(tiny_sysu)
-    assert train_set("sysu", "." if relative else tiny_sysu).visible.cache is None
+    assert train_set("sysu", "." if relative else tiny_sysu).visible.pixels is None
     hints = caplog.messages[:]
     assert len(hints) == 4
     for hint in hints:
@@ -413,7 +416,7 @@ def test_caches_beside_the_folder_are_found_and_said(tiny_sysu, monkeypatch, cap
         word, old, new = shlex.split(hint.partition("to use it: ")[2])
         assert word == "mv"
         os.rename(old, new)
-    assert train_set("sysu", tiny_sysu).visible.cache is not None
+    assert train_set("sysu", tiny_sysu).visible.pixels is not None
     assert caplog.messages == hints
 
 
