@@ -1,6 +1,5 @@
 """LLCM: its layout, training lists and gallery draws."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ class Llcm(DataSet):
         which = f", {words[options.protocol]}" if options.direction == "v2i" else ""
         return super().describe(options) + which
 
-    def items(self, root: Path, role: str, trial: int) -> tuple[Sequence[Item], Sequence[Item]]:
+    def items(self, root: Path, role: str, trial: int) -> tuple[list[Item], list[Item]]:
         """Lists the images of the test identities."""
         pids = sorted(read_ids(root, f"idx/{role}_id.txt"))
         visible = find_images(root, pids, CAMERAS["vis"], "test_vis/cam")

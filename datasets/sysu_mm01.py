@@ -46,8 +46,6 @@ class Sysu(DataSet):
 
     Training lists are identity-major, then camera, then file name; labels are the sorted training
     and validation pids renumbered from 0. Queries: all of camera 3, then all of camera 6.
-
-    `seeded_draw` draws the galleries, or `_official_draw` takes the data set authors' own draws.
     """
 
     name = "sysu"
@@ -75,17 +73,16 @@ class Sysu(DataSet):
     def items(self, root: Path, role: str, trial: int) -> tuple[list[Item], list[Item]]:
         """Lists the images of the "train" (validation included), "val" or "test" identities."""
         pids = _train_pids(root) if role == "train" else sorted(_read_ids(root, role))
-        visible = find_images(root, pids, VISIBLE_CAMERAS, "cam")
-        infrared = find_images(root, pids, INFRARED_CAMERAS, "cam")
-        sides = ("visible", VISIBLE_CAMERAS, visible), ("infrared", INFRARED_CAMERAS, infrared)
-        for modality, cameras, found in sides if role == "train" else ():
-            lacking = set(pids) - {pid for _, pid, _ in found}
-            if lacking:
+        found = {}
+        for modality, cameras in (("visible", VISIBLE_CAMERAS), ("infrared", INFRARED_CAMERAS)):
+            found[modality] = find_images(root, pids, cameras, "cam")
+            lacking = set(pids) - {pid for _, pid, _ in found[modality]}
+            if role == "train" and lacking:
                 raise DataError(
                     f"training identity {min(lacking)} has no {modality} image in the cameras"
                     f" {cameras} of {root}; expected images in both modalities"
                 )
-        return visible, infrared
+        return found["visible"], found["infrared"]
 
     def held_out(self, root: Path, pids: np.ndarray) -> np.ndarray:
         """Returns which training labels, (L,) bool, are the data set's validation identities."""
@@ -165,13 +162,11 @@ def _official_draw(
 ) -> list[int]:
     """Takes the first `shots` numbers of each permutation's row `trial`: 1-based sorted files.
 
-    Cameras ascend, within a camera identities, within these the order is the permutation's.
-
     Source: the data set authors' evaluation.
     """
     drawn: list[int] = []
     groups = rows_by_camera(gallery)
-    for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):
+    for pid, camera in sorted(groups, key=lambda pair: pair[::-1]):  # by camera, then identity
         rows = groups[pid, camera]
         count = min(shots, len(rows))
         try:

@@ -71,11 +71,7 @@ def augment(
         images = _tone(images, augmentation.tone * (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1))
     batch = normalize(images)
     if augmentation.erase > 0:
-        colours = np.zeros((len(images), 3), np.float32)  # the mean, once normalised
-        if augmentation.channel_aug > 0:
-            values = 255 * draws[Draw.FILL_RED : Draw.FILL_BLUE + 1].T
-            colours = (values * SCALE + SHIFT).astype(np.float32)
-        _erase(batch, np.flatnonzero(draws[Draw.ERASE] < augmentation.erase), draws, colours)
+        _erase(batch, augmentation, draws)
     return batch
 
 
@@ -147,9 +143,9 @@ def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
     return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
 
 
-def _erase(batch: torch.Tensor, rows: np.ndarray, draws: np.ndarray, colours: np.ndarray) -> None:
-    """Fills a rectangle of the images `rows` (k,) in place with their `colours` (n, 3)."""
-    _, _, height, width = batch.shape
+def _erase(batch: torch.Tensor, augmentation: Augmentation, draws: np.ndarray) -> None:
+    """Fills a rectangle of some of the normalised images (n, 3, H, W), in place."""
+    n, _, height, width = batch.shape
     area = ERASE_AREA[0] + draws[Draw.ERASE_AREA] * (ERASE_AREA[1] - ERASE_AREA[0])
     pixels = area * height * width
     ratio = ERASE_ASPECT ** (2 * draws[Draw.ERASE_ASPECT] - 1)
@@ -158,6 +154,9 @@ def _erase(batch: torch.Tensor, rows: np.ndarray, draws: np.ndarray, colours: np
     places = (height - tall + 1) * (width - wide + 1)  # one draw picks one of all
     place = (draws[Draw.ERASE_PLACE] * places).astype(np.int64)
     top, left = np.divmod(place, width - wide + 1)
-    colours = _on(batch, colours)[:, :, None, None]  # (n, 3, 1, 1)
-    for i in rows:
+    colours = np.zeros((n, 3))  # the mean, once normalised
+    if augmentation.channel_aug > 0:
+        colours = 255 * draws[Draw.FILL_RED : Draw.FILL_BLUE + 1].T * SCALE + SHIFT
+    colours = _on(batch, colours.astype(np.float32))[:, :, None, None]  # (n, 3, 1, 1)
+    for i in np.flatnonzero(draws[Draw.ERASE] < augmentation.erase):
         batch[i, :, top[i] : top[i] + tall[i], left[i] : left[i] + wide[i]] = colours[i]
