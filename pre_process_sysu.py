@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     folder = DATASETS["sysu"].default_folder
     add("--data-path", "--data_path", type=Path, default=folder, help=f"default: {folder}")
-    text = "where the caches go (default: --data-path)"
-    add("--output-dir", "--output_dir", type=Path, help=text)
+    add("--output-dir", "--output_dir", type=Path, help="for the caches (default: --data-path)")
     add("--img_h", "--img-h", type=COUNT, default=288, help="image height, pixels (default 288)")
     add("--img_w", "--img-w", type=COUNT, default=144, help="image width, pixels (default 144)")
     add("--workers", type=COUNT, default=os.cpu_count() or 1, help="threads (default: every core)")

@@ -79,10 +79,8 @@ class TrainSet:
     @property
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Labels of the visible and of the infrared images, (n,) int64: places in `pids`."""
-        visible, infrared = (
-            np.argmax(images.pids[:, None] == self.pids, axis=1)
-            for images in (self.visible, self.infrared)
-        )
+        visible = np.argmax(self.visible.pids[:, None] == self.pids, axis=1)
+        infrared = np.argmax(self.infrared.pids[:, None] == self.pids, axis=1)
         return visible, infrared
 
     @property
@@ -93,10 +91,8 @@ class TrainSet:
     def narrow(self, kept: np.ndarray) -> "TrainSet":
         """Returns the identities whose label is true in `kept` (L,), renumbered from 0."""
         pids = self.pids[kept]
-        visible, infrared = (
-            images.take(np.flatnonzero(np.isin(images.pids, pids)))
-            for images in (self.visible, self.infrared)
-        )
+        visible = self.visible.take(np.flatnonzero(np.isin(self.visible.pids, pids)))
+        infrared = self.infrared.take(np.flatnonzero(np.isin(self.infrared.pids, pids)))
         return replace(self, visible=visible, infrared=infrared, pids=pids)
 
 

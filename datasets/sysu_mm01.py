@@ -111,9 +111,9 @@ class Sysu(DataSet):
             if beside.exists():
                 text = "a cache of an earlier release lies beside %s; to use it: mv '%s' '%s'"
                 log.warning(text, path, beside, file)
+        if 0 < len(missing) < len(files):
+            log.warning("%s has only some of the four caches; taking the jpgs", path)
         if missing:
-            if len(missing) < len(files):
-                log.warning("%s has only some of the four caches; taking the jpgs", path)
             return None
         root = path.resolve()
         pids, lists = np.array(_train_pids(root)), []

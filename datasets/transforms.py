@@ -113,7 +113,7 @@ def normalize(images_uint8: torch.Tensor) -> torch.Tensor:
 
 def _on(images: torch.Tensor, values: np.ndarray) -> torch.Tensor:
     """Returns a few numbers on the images' device."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(images.device, non_blocking=True)
+    return torch.from_numpy(values).to(images.device, non_blocking=True)
 
 
 def _grey(images: torch.Tensor) -> torch.Tensor:
