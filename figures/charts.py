@@ -1,5 +1,6 @@
 """Charts: results, distances, embeddings, and what the log of a run holds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -16,6 +17,7 @@ from networks.settings import LEVELS
 
 Log = Sequence[Mapping[str, Any]]  # the lines of a run's ``log.jsonl``
 LABEL_CHARACTERS = 40  # of a line in the legend of a column-wide figure
+PANEL_CHARACTERS = 36  # of a line above one of two panels side by side
 MAX_CURVES = 7  # that can be told apart: the style file's colours and dashes
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # a log may have more curves
 
@@ -90,14 +92,19 @@ def differences(panels: Mapping[str, Sequence[Any]], *, title: str = "") -> Figu
     `panels` maps a protocol's name to its `reproduction.paired.differences`; not all are empty.
     """
     names = {each.name for found in panels.values() for each in found}
-    figure = Figure(figsize=(page.PAGE_WIDTH, 0.6 + 0.24 * len(names)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for chart, (panel, found) in zip(axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    height = rows * (0.6 + 0.24 * len(names))
+    figure = Figure(figsize=(page.PAGE_WIDTH, height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for chart, (panel, found) in zip(axes, panels.items(), strict=False):
         chart.axvline(0, color=page.GREY, linewidth=0.8)
         for each in found:
             chart.plot(each.values, [each.name] * len(each.values), "o", color=page.ORANGE, ms=3)
             chart.errorbar(each.mean, each.name, xerr=each.half_width, fmt="D", color=page.BLUE)
-        chart.set(title=panel, xlabel="difference (points)")
+        chart.set(title=page.wrapped(panel, PANEL_CHARACTERS), xlabel="difference (points)")
+    for chart in axes[len(panels) :]:
+        chart.set_visible(False)
     axes[0].invert_yaxis()
     note = "Circles: single splits. Diamonds: their mean, from three on with its 95 % interval."
     note += " The scales differ." if len(panels) > 1 else ""

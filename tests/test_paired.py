@@ -4,12 +4,15 @@ import csv
 import json
 import math
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_manager import DATASETS, EvalOptions
 from eval_metrics import METRICS
+from figures import charts
 from reproduce import main
 from reproduction.paired import Difference, differences
 from reproduction.plan import REFERENCES, STUDY, choose, plan
@@ -162,3 +165,16 @@ def test_rows_that_continue_start_from_their_split_s_hct_or_agw(tmp_path):
         assert trained.index(step) > [s.folder for s in trained].index(start)
     chosen = choose(steps, rows, ["1 / m", "v2i"])
     assert sum(step.trains for step in chosen) == 4  # two, and their starts
+
+
+def test_no_text_of_many_panels_covers_another():
+    """SYSU-MM01 has eight protocols with long names."""
+    data = DATASETS["sysu"]
+    found = [Difference(setting.name, np.array([-1.0, 0.0, 2.0])) for setting in STUDY[:8]]
+    protocols = [data.describe(EvalOptions(**options)) for options in data.protocols.values()]
+    figure = charts.differences(dict.fromkeys(protocols, found), title="t")
+    figure.draw_without_rendering()
+    texts = [text for chart in figure.axes for text in (chart.title, chart.xaxis.label)]
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) == 2 * len(protocols)
+    assert not [1 for a, b in combinations(boxes, 2) if a.overlaps(b)]
