@@ -25,6 +25,7 @@ ALIGNMENT_OFFSET = 0.1  # released: subtracted from the alignment in the total; 
 Output = Mapping[str, Any]  # of `model.TwoStreamNet` in training mode
 CLASSIFYING_TERMS = ("id", "memory_id")  # without one of them its classifier has no gradient
 TRIPLET_TERMS = ("triplet", "center_triplet", "memory_triplet")
+WHOLE_BATCH_TERMS = ("decorrelation",)  # no means over rows: they need all processes' reads
 
 
 def pairwise_distance(features: Tensor) -> Tensor:
@@ -196,14 +197,7 @@ class Criterion(nn.Module):
     `model.TwoStreamNet` returns in training mode, float32 or wider but for the maps of
     ``memory_read``; ``labels`` (N,) has visible rows first, then infrared; ``order`` is this step's
     random order of the S stripes.
-
-    Attributes:
-        weights: The weight of each term in the total.
-        whole_batch_reads: Terms on ``memory_read`` that are not means over rows: with several
-            processes they need the reads of the whole batch.
     """
-
-    whole_batch_reads: tuple[str, ...] = ("decorrelation",)
 
     def __init__(
         self,

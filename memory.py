@@ -10,7 +10,7 @@ Source: "Memory Regulation and Alignment toward Generalizer RGB-Infrared Person 
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +26,19 @@ RECOMPUTED_ENTRIES = 1 << 24  # weights, n * m, above which the backward pass re
 
 def read(
     x: Tensor, bank: Tensor, shrink: float, temperature: float | None = None
-) -> tuple[Tensor, Tensor | sparse_read.Survivors]:
-    """Reads a bank at every position of a map.
+) -> tuple[Tensor, sparse_read.Weights]:
+    """Reads a bank (m, C) with a query at every position of a map x (B, C, H, W).
 
     ``weights = softmax(bank @ query)``, those at or below `shrink` set to zero and the rest
-    renormalised; ``value = weights @ bank``. Under autocast the products run in half precision; the
-    prototypes' mean, which would swamp what tells them apart, is kept out of them.
+    renormalised; ``value = weights @ bank``. With a `temperature` cosines in place of dot products
+    address the bank, whatever the norms: ``softmax(cos(bank, query) / temperature)``.
 
-    Args:
-        x: Queries, (B, C, H, W).
-        bank: Prototypes, (m, C).
-        shrink: Threshold on the weights, in [0, 1).
-        temperature: None addresses by dot products, as published; a number by cosines, ``weights =
-            softmax(cos(bank, query) / temperature)``, whatever the norms.
+    Under autocast the products run in half precision; the prototypes' mean, which would swamp what
+    tells them apart, is kept out of them.
 
     Returns:
-        The values, a map of x's shape, zero where no weight is above `shrink`; and the addressing
-        weights (n, m), float32 or wider, without gradient, whose rows sum to 1 or are zero (of
-        large banks the survivors alone).
+        The values, a map of x's shape, zero where no weight is above `shrink`; and the weights,
+        float32 or wider, without gradient, whose rows sum to 1 or are zero.
 
     Source: MemAE (Gong et al., ICCV 2019).
     """
@@ -93,20 +88,12 @@ def hard_shrink(weights: Tensor, shrink: float) -> Tensor:
 
 
 class MemoryRead(NamedTuple):
-    """What a memory returns: one map per granularity, each of the input's shape, or None.
-
-    Attributes:
-        part: Read from the part bank, (B, C, H, W).
-        instance: Read from the instance bank (MG-MRA's cascades), (B, C, H, W).
-        semantic: Read from the semantic bank (MG-MRA), (B, C, H, W).
-        weights: By level the addressing weights (n, m) or their survivors, without gradient, for
-            statistics; a memory may leave them out.
-    """
+    """What a memory returns: the read of each granularity's bank, (B, C, H, W), or None."""
 
     part: Tensor
-    instance: Tensor | None = None
-    semantic: Tensor | None = None
-    weights: Mapping[str, Tensor | sparse_read.Survivors] = {}
+    instance: Tensor | None = None  # of MG-MRA's cascades
+    semantic: Tensor | None = None  # of MG-MRA
+    weights: Mapping[str, sparse_read.Weights] = {}  # by level, for statistics; may be left out
 
     def coarsest(self) -> Tensor:
         """The read of the coarsest granularity there is: the method's own result."""
@@ -134,17 +121,11 @@ class SingleGranularityMemory(nn.Module):
         shrink_scale: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        """Builds the bank.
+        """Builds the bank, of L x T x R prototypes (the first three arguments) with `dim` channels.
 
-        Args:
-            num_ids: Training identities L.
-            instances_per_id: Instance prototypes per identity T.
-            parts_per_instance: Part prototypes per instance R.
-            dim: Channels C of the map and of each prototype.
-            shrink: Addressing weights at or below it are dropped.
-            shrink_scale: In place of `shrink`, a threshold of ``shrink_scale / m`` on a bank of m
-                prototypes, so that all levels and any number of identities are cut alike.
-            temperature: Of cosine addressing; None: dot products. See `read`.
+        Addressing weights at or below `shrink` are dropped; with `shrink_scale` those at or below
+        ``shrink_scale / m`` on a bank of m prototypes, so that all levels and any number of
+        identities are cut alike. With a `temperature` cosines address the banks, see `read`.
 
         Raises:
             ValueError: When a size, `shrink_scale` or `temperature` is not positive, or `shrink` is
@@ -178,9 +159,7 @@ class SingleGranularityMemory(nn.Module):
         sizes = {"part": len(self.part_bank), "instance": instances, "semantic": self.num_ids}
         return {level: sizes[level] for level in self.levels}
 
-    def read(
-        self, level: str, x: Tensor, bank: Tensor
-    ) -> tuple[Tensor, Tensor | sparse_read.Survivors]:
+    def read(self, level: str, x: Tensor, bank: Tensor) -> tuple[Tensor, sparse_read.Weights]:
         """Reads a level's bank (m, C) with the queries x (B, C, H, W); see `memory.read`."""
         return read(x, bank, self.threshold(level, len(bank)), self.temperature)
 
@@ -210,28 +189,20 @@ class MultiGranularityMemory(SingleGranularityMemory):
         instance_gate: Gate over the T instances of an identity, Conv1d(T, T, 1).
     """
 
-    def __init__(
-        self,
-        num_ids: int,
-        instances_per_id: int = INSTANCES_PER_ID,
-        parts_per_instance: int = PARTS_PER_INSTANCE,
-        dim: int = 2048,
-        shrink: float = SHRINK,
-        variant: str = "paper",
-        **addressing: float | None,
-    ) -> None:
-        """Builds bank and gates; see `SingleGranularityMemory`.
+    def __init__(self, *args: Any, variant: str = "paper", **settings: Any) -> None:
+        """Builds bank and gates; all but `variant` is as for `SingleGranularityMemory`.
 
         Raises:
             ValueError: Also when `variant` is unknown.
         """
-        super().__init__(num_ids, instances_per_id, parts_per_instance, dim, shrink, **addressing)
+        super().__init__(*args, **settings)
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant
         self.levels = ("part", "semantic") if variant == "released" else LEVELS
-        self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
-        self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
+        parts, instances = self.parts_per_instance, self.instances_per_id
+        self.part_gate = nn.Conv1d(parts, parts, kernel_size=1)
+        self.instance_gate = nn.Conv1d(instances, instances, kernel_size=1)
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from engine import distributed
 from engine.devices import peak_memory
-from loss import TRIPLET_TERMS, Criterion, weighted_total
+from loss import TRIPLET_TERMS, WHOLE_BATCH_TERMS, Criterion, weighted_total
 from networks.memory_health import MemoryHealth
 
 CHECK_EVERY = 10  # steps between copies of the losses to the host; each waits for the device
@@ -138,7 +138,7 @@ def training_step(
         out = net(batch.visible, batch.infrared)
     if amp is not None:
         out = {k: v.float() if torch.is_tensor(v) else v for k, v in out.items()}
-    whole_reads = any(criterion.weights.get(name) for name in criterion.whole_batch_reads)
+    whole_reads = any(criterion.weights.get(name) for name in WHOLE_BATCH_TERMS)
     out, labels = distributed.gather_output(out, batch.labels, whole_reads=whole_reads)
     terms = criterion(out, labels, order)
     terms["total"] = weighted_total(terms, weights)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from networks.settings import HEALTH
-from networks.sparse_read import Survivors, starts
+from networks.sparse_read import Survivors, Weights, starts
 
 
 class MemoryHealth:
@@ -24,7 +24,7 @@ class MemoryHealth:
         self.used: dict[str, Tensor] = {}  # (m,) float32: how many reads each prototype survived
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor | Survivors]) -> None:
+    def update(self, weights: Mapping[str, Weights]) -> None:
         """Adds the reads of one batch, `MemoryRead.weights`."""
         for level, own in weights.items():
             if isinstance(own, Survivors):

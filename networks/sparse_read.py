@@ -45,6 +45,9 @@ class Survivors(NamedTuple):
         return dense.index_put_((self.rows, self.columns), self.alpha)[:-1, :-1]
 
 
+Weights = Tensor | Survivors  # addressing weights of a read, (n, m); of a large bank the nonzero
+
+
 def pays_off(queries: Tensor, bank: Tensor, shrink: float) -> bool:
     """Whether `sparse_read` is the faster form: where few prototypes can survive.
 
