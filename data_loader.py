@@ -1,8 +1,7 @@
 """Images into batches: decode once, keep uint8, assemble and augment whole batches on the device.
 
-`IdentitySampler` says which rows of an `ImageStore` make a batch, `TrainLoader` delivers augmented
-batches ahead of time. Every random draw is a function of (seed, epoch, step), so that a run can be
-resumed at any epoch and prefetching changes nothing.
+Every random draw is a function of (seed, epoch, step), so that a run can be resumed at any epoch
+and prefetching changes nothing.
 """
 
 from collections import deque

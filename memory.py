@@ -128,8 +128,7 @@ class SingleGranularityMemory(nn.Module):
         identities are cut alike. With a `temperature` cosines address the banks, see `read`.
 
         Raises:
-            ValueError: When a size, `shrink_scale` or `temperature` is not positive, or `shrink` is
-                outside [0, 1).
+            ValueError: When a size is not positive, or `shrink` is outside [0, 1).
         """
         super().__init__()
         self.num_ids, self.dim = num_ids, dim
@@ -140,9 +139,6 @@ class SingleGranularityMemory(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink must be in [0, 1), got {shrink}")
-        for name in ("shrink_scale", "temperature"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))

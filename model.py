@@ -19,7 +19,7 @@ from memory import MemoryRead, MultiGranularityMemory, SingleGranularityMemory
 from networks.backbone import OUTPUT_STRIDE, Trunk, find_backbone, read_weights
 from networks.layers import StripeLinear, at_least_float32, gem, linear_classifier, neck_norm
 from networks.released import convert_released_state_dict, load_matching  # noqa: F401
-from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES, VARIANTS
+from networks.settings import INSTANCES_PER_ID, LEVELS, PARTS_PER_INSTANCE, SHRINK, STAGES
 
 HEADS = ("pcb", "global", "agw")
 MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
@@ -28,9 +28,8 @@ MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
 class TwoStreamNet(nn.Module):
     """Two-stream ResNet with an HCT (``pcb``, ``global``) or AGW head, and a memory branch or none.
 
-    Weights up to stage ``share_net - 1`` exist once a modality (``visible``, ``infrared``), the
-    others once (``shared``). The memory acts in training only: evaluation does not run it unless a
-    memory feature is asked for.
+    The memory acts in training only: evaluation does not run it unless a memory feature is asked
+    for.
 
     Source: AGW, HCT and MG-MRA, detail by detail in `docs/details.md`.
     """
@@ -78,9 +77,7 @@ class TwoStreamNet(nn.Module):
         """
         super().__init__()
         _check_choice("head", head, HEADS)
-        _check_choice("memory_variant", memory_variant, VARIANTS)
         _check_choice("share_net", share_net, range(len(STAGES) + 1))
-        _check_choice("memory_levels", memory_levels, (None, "none", *LEVELS))
         if not isinstance(memory, nn.Module | type):
             _check_choice("memory", memory, (None, *MEMORIES))
         if not (gem_p > 0 and num_ids > 0 and num_strips > 0):
@@ -125,13 +122,13 @@ class TwoStreamNet(nn.Module):
             takes_one = takes_one or issubclass(memory, MultiGranularityMemory)
             variant = {"variant": memory_variant} if takes_one else {}
             memory = memory(memory_ids or num_ids, dim=self.dim, **memory_settings, **variant)
+        levels = memory.levels if isinstance(memory, SingleGranularityMemory) else LEVELS
+        _check_choice("memory_levels", memory_levels, (None, "none", *levels))
         self.memory = None if memory_levels == "none" else memory
         self.memory_neck = None
         if memory is not None:
             self.memory_neck = neck_norm(self.dim, train_bias=True)
             self.memory_classifier = linear_classifier(self.dim, num_ids)
-        if isinstance(self.memory, SingleGranularityMemory) and memory_levels is not None:
-            _check_choice("memory_levels of this memory", memory_levels, self.memory.levels)
         if isinstance(self.memory, MultiGranularityMemory):  # freezes gates that no loss reaches
             self.memory.part_gate.requires_grad_(memory_levels != "part")
             self.memory.instance_gate.requires_grad_(memory_levels in (None, "semantic"))

@@ -68,7 +68,9 @@ def augment(
     images = _crop(images, pad, *(draws[[Draw.TOP, Draw.LEFT]] * (2 * pad + 1)).astype(int))
     images = torch.where(chosen(Draw.FLIP, augmentation.flip), images.flip(2), images)
     if augmentation.tone > 0:
-        images = _tone(images, augmentation.tone * (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1))
+        exponents = augmentation.tone * (2 * draws[[Draw.GAMMA, Draw.GAIN]] - 1)  # (2, n)
+        gamma, gain = _on(images, np.exp(exponents).astype(np.float32))[..., None, None, None]
+        images = ((images / 255) ** gamma * gain).clamp_(max=1) * 255
     batch = normalize(images)
     if augmentation.erase > 0:
         _erase(batch, augmentation, draws)
@@ -135,12 +137,6 @@ def _crop(images: torch.Tensor, pad: int, top: np.ndarray, left: np.ndarray) -> 
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
     places = zip(padded, top, left, strict=True)
     return torch.stack([image[y : y + height, x : x + width] for image, y, x in places])
-
-
-def _tone(images: torch.Tensor, exponents: np.ndarray) -> torch.Tensor:
-    """Applies e^b * (x / 255) ** e^a to each image; `exponents` (2, n) holds a and b."""
-    gamma, gain = _on(images, np.exp(exponents).astype(np.float32))[:, :, None, None, None]
-    return ((images / 255) ** gamma * gain).clamp_(max=1) * 255
 
 
 def _erase(batch: torch.Tensor, augmentation: Augmentation, draws: np.ndarray) -> None:

@@ -1,8 +1,6 @@
 """One run in several processes (``torchrun``): ranks, gathered batches, sums and means.
 
 Without torchrun every function returns what it was given, so that callers need no second path.
-Gathered batches have the rows of the one batch that a single process would have:
-visible first, identities in the sampler's order.
 """
 
 import contextlib
@@ -81,10 +79,11 @@ def share(tensors: Iterable[Tensor]) -> None:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The whole batch's rows, visible first, from each process's (2PK, ...), visible first.
+    """The rows of the batch that one process would have, from each process's (2PK, ...).
 
-    Every process computes the same loss from the result, and the gradient of its rows is the sum
-    over all these losses: DistributedDataParallel divides by their number.
+    Both have visible rows first, and identities in the sampler's order. Every process computes the
+    same loss from the result, and the gradient of its rows is the sum over all these losses:
+    DistributedDataParallel divides by their number.
     """
     if size() == 1:
         return rows
@@ -100,11 +99,9 @@ def gather_output(
     The memory's maps, which are large, stay the own rows' unless `whole_reads`: gradients are
     averaged over processes, so a mean over rows has the whole batch's gradient all the same.
     """
-    if size() == 1:
-        return out, labels
     whole = {k: gather_rows(v) if torch.is_tensor(v) else v for k, v in out.items()}
-    read = whole.get("memory_read")
-    if whole_reads and read is not None:
+    if whole_reads:
+        read = whole["memory_read"]
         maps = {k: gather_rows(v) for k, v in read._asdict().items() if torch.is_tensor(v)}
         whole["memory_read"] = read._replace(**maps)
     return whole, gather_rows(labels)

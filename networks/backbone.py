@@ -1,7 +1,6 @@
 """The backbone: residual stages with AGW's non-local blocks, and the weights they start from.
 
-Another backbone is one more entry of `BACKBONES`: the channels of its last map, and a function from
-(weights or None, their origin, whether non-local blocks are wanted) to five stages by name.
+Another backbone is one more entry of `BACKBONES`.
 """
 
 from collections import OrderedDict
@@ -114,7 +113,7 @@ class Backbone:
     """A backbone that ``--arch`` can name."""
 
     channels: int  # C, of the last map
-    # (weights or None, where they come from, whether to add non-local blocks) -> stages by name
+    # (weights or None, where they come from, whether to add non-local blocks) -> the five `STAGES`
     build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
 
 
