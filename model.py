@@ -158,11 +158,10 @@ class TwoStreamNet(nn.Module):
         map_height = math.ceil(height / OUTPUT_STRIDE)
         if needs_stripes and map_height % self.num_strips:
             unit = OUTPUT_STRIDE * self.num_strips
-            legal = sorted({max(1, height // unit) * unit, (height // unit + 1) * unit, 3 * unit})
             raise ValueError(
                 f"an image height of {height} gives a map of height {map_height}, which does not "
-                f"divide into {self.num_strips} stripes; heights that do: "
-                f"{', '.join(map(str, legal))} (--img_h), or change --num_strips"
+                f"divide into {self.num_strips} stripes; multiples of {unit} do: {unit}, "
+                f"{2 * unit}, {3 * unit}, ... (--img_h), or change --num_strips"
             )
 
     def head_parameters(self) -> list[nn.Parameter]:

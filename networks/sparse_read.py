@@ -5,9 +5,6 @@ handful. The scores of all prototypes are needed to find them; the weighted sums
 then gather the survivors' rows alone. Values and gradients equal those of the plain form in
 `memory.plain_read`, which `tests/test_sparse_read.py` checks.
 
-In training on CUDA the number of survivors is never waited for: their lists have the greatest
-length there can be, 1 / lambda per query, and end with spare entries, which no sum touches.
-
 Shapes: ``n`` queries, ``m`` prototypes, ``C`` channels, ``k`` survivors of all queries together and
 spare entries. A prototype is addressed by its key; what is read is the prototype itself.
 """
@@ -76,8 +73,8 @@ def sparse_read(
     """Reads a bank (m, C), addressed by its keys (m, C), with queries (n, C); see `memory.read`.
 
     Under autocast the scores are computed in its type, and on CUDA the rows gathered in it.
-    `bounded` makes lists of the greatest length there can be, so that nothing waits for the device;
-    None: in training on CUDA.
+    `bounded` makes lists of the greatest length there can be, 1 / lambda per query, so that nothing
+    waits for the device; no sum touches the spare entries at their ends. None: in training on CUDA.
     """
     device = queries.device.type
     if bounded is None:
