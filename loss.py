@@ -1,9 +1,8 @@
 """The losses: identity, the three triplets, part alignment, part decorrelation.
 
 Triplet losses take features (N, D) and labels (N,), give a scalar, and raise ValueError where the
-shapes disagree. All use Euclidean distances whose squares are clamped at 1e-12 before the root.
-Without any negative (a single identity) the hinges are 0 and AGW's triplet is softplus(d+); all
-terms still back-propagate.
+shapes disagree. Without any negative (a single identity) the hinges are 0 and AGW's triplet is
+softplus(d+); all terms still back-propagate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -90,7 +89,6 @@ class HeteroCenterTripletLoss(nn.Module):
         centers = torch.einsum("nm,msd->snd", same_center[rows] * weight, features)  # (S, n, D)
         same_identity = same_identity[rows, rows]
         positive, negative = _hardest(pairwise_distance(centers), same_identity)  # (S, n) each
-        # With a single identity there is no negative: inf, hence a hinge of zero.
         hinge = F.relu(self.margin + positive - negative)
         return (hinge * weight[rows]).sum() / weight[rows].sum()
 

@@ -1,7 +1,4 @@
-"""Augmentation and normalisation of whole batches, on the device that holds them.
-
-The caller passes the random numbers, a column for each image.
-"""
+"""Augmentation and normalisation of whole batches, on the device that holds them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

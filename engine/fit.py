@@ -81,9 +81,9 @@ def fit(
             before_epoch(epoch)
         how = {"epoch": epoch, "schedule": schedule, "settings": settings, "scaler": scaler}
         numbers = train_epoch(trained, criterion, optimizer, loader, **how)
-        line: dict[str, Any] = {"epoch": epoch + 1, **numbers}
         check_weights(net, epoch=epoch + 1)
         progress.epoch, progress.scaler = epoch + 1, scaler.state_dict()
+        line: dict[str, Any] = {"epoch": progress.epoch, **numbers}
         if distributed.is_main() and settings.evaluates(progress.epoch, schedule.epochs):
             result = {**evaluate(), "epoch": progress.epoch}
             if progress.best is None or result["rank1"] > progress.best["rank1"]:
@@ -95,7 +95,7 @@ def fit(
             with naming(files.tensorboard_dir):
                 _report(progress, schedule.epochs, writer)
             _warn(progress.log, net.memory)
-            _save(net, optimizer, progress, files, settings, last=epoch + 1 == schedule.epochs)
+            _save(net, optimizer, progress, files, settings, last=progress.epoch == schedule.epochs)
     if writer is not None:
         with naming(files.tensorboard_dir):
             writer.close()

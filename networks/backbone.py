@@ -19,6 +19,8 @@ from networks.settings import STAGES
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # AGW: after each stage's last so many blocks
 OUTPUT_STRIDE = 16  # pixels of the image per position of the last map, which is not negative
 
+Stages = OrderedDict[str, nn.Module]
+
 
 class NonLocal(nn.Module):
     """AGW's non-local block: one inner channel, scores divided by the number of positions.
@@ -66,7 +68,7 @@ class Stage(nn.Module):
 
 def resnet_stages(
     arch: str, state: Mapping[str, Tensor] | None, origin: str, non_local: bool
-) -> OrderedDict[str, nn.Module]:
+) -> Stages:
     """Stages of a torchvision ResNet whose last stride is 1 in place of 2."""
     resnet = torchvision.models.get_model(arch, weights=None)
     if state is not None:
@@ -75,7 +77,7 @@ def resnet_stages(
         if isinstance(module, nn.Conv2d):
             module.stride = (1, 1)
     stem = ((name, getattr(resnet, name)) for name in ("conv1", "bn1", "relu", "maxpool"))
-    stages = OrderedDict(stem=nn.Sequential(OrderedDict(stem)))
+    stages: Stages = OrderedDict(stem=nn.Sequential(OrderedDict(stem)))
     channels = resnet.fc.in_features  # of layer4; each earlier stage has half of the next one's
     for i, name in enumerate(STAGES[1:]):
         count = NON_LOCAL_BLOCKS.get(name, 0) if non_local else 0
@@ -112,7 +114,7 @@ class Backbone:
 
     channels: int  # C, of the last map
     # (weights or None, where they come from, whether to add non-local blocks) -> the five `STAGES`
-    build: Callable[[Mapping[str, Tensor] | None, str, bool], OrderedDict[str, nn.Module]]
+    build: Callable[[Mapping[str, Tensor] | None, str, bool], Stages]
 
 
 BACKBONES = {
