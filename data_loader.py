@@ -149,16 +149,14 @@ class TrainLoader:
     def batch(self, epoch: int, step: int) -> Batch:
         """Makes one batch, a function of (seed, epoch, step)."""
         drawn = self.sampler.batch(epoch, step)
-        visible = self._augmented(self.visible, drawn.visible, "visible", epoch, step)
-        infrared = self._augmented(self.infrared, drawn.infrared, "infrared", epoch, step)
+        visible = self._augmented("visible", drawn.visible, epoch, step)
+        infrared = self._augmented("infrared", drawn.infrared, epoch, step)
         labels = torch.from_numpy(np.tile(drawn.labels[self._rows], 2))
         return Batch(visible, infrared, _copy_to(self.visible.device, labels))
 
-    def _augmented(
-        self, store: ImageStore, rows: np.ndarray, modality: str, epoch: int, step: int
-    ) -> torch.Tensor:
+    def _augmented(self, modality: str, rows: np.ndarray, epoch: int, step: int) -> torch.Tensor:
         """Returns this process's images of a batch; draws random numbers for the whole batch."""
-        images, seed = store.gather(rows[self._rows]), self.sampler.seed
+        images, seed = getattr(self, modality).gather(rows[self._rows]), self.sampler.seed
         if self.transform is not None:
             rng = np.random.default_rng((seed, epoch, step, TRANSFORM_STREAMS[modality]))
             seeds = rng.integers(2**63, size=len(rows))[self._rows]

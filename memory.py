@@ -59,10 +59,7 @@ def read(
 
 
 def plain_read(queries: Tensor, keys: Tensor, bank: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-    """The formula of `read`, for queries (n, C), keys and bank (m, C).
-
-    Returns values (n, C) and weights (n, m).
-    """
+    """The formula of `read`: queries (n, C), keys, bank (m, C) -> values (n, C), weights (n, m)."""
     scores = queries @ keys.t()  # (n, m)
     weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32))
     weights = hard_shrink(weights, shrink)
@@ -101,14 +98,9 @@ class MemoryRead(NamedTuple):
 
 
 class SingleGranularityMemory(nn.Module):
-    """SG-MRA's memory: one learned bank of part prototypes.
+    """SG-MRA's memory: one learned bank of part prototypes, `part_bank` (M, C)."""
 
-    Attributes:
-        part_bank: The M = L*T*R part prototypes, (M, C), uniform in +-1/sqrt(C) at the start.
-        levels: Granularities that `forward` returns.
-    """
-
-    levels: tuple[str, ...] = ("part",)
+    levels: tuple[str, ...] = ("part",)  # granularities that `forward` returns
 
     def __init__(
         self,
@@ -121,7 +113,7 @@ class SingleGranularityMemory(nn.Module):
         shrink_scale: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        """Builds the bank, of L x T x R prototypes (the first three arguments) with `dim` channels.
+        """Builds the bank of L x T x R prototypes (the first three arguments) with `dim` channels.
 
         Addressing weights at or below `shrink` are dropped; with `shrink_scale` those at or below
         ``shrink_scale / m`` on a bank of m prototypes, so that all levels and any number of
@@ -168,7 +160,9 @@ class SingleGranularityMemory(nn.Module):
 class MultiGranularityMemory(SingleGranularityMemory):
     """MG-MRA's memory: part prototypes, and instance and semantic prototypes made from them.
 
-    Only the part bank and two gates are learned. The variants:
+    Only the part bank and two gates are learned: `part_gate` over the R parts of an instance, a
+    Conv1d(R, R, 1) along the channels, and `instance_gate` over the T instances of an identity, a
+    Conv1d(T, T, 1). The variants:
 
     - ``paper``, the paper's figure: a cascade, in which the part read queries the instances and the
       instance read the semantics; an instance is the gated mean of its own parts.
@@ -179,10 +173,6 @@ class MultiGranularityMemory(SingleGranularityMemory):
       instance read.
 
     Deviation: the default is ``paper``; the interleaved mean of both uploads is most likely a slip.
-
-    Attributes:
-        part_gate: Gate over the R parts of an instance, Conv1d(R, R, 1) along the channels.
-        instance_gate: Gate over the T instances of an identity, Conv1d(T, T, 1).
     """
 
     def __init__(self, *args: Any, variant: str = "paper", **settings: Any) -> None:
