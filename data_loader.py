@@ -35,19 +35,16 @@ class IdentityBatch(NamedTuple):
 class IdentitySampler:
     """Draws P identities without replacement, then K images of each per modality with replacement.
 
-    `visible_labels` (n_v,) and `infrared_labels` (n_i,) are integers 0..L-1, each at least once; P
-    is `ids_per_batch`, K `images_per_id`.
-
     Raises:
         ValueError: Fewer than P identities.
 
     Source: the AGW code base; floor(max(#visible, #infrared) / (P*K)) + 1 steps make an epoch.
     """
 
-    visible_labels: np.ndarray
-    infrared_labels: np.ndarray
-    ids_per_batch: int
-    images_per_id: int
+    visible_labels: np.ndarray  # (n_v,) integers 0..L-1, each at least once
+    infrared_labels: np.ndarray  # (n_i,) the same
+    ids_per_batch: int  # P
+    images_per_id: int  # K
     seed: int
 
     def __post_init__(self) -> None:
