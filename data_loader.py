@@ -123,19 +123,15 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class TrainLoader:
-    """Delivers augmented batches of both modalities, made ahead of time by one thread.
-
-    The identities of a batch are divided among `world_size` processes. `transform`, if any, comes
-    before `augmentation`, see `transform_each`.
-    """
+    """Delivers augmented batches of both modalities, made ahead of time by one thread."""
 
     visible: ImageStore
     infrared: ImageStore
     sampler: IdentitySampler
     augmentation: Augmentation
-    rank: int = 0
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None  # before it: `transform_each`
+    rank: int = 0  # of `world_size` processes, which divide the identities of a batch
     world_size: int = 1
-    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         self._rows = self.sampler.rows_of_rank(self.rank, self.world_size)

@@ -13,10 +13,7 @@ from networks.sparse_read import Survivors, Weights, starts
 
 
 class MemoryHealth:
-    """Usage statistics of a memory, accumulated over an epoch's reads without any gradient.
-
-    Counters stay on the device: updating never waits for it.
-    """
+    """Usage statistics of a memory over an epoch's reads, counted on the device without a sync."""
 
     def __init__(self) -> None:
         # By level (4,) float64: rows, rows that read nothing, survivors, sum of entropies.
