@@ -28,8 +28,7 @@ MEMORIES = {"sg": SingleGranularityMemory, "mg": MultiGranularityMemory}
 class TwoStreamNet(nn.Module):
     """Two-stream ResNet with an HCT (``pcb``, ``global``) or AGW head, and a memory branch or none.
 
-    The memory acts in training only: evaluation does not run it unless a memory feature is asked
-    for.
+    The memory acts in training; evaluation runs it only where a memory feature is asked for.
 
     Source: AGW, HCT and MG-MRA, detail by detail in `docs/details.md`.
     """
