@@ -10,7 +10,7 @@ Source: "Memory Regulation and Alignment toward Generalizer RGB-Infrared Person 
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,14 +113,21 @@ class SingleGranularityMemory(nn.Module):
         shrink_scale: float | None = None,
         temperature: float | None = None,
     ) -> None:
-        """Builds the bank of L x T x R prototypes (the first three arguments) with `dim` channels.
+        """Builds the bank.
 
-        Addressing weights at or below `shrink` are dropped; with `shrink_scale` those at or below
-        ``shrink_scale / m`` on a bank of m prototypes, so that all levels and any number of
-        identities are cut alike. With a `temperature` cosines address the banks, see `read`.
+        Args:
+            num_ids: Training identities L.
+            instances_per_id: Instance prototypes per identity T.
+            parts_per_instance: Part prototypes per instance R.
+            dim: Channels C of the map and of each prototype.
+            shrink: Addressing weights at or below it are dropped.
+            shrink_scale: In place of `shrink`, a threshold of ``shrink_scale / m`` on a bank of m
+                prototypes, so that all levels and any number of identities are cut alike.
+            temperature: Of cosine addressing; None: dot products. See `read`.
 
         Raises:
-            ValueError: When a size is not positive, or `shrink` is outside [0, 1).
+            ValueError: When a size, `shrink_scale` or `temperature` is not positive, or `shrink` is
+                outside [0, 1).
         """
         super().__init__()
         self.num_ids, self.dim = num_ids, dim
@@ -131,6 +138,9 @@ class SingleGranularityMemory(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= shrink < 1:
             raise ValueError(f"shrink must be in [0, 1), got {shrink}")
+        for name in ("shrink_scale", "temperature"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         num_parts = num_ids * instances_per_id * parts_per_instance
         self.part_bank = nn.Parameter(torch.empty(num_parts, dim))
         nn.init.uniform_(self.part_bank, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
@@ -175,20 +185,28 @@ class MultiGranularityMemory(SingleGranularityMemory):
     Deviation: the default is ``paper``; the interleaved mean of both uploads is most likely a slip.
     """
 
-    def __init__(self, *args: Any, variant: str = "paper", **settings: Any) -> None:
-        """Builds bank and gates; all but `variant` is as for `SingleGranularityMemory`.
+    def __init__(
+        self,
+        num_ids: int,
+        instances_per_id: int = INSTANCES_PER_ID,
+        parts_per_instance: int = PARTS_PER_INSTANCE,
+        dim: int = 2048,
+        shrink: float = SHRINK,
+        variant: str = "paper",
+        **addressing: float | None,
+    ) -> None:
+        """Builds bank and gates; see `SingleGranularityMemory`.
 
         Raises:
             ValueError: Also when `variant` is unknown.
         """
-        super().__init__(*args, **settings)
+        super().__init__(num_ids, instances_per_id, parts_per_instance, dim, shrink, **addressing)
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
         self.variant = variant
         self.levels = ("part", "semantic") if variant == "released" else LEVELS
-        parts, instances = self.parts_per_instance, self.instances_per_id
-        self.part_gate = nn.Conv1d(parts, parts, kernel_size=1)
-        self.instance_gate = nn.Conv1d(instances, instances, kernel_size=1)
+        self.part_gate = nn.Conv1d(parts_per_instance, parts_per_instance, kernel_size=1)
+        self.instance_gate = nn.Conv1d(instances_per_id, instances_per_id, kernel_size=1)
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """Returns the instance bank (L*T, C) and the semantic bank (L, C)."""
