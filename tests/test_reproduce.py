@@ -194,6 +194,16 @@ def test_methods_and_protocols_of_the_tables():
     assert {t["trials"] for t in tests} == {3}
 
 
+def test_a_fixed_gallery_of_a_single_split_has_no_trials(monkeypatch):
+    """As of the data set in docs/change_one_thing.md: `test.py` refuses --trials there."""
+    monkeypatch.setattr(options.DATASETS["llcm"], "gallery_draws", 1)
+    steps, rows = planned("llcm", "llcm", trials=1)
+    assert {len(row.files) for row in rows} == {1}
+    for step in steps:
+        assert "trials" not in step.options
+        assert step.resolved["dataset"] == "llcm"
+
+
 @pytest.mark.parametrize("flags", [(), ("--preset", "scratch", "--epochs", "2")])
 def test_ablations_vary_one_thing_and_share_what_is_equal(flags):
     steps, _ = planned("ablation", trials=1, flags=flags)
