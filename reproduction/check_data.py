@@ -1,6 +1,7 @@
 """What `reproduce.py check` finds in a data folder: counts, lists, images, and how to fix it.
 
-Every list is read as training and evaluation will read it, so that what passes here runs there.
+Every list is read, and every image in it, as training and evaluation will read them, so that what
+passes here runs there.
 Expected counts are the data set's own (`DataSet.expected`); of stand-in data none is expected.
 """
 
@@ -17,7 +18,6 @@ from tqdm import tqdm
 import data_manager
 from datasets.base import DataError, DataSet, EvalOptions, ImageList
 from datasets.decode import FORMATS
-from datasets.folders import IMAGE_SUFFIXES
 from utils import read_json
 
 MIN_SIDE = 16  # pixels; a smaller image of a person is no use
@@ -82,9 +82,6 @@ def check(dataset: str, data_path: Path, *, open_images: bool = True) -> Finding
         for split in range(1, min(data.splits, trials) + 1):
             files |= _check_split(findings, data, root, split, trials, expected)
         if open_images:
-            inside = [path for folder in data.folders for path in (root / folder).rglob("*")]
-            images = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-            files |= {p for p in images if "/." not in f"/{p.relative_to(root)}"}  # not hidden
             _open_all(findings, sorted(files))
     return findings
 

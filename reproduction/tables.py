@@ -143,9 +143,16 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
     known = published(first.dataset, first.protocol)
     lines = []
     for result in results:
-        setting, ranking = result.row.setting, result.row.re_rank
+        setting, ranking, trials = result.row.setting, result.row.re_rank, result.row.trials
         label = setting.name if ranking == "no" else f"{setting.name}, {ranking}"
-        line = {"varied": setting.group, "method": label, **_cells(result)}
+        line = {"varied": setting.group, "method": label, "trials": str(trials)}
+        if result.missing:
+            absent = ", ".join(map(str, result.missing))
+            line["trials"] = f"{trials - len(result.missing)} of {trials}, missing: {absent}"
+            line |= dict.fromkeys(METRICS, "missing")
+        for metric, mean in result.mean.items():
+            spread = f" +- {100 * result.std[metric]:.2f}" if trials > 1 else ""
+            line[metric] = f"{100 * mean:.2f}{spread}"
         theirs = known.get(setting.published)
         if theirs:
             line["published Rank-1 / mAP"] = f"{theirs['rank1']} / {theirs['mAP'] or '-'}"
@@ -153,19 +160,6 @@ def _results_table(caption: str, results: Sequence[Result]) -> Table:
         lines.append(line)
     columns = ("varied", "method", *METRICS, "trials", "published Rank-1 / mAP", "source")
     return _table(title, caption, columns, lines)
-
-
-def _cells(result: Result) -> dict[str, str]:
-    """Returns the metrics and the trials of a row."""
-    trials, missing = result.row.trials, result.missing
-    if missing:
-        count = f"{trials - len(missing)} of {trials}, missing: {', '.join(map(str, missing))}"
-        return {**dict.fromkeys(METRICS, "missing"), "trials": count}
-    cells = {"trials": str(trials)}
-    for metric in METRICS:
-        spread = f" +- {100 * result.std[metric]:.2f}" if trials > 1 else ""
-        cells[metric] = f"{100 * result.mean[metric]:.2f}{spread}"
-    return cells
 
 
 def _published_table(row: Row, ours: set[str | None]) -> Table:
