@@ -493,8 +493,7 @@ def resolve_evaluation(args: Namespace, trained: Mapping[str, Any] | None = None
             raise ValueError(f"--{name} has no effect, since {reason}: leave it out")
         no_effect += [name] if name in flags else []
     if no_effect:
-        names = ", --".join(no_effect)
-        log.warning("no effect, since checkpoint and data set know: --%s", names)
+        log.warning("no effect, since checkpoint and data set know: --%s", ", --".join(no_effect))
     return Namespace(**values)
 
 
@@ -503,7 +502,7 @@ def distinction(args: Namespace, sources: Mapping[str, str]) -> str:
     preset = None if args.preset == args.dataset else args.preset
     front = ("dataset", "method", "pcb", "memory_levels")
     chosen = {"preset": preset, **{name: getattr(args, name) for name in front}}
-    usual = vars(resolve(train_parser("").parse_args(flags_of(chosen)))[0])
+    usual = vars(resolve(Namespace(**dict.fromkeys(vars(args)) | chosen))[0])
     usual["memory_levels"] = None  # named, but the loss weights that follow from it are not
     words = [f"_{preset}"] if preset else []
     named = [k for k in vars(args) if k in sources and k not in (*UNNAMED, *INCIDENTAL)]

@@ -199,19 +199,12 @@ class Run:
         test, remark = trained.admit(test, header["data"], **which)
         if remark:
             log.warning("every result of this run says: %s", remark)
-        test_feat = args.test_feat or net.test_feats()[0]
+        how = {"amp": self.settings.amp, "progress": self.settings.progress}
+        how |= {"batch_size": args.test_batch, "rankings": (args.re_rank,)}
+        how["test_feats"] = (args.test_feat or net.test_feats()[0],)
 
         def evaluate_now() -> dict[str, Any]:
-            _, results = evaluate(
-                net,
-                test,
-                images,
-                test_feats=(test_feat,),
-                rankings=(args.re_rank,),
-                batch_size=args.test_batch,
-                amp=self.settings.amp,
-                progress=self.settings.progress,
-            )
+            _, results = evaluate(net, test, images, **how)
             result = {k: v for k, v in results[0].items() if k != "cmc"}  # of no use in a log
             return {**result, "dataset": header["data"]}
 

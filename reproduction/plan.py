@@ -298,7 +298,7 @@ def trainings_of(
 def targets_of(
     table: str, setting: Setting, dataset: str, unseen: Mapping[str, str | None]
 ) -> list[tuple[str, str, Options]]:
-    """Returns on what a setting is evaluated: data sets, protocols, and where the data are."""
+    """Returns on what a setting is evaluated: data sets, protocols, folders (None: the usual)."""
     if table == "unseen":
         others = unseen or dict.fromkeys(name for name in DATASETS if name != dataset)
         return [(k, next(iter(DATASETS[k].protocols)), {"data_path": v}) for k, v in others.items()]
@@ -347,7 +347,6 @@ def plan(
             asked = {**DATASETS[target].protocols[protocol], **setting.test}
             about = {k: v for k, v in extra.items() if k in TEST_FLAGS}
             about |= {**asked, "dataset": target, **where, **draws}
-            about = {k: v for k, v in about.items() if v is not None}  # None: the usual folder
             words = [*([] if target == dataset else [target]), *map(str, asked.values())]
             for checkpoint in ("last",) if setting.test or table in SEEDED else ("last", "best"):
                 name = "_".join([*words, checkpoint])
