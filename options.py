@@ -129,8 +129,7 @@ RESIDENT = "training images on the GPU: only where small against its memory (aut
 SELECT = "identities that choose best.pt, the epoch of the best Rank-1; val: held out from training"
 AUTOCAST = "run the network in bf16 or fp16; without a value, or auto: bf16 if the GPU has it"
 
-# By the headings of --help. The defaults are the releases' settings. What stands under "run" and
-# "machine" has no influence on a number.
+# By the headings of --help. The defaults are the releases' settings.
 TRAIN = {
     "data and protocol": (
         Flag("dataset", "regdb", "data set: folder layout and protocol", tuple(DATASETS)),
@@ -292,8 +291,7 @@ TEST = {
 PROTOCOL = ("dataset", "data_path", *(f.name for f in fields(EvalOptions) if f.name != "subset"))
 # Flags without influence on a number.
 INCIDENTAL = (*(flag.name for flag in (*TRAIN["run"], *TRAIN["machine"])), "figures")
-# Not among the options that end a run's name: in its front, without influence, or the epochs, which
-# may grow when it is resumed.
+# Options that do not end a run's name: in its front, without influence, or free to grow (epochs).
 UNNAMED = ("dataset", "trial", "method", "pcb", "preset", "data_path", "deterministic", "epochs")
 LONGEST = 60  # characters of what distinguishes a run; longer ones end with a hash
 AS_TRAINED_FLAGS = tuple(f.name for f in EVALUATION["checkpoint"] if f.default == AS_TRAINED)

@@ -18,8 +18,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS = ("epoch", "best", "last", "log")  # entries that are fields of `Progress`
 ENTRIES = ("net", "config", "optimizer", "generators", "options", "identities", *PROGRESS)
-# Options on --resume: those that may change silently, those that may not change. Any other change
-# is logged.
+# Options that may change silently on --resume, and that may not; any other change is logged.
 FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic")
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 
@@ -97,13 +96,11 @@ def restore(
         for name, here in net.config.items():
             there = content["config"].get(name)
             if there != here:
-                raise ValueError(
-                    f"it belongs to another network ({name} {there!r} there, {here!r} here)"
-                )
+                values = f"{name} {there!r} there, {here!r} here"
+                raise ValueError(f"it belongs to another network ({values})")
         if content["identities"] != list(identities):
             raise ValueError(
-                "it was trained on other identities than this data set and split hold: go on with "
-                "the same --data-path, --trial and --select-on"
+                "it has other identities: go on with the same --data-path, --trial and --select-on"
             )
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
@@ -115,10 +112,8 @@ def restore(
         return Progress(*(content[name] for name in PROGRESS), content.get("scaler", {}))
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = " ".join(str(error).split())[:500] or repr(error)
-        raise CheckpointError(
-            f"{content['path']} cannot be resumed here: {reason}; to start from its weights use "
-            f"--weights"
-        ) from error
+        text = f"{content['path']} cannot be resumed here: {reason}; --weights takes its weights"
+        raise CheckpointError(text) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

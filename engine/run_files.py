@@ -34,9 +34,8 @@ class RunFiles:
         others = self.prefix and report.exists()
         if others and read_json(report, {"run?": str}).get("run") != self.name:
             raise ValueError(
-                f"{self.output_dir} holds another run than {self.name}; runs can share "
-                f"--model_path, but each needs an --output-dir of its own: name another, or leave "
-                f"it out"
+                f"{self.output_dir} holds another run than {self.name}: each needs an --output-dir "
+                f"of its own; name another, or leave it out"
             )
         existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
         if existing and not (overwrite or self._holds(resumed)):
