@@ -23,22 +23,22 @@ FREE_ON_RESUME = (*INCIDENTAL, "data_path", "preset", "weights", "deterministic"
 FIXED_ON_RESUME = ("dataset", "trial", "select_on", "method", "optim")
 
 
-def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any] | None:
+def find(given: str | None, files: RunFiles, *, train: bool) -> dict[str, Any]:
     """Reads the checkpoint that --resume names; without a value last.pt of the folder, if any.
 
     In training ``last.previous.pt`` replaces a damaged or missing ``last.pt``. Returns entries and
-    ``path`` of the checkpoint, or None to start from the beginning.
+    ``path`` of the checkpoint, or {} to start from the beginning.
 
     Raises:
         CheckpointError: When neither can be read, or it is no such checkpoint.
     """
     if given is None:
-        return None
+        return {}
     folder = files.checkpoint_dir
     nothing_yet = not any(files.checkpoint(name).exists() for name in (LAST, PREVIOUS))
     if given == RESUME_LAST and nothing_yet and train:
         log.warning("--resume: no checkpoint in %s yet, starting from the beginning", folder)
-        return None
+        return {}
     path = Path(given or files.checkpoint(LAST))
     path = path / LAST if path.is_dir() else path
     try:

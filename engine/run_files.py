@@ -14,13 +14,12 @@ REPORTS = ("options.json", "log.jsonl", "training.json")
 
 @dataclass
 class RunFiles:
-    """A run's name, its folders, and what all its checkpoints say of it."""
+    """A run's folders, and what all its checkpoints say of it."""
 
     output_dir: Path  # log.jsonl, results
     checkpoint_dir: Path
     tensorboard_dir: Path
-    name: str = ""  # the run's, which tells it from others
-    header: dict[str, Any] = field(default_factory=dict)  # entries: options, versions, ...
+    header: dict[str, Any] = field(default_factory=dict)  # entries: run, its name, options, ...
     prefix: str = ""  # of the checkpoints' names, in a folder that runs share
     begun: bool = False  # whether what is there is this run's
 
@@ -31,10 +30,10 @@ class RunFiles:
     def check(self, *, overwrite: bool, resumed: Path | None) -> None:
         """Raises ValueError where the run, `resumed` from a checkpoint, would overwrite another."""
         report = self.output_dir / "options.json"
-        others = self.prefix and report.exists()
-        if others and read_json(report, {"run?": str}).get("run") != self.name:
+        others, name = self.prefix and report.exists(), self.header["run"]
+        if others and read_json(report, {"run?": str}).get("run") != name:
             raise ValueError(
-                f"{self.output_dir} holds another run than {self.name}: each needs an --output-dir "
+                f"{self.output_dir} holds another run than {name}: each needs an --output-dir "
                 f"of its own; name another, or leave it out"
             )
         existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
@@ -44,7 +43,7 @@ class RunFiles:
                 f"it afresh with --overwrite, or choose another --output-dir"
             )
 
-    def begin(self, about: dict[str, Any], *, overwrite: bool, resumed: Path | None) -> None:
+    def begin(self, *, overwrite: bool, resumed: Path | None) -> None:
         """Removes a former run's files or keeps a resumed one's; writes options.json."""
         folder, last, previous = self.checkpoint_dir, *map(self.checkpoint, (LAST, PREVIOUS))
         former = [p for name in CHECKPOINTS for p in folder.glob(f".{self.prefix}{name}.*.tmp")]
@@ -56,7 +55,7 @@ class RunFiles:
             file.unlink(missing_ok=True)
         if self._holds(resumed) and resumed.name == previous.name and last.exists():
             last.replace(self.checkpoint(DAMAGED))  # else the next save moves it over the good one
-        write_json(self.output_dir / "options.json", about)
+        write_json(self.output_dir / "options.json", self.header)
         self.begun = True
 
     def _holds(self, checkpoint: Path | None) -> bool:

@@ -42,10 +42,9 @@ class Run:
 
     args: argparse.Namespace  # resolved flags
     sources: dict[str, str]  # where each flag's value came from
-    name: str  # method, data set and trial
     device: torch.device
     files: RunFiles
-    checkpoint: dict[str, Any] | None  # entries of the one to resume from; None: a new run
+    checkpoint: dict[str, Any]  # entries of the one to resume from; {}: a new run
     command: str  # that started it
     locks: contextlib.ExitStack  # held until it ends
 
@@ -100,29 +99,21 @@ class Run:
         args, files, checkpoint = self.args, self.files, self.checkpoint
         _check_network(args, net)
         sampler.rows_of_rank(distributed.rank(), distributed.size())  # raises where P is uneven
-        about = {
-            "method": self.name,
-            "run": files.name,
-            "data": data_name(args.dataset, args.data_path),
-            "options": options.to_json(args),
-            "versions": devices.versions(self.device),
-        }
-        identities = train.pids.tolist()
-        files.header = {**about, "identities": identities, SEEN_BEFORE: self._seen_before()}
-        progress, resumed = Progress(), None
-        if checkpoint is not None:
+        about, identities, seen_before = files.header, train.pids.tolist(), self._seen_before()
+        progress, resumed = Progress(), checkpoint.get("path")
+        if resumed:
             progress = resume.restore(checkpoint, net, optimizer, identities=identities)
-            resumed = checkpoint["path"]
         if distributed.is_main():
             logs = utils.make_writable_dir(args.log_path or files.output_dir)
             if not args.test_only:
                 own = files.output_dir / ".lock", files.checkpoint_dir / f".{files.prefix}lock"
                 for file in sorted(set(own)):
                     self.locks.enter_context(utils.lock(file))
-                files.begin(about, overwrite=args.overwrite, resumed=resumed)
+                files.begin(overwrite=args.overwrite, resumed=resumed)
                 write_reports(files, progress)
-            utils.log_to(logs / (f"{files.name}.log" if args.log_path else "train.log"))
-        log.info("%s: writing into %s", files.name, files.output_dir)
+            utils.log_to(logs / (f"{about['run']}.log" if args.log_path else "train.log"))
+        files.header = {**about, "identities": identities, SEEN_BEFORE: seen_before}
+        log.info("%s: writing into %s", about["run"], files.output_dir)
         log.info("command: %s", self.command)
         where = "device: %(device)s; torch %(torch)s; version %(version)s, commit %(commit)s"
         log.info(where, about["versions"])
@@ -136,7 +127,7 @@ class Run:
 
     def _seen_before(self) -> dict[str, list[int]]:
         """Raw pids that the starting weights had seen, by data."""
-        if self.checkpoint is not None:
+        if self.checkpoint:
             return self.checkpoint.get(SEEN_BEFORE, {})
         if self.args.weights in ("imagenet", "none"):
             return {}
@@ -194,7 +185,7 @@ class Run:
         With --test-only, raises ValueError where the test identities were trained on.
         """
         args, images, header = self.args, self._images(), self.files.header
-        trained = TrainedOn.read(self.checkpoint["path"] if self.checkpoint else "", header)
+        trained = TrainedOn.read(self.checkpoint.get("path", ""), header)
         which = {"trial": args.trial, "subset": args.select_on, "seen": not args.test_only}
         test, remark = trained.admit(test, header["data"], **which)
         if remark:
@@ -244,21 +235,27 @@ def start(method: str, description: str, argv: Sequence[str] | None) -> Iterator
         output = args.output_dir or Path("runs") / full_name
         events = args.vis_log_path / full_name if args.vis_log_path else output / "tensorboard"
         prefix = f"{full_name}_" if args.model_path else ""
-        files = RunFiles(output, args.model_path or output, events, full_name, prefix=prefix)
+        files = RunFiles(output, args.model_path or output, events, prefix=prefix)
         utils.setup_logging()
         try:
             with distributed.processes(args.gpu) as device, contextlib.ExitStack() as locks:
                 devices.set_up(device, args.float32_precision, deterministic=args.deterministic)
                 torch.manual_seed(args.seed)
+                files.header = {
+                    "method": name,
+                    "run": full_name,
+                    "data": data_name(args.dataset, args.data_path),
+                    "options": options.to_json(args),
+                    "versions": devices.versions(device),
+                }
                 checkpoint = resume.find(args.resume, files, train=not args.test_only)
-                resumed = checkpoint and checkpoint["path"]
                 if not args.test_only:
+                    resumed, saved = checkpoint.get("path"), checkpoint.get("options", {})
                     files.check(overwrite=args.overwrite, resumed=resumed)
-                if resumed and not args.test_only:
-                    changed = resume.changes(checkpoint["options"], options.to_json(args))
+                    changed = resume.changes(saved, files.header["options"])
                     if changed:
                         log.warning("options changed since %s: %s", resumed, changed)
-                yield Run(args, sources, name, device, files, checkpoint, _command(argv), locks)
+                yield Run(args, sources, device, files, checkpoint, _command(argv), locks)
         except utils.Interrupted as stop:
             if distributed.is_main():
                 saved = files.checkpoint(LAST)

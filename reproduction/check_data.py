@@ -1,7 +1,6 @@
 """What `reproduce.py check` finds in a data folder: counts, lists, images, and how to fix it.
 
-Every list is read, and every image in it, as training and evaluation will read them, so that what
-passes here runs there.
+Lists and their images are read as training and evaluation read them: what passes here runs there.
 Expected counts are the data set's own (`DataSet.expected`); of stand-in data none is expected.
 """
 

@@ -329,11 +329,9 @@ def plan(
     numbered += ["seed"] if table in SEEDED else []
     splits = [{"dataset": dataset, **dict.fromkeys(numbered, n + 1)} for n in range(trials)]
     draws = {}
-    if not numbered:  # one training, evaluated on several draws where the gallery is drawn
-        splits, draws = (
-            splits[:1],
-            {"trials": trials} if DATASETS[dataset].gallery_draws > 1 else {},
-        )
+    if not numbered:  # one training, evaluated on several draws where its gallery is drawn
+        splits = splits[:1]
+        draws = {"trials": trials} if DATASETS[dataset].gallery_draws > 1 else {}
     groups: dict[str, list[Step]] = {}  # by what is trained: the training, then its evaluations
     rows = []
     for setting in settings_of(table):
