@@ -100,7 +100,8 @@ def restore(
                 raise ValueError(f"it belongs to another network ({values})")
         if content["identities"] != list(identities):
             raise ValueError(
-                "it has other identities: go on with the same --data-path, --trial and --select-on"
+                "it was trained on other identities than this data set and split hold: go on with "
+                "the same --data-path, --trial and --select-on"
             )
         net.load_state_dict(content["net"])
         load_optimizer(optimizer, content["optimizer"])
@@ -112,8 +113,10 @@ def restore(
         return Progress(*(content[name] for name in PROGRESS), content.get("scaler", {}))
     except Exception as error:  # a damaged dictionary makes torch raise nearly anything
         reason = " ".join(str(error).split())[:500] or repr(error)
-        text = f"{content['path']} cannot be resumed here: {reason}; --weights takes its weights"
-        raise CheckpointError(text) from error
+        hint = "to start from its weights use --weights"
+        raise CheckpointError(
+            f"{content['path']} cannot be resumed here: {reason}; {hint}"
+        ) from error
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
