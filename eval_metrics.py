@@ -8,7 +8,7 @@ gallery's order matters only in ties.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,17 +24,6 @@ RE_RANKINGS = ("no", "k_reciprocal", "random_walk")  # what an evaluation may as
 
 Ids = ArrayLike  # one identity or camera for each image
 Metrics = tuple[np.ndarray, float, float]  # cmc (max_rank,), mAP, mINP
-
-# A protocol's rule about cameras: (q_pids (Q, 1), g_pids (G,), q_camids (Q, 1), g_camids (G,)) ->
-# (Q, G) bool, True where a gallery image does not count for a query; None: all count.
-CAMERA_RULES: dict[str, Callable[..., np.ndarray] | None] = {
-    "none": None,  # RegDB
-    # SYSU-MM01: queries of camera 3 ignore camera 2, which watches the same place.
-    "sysu": lambda q_pids, g_pids, q_camids, g_camids: (q_camids == 3) & (g_camids == 2),
-    # LLCM: queries ignore images of their own identity by their own camera.
-    "same": lambda q_pids, g_pids, q_camids, g_camids: (q_camids == g_camids) & (q_pids == g_pids),
-}
-COUNT_IMAGES = ("none",)  # rules whose CMC counts images; the others' counts identities
 
 
 def eval_sysu(
@@ -93,7 +82,7 @@ def evaluate_rule(
     g_camids: Ids,
     max_rank: int = 20,
 ) -> Metrics:
-    """Returns the metrics under a rule of `CAMERA_RULES`; the rest is as for `eval_sysu`."""
+    """Returns the metrics under a rule of `excluded`; the rest is as for `eval_sysu`."""
     distmat, q_pids, g_pids = np.asarray(distmat), np.asarray(q_pids), np.asarray(g_pids)
     q_camids, g_camids = np.asarray(q_camids), np.asarray(g_camids)
     pids, camids = q_pids.shape + g_pids.shape, q_camids.shape + g_camids.shape
@@ -116,10 +105,11 @@ def evaluate_rule(
             raise ValueError(f"distmat[{start + row}, {column}] is NaN, expected a distance")
         matches = q_labels[block, None] == g_labels  # (n, G)
         mask = excluded(rule, q_pids[block], g_pids, q_camids[block], g_camids)
-        if mask is not None:
+        if mask.any():
             values = np.where(mask, np.nan, values)  # NaN is sorted last and precedes nothing
             matches &= ~mask
-        return _query_metrics(values, matches, None if rule in COUNT_IMAGES else g_labels)
+        counted = None if rule == "none" else g_labels  # RegDB's CMC counts images
+        return _query_metrics(values, matches, counted)
 
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
@@ -134,22 +124,21 @@ def evaluate_rule(
     return cmc, float(ap.mean()), float(inp.mean())
 
 
-def excluded(
-    rule: str, q_pids: Ids, g_pids: Ids, q_camids: Ids, g_camids: Ids
-) -> np.ndarray | None:
-    """Returns where a gallery image does not count for a query, (Q, G) bool; None where all count.
+def excluded(rule: str, q_pids: Ids, g_pids: Ids, q_camids: Ids, g_camids: Ids) -> np.ndarray:
+    """Returns where a gallery image does not count for a query by a camera rule, (Q, G) bool.
 
     Raises:
         ValueError: The rule is unknown.
     """
-    if rule not in CAMERA_RULES:
-        raise ValueError(f"camera rule {rule!r}; expected one of {', '.join(CAMERA_RULES)}")
-    excludes = CAMERA_RULES[rule]
-    if excludes is None:
-        return None
     q_pids, q_camids = np.asarray(q_pids)[:, None], np.asarray(q_camids)[:, None]  # (Q, 1) each
-    mask = excludes(q_pids, np.asarray(g_pids), q_camids, np.asarray(g_camids))  # (Q, G)
-    return mask if mask.any() else None
+    g_pids, g_camids = np.asarray(g_pids), np.asarray(g_camids)  # (G,) each
+    if rule == "none":  # RegDB: all count
+        return np.zeros((len(q_pids), len(g_pids)), bool)
+    if rule == "sysu":  # queries of camera 3 ignore camera 2, which watches the same place
+        return (q_camids == 3) & (g_camids == 2)
+    if rule == "same":  # LLCM: queries ignore images of their own identity by their own camera
+        return (q_camids == g_camids) & (q_pids == g_pids)
+    raise ValueError(f"camera rule {rule!r}; expected one of none, sysu, same")
 
 
 def summarize(cmc: ArrayLike, mAP: float, mINP: float) -> dict[str, float]:

@@ -108,7 +108,7 @@ class EvalSet:
     query: ImageList
     gallery: ImageList  # every distinct image that any trial uses, once
     gallery_trials: tuple[np.ndarray, ...]  # rows of the gallery, in the protocol's order
-    camera_rule: str  # a name in `eval_metrics.CAMERA_RULES`
+    camera_rule: str  # as `eval_metrics.excluded` takes it
     protocol: str  # in words, for printed rows
     query_trials: tuple[np.ndarray, ...] | None = None  # rows of the queries; None: all
     tta: str = "no"  # a key of `TTA`

@@ -33,8 +33,7 @@ def first_trial(protocol: EvalSet) -> EvalSet:
 def ignored(trial: EvalSet) -> np.ndarray:
     """Returns which gallery images the protocol ignores for a query: (Q, G) bool."""
     query, gallery = trial.query, trial.gallery
-    mask = excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
-    return np.zeros((len(query), len(gallery)), bool) if mask is None else mask
+    return excluded(trial.camera_rule, query.pids, gallery.pids, query.camids, gallery.camids)
 
 
 def pair_distances(trial: EvalSet, features: Features) -> tuple[np.ndarray, np.ndarray]:
