@@ -53,27 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     with utils.user_errors():
         utils.setup_logging()
         args = options.test_parser(__doc__).parse_args(argv)
+        device, trained = torch.device("cpu"), {}
         if args.features:
             for name in NOT_WITH_FEATURES:
                 if getattr(args, name):
                     flag = f"--{name.replace('_', '-')}"
                     raise ValueError(f"--features does not go with {flag}: give one")
-            args.resume, device, trained = args.features, torch.device("cpu"), {}
+            args.resume = args.features
             args = options.resolve_evaluation(args)
         elif args.resume:
             args.resume = utils.find_checkpoint(args.resume, args.model_path)
-            first = TrainedOn.read(args.resume.replace("{trial}", "1"))
+            first = TrainedOn(args.resume.replace("{trial}", "1"))
             args, trained = options.resolve_evaluation(args, first.defaults), first.options
             device = devices.resolve_device(args.gpu)
             devices.set_up(device, args.float32_precision)
         else:
             raise ValueError("name the checkpoint to evaluate: --resume PATH")
-        if args.save_features:
-            utils.make_writable_dir(args.save_features.parent)
-        if args.query_dir or args.gallery_dir:
-            rank_folders(args, device, trained)
-        else:
-            evaluate_all(args, device, trained)
+        own = args.query_dir or args.gallery_dir
+        if own and (not (args.query_dir and args.gallery_dir) or "{trial}" in args.resume):
+            raise ValueError(
+                "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
+                "--resume CHECKPOINT, which names one"
+            )
+        output = args.output_dir or default_output(args, trained)
+        run = rank_folders if own else evaluate_all
+        run(args, device, output)
     return 0
 
 
@@ -90,28 +94,26 @@ def get_features(
     settings = {name: getattr(args, name) for name in OF_NETWORK}
     net, info, size = open_network(path, device, **settings)
     images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
-    features, _ = evaluate(
-        net,
-        protocol,
-        images,
-        test_feats=(args.test_feat,) if args.test_feat else net.default_test_feats(),
-        rankings=(),
-        batch_size=args.test_batch,
-        amp=devices.amp_dtype(args.amp, device),
-        progress=not args.quiet,
-    )
+    if args.test_feat not in (None, *net.test_feats()):
+        legal = ", ".join(net.test_feats())
+        raise ValueError(f"test feature must be one of: {legal}; got {args.test_feat!r}")
+    if args.save_features:  # here, since nothing is refused any more
+        utils.make_writable_dir(args.save_features.parent)
+    feats = (args.test_feat,) if args.test_feat else net.default_test_feats()
+    how = {"batch_size": args.test_batch, "progress": not args.quiet}
+    how["amp"] = devices.amp_dtype(args.amp, device)
+    features, _ = evaluate(net, protocol, images, test_feats=feats, rankings=(), **how)
     return features, describe(path, info, net), images
 
 
 # --- A data set -----------------------------------------------------------------------------------
 
 
-def evaluate_all(args: Namespace, device: torch.device, trained: Mapping[str, Any]) -> None:
+def evaluate_all(args: Namespace, device: torch.device, output: Path) -> None:
     """Evaluates every checkpoint, or file of features; prints the table and writes the results.
 
-    `trained` are the first one's options. Files that are missing or hold no such features,
-    identities that were trained on and folders that cannot be written are found before the first
-    evaluation.
+    Files that are missing or hold no such features, identities that were trained on and folders
+    that cannot be written are found before the first evaluation.
     """
     data = data_name(args.dataset, args.data_path)
     work = []
@@ -122,9 +124,9 @@ def evaluate_all(args: Namespace, device: torch.device, trained: Mapping[str, An
             remark = ""
         else:
             which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
-            protocol, remark = TrainedOn.read(path).admit(protocol, data, **which)
+            protocol, remark = TrainedOn(path).admit(protocol, data, **which)
         work.append((trial, path, protocol, remark))
-    output = utils.make_writable_dir(args.output_dir or default_output(args, trained))
+    utils.make_writable_dir(output)
     rankings = tuple(dict.fromkeys(("no", args.re_rank)))
     results: list[Rows] = []
     for trial, path, protocol, remark in work:
@@ -258,25 +260,19 @@ def default_output(args: Namespace, trained: Mapping[str, Any]) -> Path:
 # --- Your own images ------------------------------------------------------------------------------
 
 
-def rank_folders(args: Namespace, device: torch.device, trained: Mapping[str, Any]) -> None:
+def rank_folders(args: Namespace, device: torch.device, output: Path) -> None:
     """Ranks one folder's images by likeness to another's: no identities, no lists, no protocol.
 
-    `trained` are the checkpoint's options. Writes ``ranks.csv``, ``ranks.json`` and
-    ``ranked_lists.png``.
+    Writes ``ranks.csv``, ``ranks.json`` and ``ranked_lists.png``.
 
     Raises:
-        ValueError: A folder or the checkpoint is not named, missing or of no use, or an image
-            cannot be decoded.
+        ValueError: A folder or the checkpoint is missing or of no use, or an image cannot be
+            decoded.
     """
-    if not (args.query_dir and args.gallery_dir) or "{trial}" in args.resume:
-        raise ValueError(
-            "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
-            "--resume CHECKPOINT, which names one"
-        )
     sides = ("visible", "infrared") if args.direction == "v2i" else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
-    output = utils.make_writable_dir(args.output_dir or default_output(args, trained))
+    utils.make_writable_dir(output)
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
     whole = (np.arange(len(gallery)),)

@@ -56,9 +56,9 @@ class Subject:
         self.images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
         name = data_name(args.dataset, args.data_path)
         which = {"trial": args.trial, "subset": args.subset, "seen": args.seen_ids}
-        trained = TrainedOn.read(args.resume, self.info)
         protocol = eval_set(**options.protocol(args, subset=args.subset))
-        self.trial = evaluation.first_trial(trained.admit(protocol, name, **which)[0])
+        protocol, _ = TrainedOn(args.resume, self.info).admit(protocol, name, **which)
+        self.trial = evaluation.first_trial(protocol)
         self.data = f"{name}: {self.trial.protocol}"
         self.title = f"{self.data}; {'/'.join(Path(args.resume).parts[-2:])}"
 
@@ -166,12 +166,9 @@ def cmc(args: argparse.Namespace) -> Figure:
 def read_result(file: Path) -> dict[str, Any]:
     """Reads a ``results.json``; raises ValueError when `test.py` did not write it."""
     schema = {"cmc": [float], "mAP": float, "dataset": str, "protocol": str, "re_rank": str}
-    try:
-        content = read_json(file, schema)
-        if not content["cmc"]:
-            raise ValueError(f"{file} has an empty cmc")
-    except ValueError as error:
-        raise ValueError(f"{error}: write one with test.py --output-dir FOLDER") from error
+    content = read_json(file, schema)
+    if not content["cmc"]:
+        raise ValueError(f"{file} has an empty cmc: write one with test.py --output-dir FOLDER")
     return content
 
 
@@ -263,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError("name the checkpoint to draw from: --resume PATH")
             resume = args.resume.replace("{trial}", str(args.trial or 1))
             args.resume = find_checkpoint(resume, args.model_path)
-            args = options.resolve_evaluation(args, TrainedOn.read(args.resume).defaults)
+            args = options.resolve_evaluation(args, TrainedOn(args.resume).defaults)
         source = Path(vars(args).get("run") or vars(args).get("resume") or args.results[0])
         out = args.out or (source if source.is_dir() else source.parent) / f"{args.figure}.png"
         writable = out.suffix.lower() in FORMATS and os.access(out.parent, os.W_OK)

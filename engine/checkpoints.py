@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +97,18 @@ def open_network(
     return net.to(device, memory_format=torch.channels_last).eval(), info, size
 
 
-@dataclass(frozen=True)
 class TrainedOn:
     """What a checkpoint says that it was trained on; an earlier release's file says nothing."""
 
-    path: str
-    data: str  # as `data_manager.data_name` calls it
-    seen: dict[str, frozenset[int]]  # raw pids trained on, by data; by its starting weights too
-    options: dict[str, Any]  # of its training
-
-    @classmethod
-    def read(cls, path: str | Path, content: Mapping[str, Any] | None = None) -> "TrainedOn":
+    def __init__(self, path: str | Path, content: Mapping[str, Any] | None = None) -> None:
         """Reads a checkpoint's entries, from its file unless `content` has them."""
         content = load_checkpoint(path) if content is None else content
-        data = content.get("data", "")
-        seen = {name: frozenset(pids) for name, pids in content.get(SEEN_BEFORE, {}).items()}
-        seen[data] = seen.get(data, frozenset()) | frozenset(content.get("identities", ()))
-        return cls(str(path), data, seen, content.get("options", {}))
+        self.path = path
+        self.options: dict[str, Any] = content.get("options", {})  # of its training
+        self.data: str = content.get("data", "")  # as `data_manager.data_name` calls it
+        # Raw pids trained on, by data; by its starting weights too.
+        self.seen = {name: set(pids) for name, pids in content.get(SEEN_BEFORE, {}).items()}
+        self.seen.setdefault(self.data, set()).update(content.get("identities", ()))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -138,7 +133,7 @@ class TrainedOn:
             ValueError: Some of the identities were trained on.
         """
         pids = np.union1d(protocol.query.pids, protocol.gallery.pids).tolist()
-        known = self.seen.get(data) or self.seen.get("", frozenset())
+        known = self.seen.get(data) or self.seen.get("", set())
         facts = DATASETS[protocol.dataset]
         comparable = subset == "val" or not facts.train_pids_are_labels
         count = len(known.intersection(pids)) if comparable else 0

@@ -131,7 +131,7 @@ class Run:
             return self.checkpoint.get(SEEN_BEFORE, {})
         if self.args.weights in ("imagenet", "none"):
             return {}
-        return {name: sorted(pids) for name, pids in TrainedOn.read(self.args.weights).seen.items()}
+        return {name: sorted(pids) for name, pids in TrainedOn(self.args.weights).seen.items()}
 
     def trains(self, progress: Progress) -> bool:
         """Whether there is anything left to train."""
@@ -185,7 +185,7 @@ class Run:
         With --test-only, raises ValueError where the test identities were trained on.
         """
         args, images, header = self.args, self._images(), self.files.header
-        trained = TrainedOn.read(self.checkpoint.get("path", ""), header)
+        trained = TrainedOn(self.checkpoint.get("path", ""), header)
         which = {"trial": args.trial, "subset": args.select_on, "seen": not args.test_only}
         test, remark = trained.admit(test, header["data"], **which)
         if remark:

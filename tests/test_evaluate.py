@@ -183,7 +183,7 @@ SEEN = {  # a checkpoint's entries, the protocol's data set and subset -> what i
 def test_identities_that_were_trained_on_are_refused_or_named(name):
     entries, dataset, subset, remark = SEEN[name]
     options = {"dataset": dataset, "trial": 3}
-    trained = TrainedOn.read("a.pt", {"data": "D", "options": options, **entries})
+    trained = TrainedOn("a.pt", {"data": "D", "options": options, **entries})
     protocol = people([7, 8, 9], dataset)
     admitted, found = trained.admit(protocol, "D", trial=1, subset=subset, seen=True)
     assert found == remark
@@ -199,7 +199,7 @@ def test_identities_that_were_trained_on_are_refused_or_named(name):
 
 def test_a_checkpoint_s_own_data_are_its_defaults(tmp_path):
     def defaults(**entries):
-        return TrainedOn.read("a.pt", {"options": entries}).defaults
+        return TrainedOn("a.pt", {"options": entries}).defaults
 
     assert defaults() == {}  # an earlier release's file
     assert defaults(dataset="own", trial=2) == {}  # a data set that is not known here
@@ -209,7 +209,7 @@ def test_a_checkpoint_s_own_data_are_its_defaults(tmp_path):
     for damaged in ({"dataset": ["regdb"]}, {"trial": "2"}, {"data_path": 3}):
         save_checkpoint(tmp_path / "a.pt", {"net": {}, "options": damaged})
         with pytest.raises(CheckpointError, match="a.pt"):
-            TrainedOn.read(tmp_path / "a.pt")
+            TrainedOn(tmp_path / "a.pt")
 
 
 def test_printed_results_name_protocol_and_re_ranking():

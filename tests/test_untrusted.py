@@ -291,7 +291,7 @@ def test_checkpoint_dictionaries(place, data):
     torch.save(content, file)
     with contextlib.suppress(ValueError):  # a CheckpointError, or of the size in its options
         info = load_checkpoint(file)
-        TrainedOn.read(file, info).defaults  # noqa: B018
+        TrainedOn(file, info).defaults  # noqa: B018
         entries = {name: info[name] for name in resume.ENTRIES if name in info}
         with contextlib.suppress(CheckpointError):
             resumed(place, **entries)
