@@ -119,8 +119,7 @@ def evaluate_rule(
             f"none of {len(q_pids)} queries has a true match among the gallery images that count "
             "for it, expected at least one: do query and gallery share identities?"
         )
-    hits = np.bincount(np.minimum(first_hits, max_rank).astype(int), minlength=max_rank)
-    cmc = np.cumsum(hits[:max_rank]) / len(first_hits)
+    cmc = (first_hits[:, None] <= np.arange(max_rank)).mean(axis=0)
     return cmc, float(ap.mean()), float(inp.mean())
 
 
