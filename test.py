@@ -82,22 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def get_features(
-    args: Namespace, device: torch.device, path: str, protocol: EvalSet
+    args: Namespace, device: torch.device, path: str, protocol: EvalSet, output: Path
 ) -> tuple[Features, dict[str, Any], ImageCache | None]:
     """Embeds a protocol's images by a checkpoint's network, or reads their features from a file.
 
-    Returns the features, what a result says of where they come from, and the decoded images.
+    Makes the folders to write into, `output` and that of --save-features, as soon as nothing is
+    refused any more. Returns the features, what a result says of where they come from, and the
+    decoded images.
     """
     if args.features:
-        about = {"checkpoint": path, "selection": "unknown: features of a file"}
-        return read_features(path, protocol), about, None
+        features = read_features(path, protocol)
+        utils.make_writable_dir(output)
+        return features, {"checkpoint": path, "selection": "unknown: features of a file"}, None
     settings = {name: getattr(args, name) for name in OF_NETWORK}
     net, info, size = open_network(path, device, **settings)
     images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
     if args.test_feat not in (None, *net.test_feats()):
         legal = ", ".join(net.test_feats())
         raise ValueError(f"test feature must be one of: {legal}; got {args.test_feat!r}")
-    if args.save_features:  # here, since nothing is refused any more
+    utils.make_writable_dir(output)
+    if args.save_features:
         utils.make_writable_dir(args.save_features.parent)
     feats = (args.test_feat,) if args.test_feat else net.default_test_feats()
     how = {"batch_size": args.test_batch, "progress": not args.quiet}
@@ -126,11 +130,10 @@ def evaluate_all(args: Namespace, device: torch.device, output: Path) -> None:
             which = {"trial": trial, "subset": args.subset, "seen": args.seen_ids}
             protocol, remark = TrainedOn(path).admit(protocol, data, **which)
         work.append((trial, path, protocol, remark))
-    utils.make_writable_dir(output)
     rankings = tuple(dict.fromkeys(("no", args.re_rank)))
     results: list[Rows] = []
     for trial, path, protocol, remark in work:
-        features, about, images = get_features(args, device, path, protocol)
+        features, about, images = get_features(args, device, path, protocol, output)
         about |= {"dataset": data, "stand_in": is_stand_in(args.data_path), "remark": remark}
         rows = [{**row, **about} for row in score_kinds(protocol, features, rankings)]
         results.append(rows)
@@ -272,12 +275,11 @@ def rank_folders(args: Namespace, device: torch.device, output: Path) -> None:
     sides = ("visible", "infrared") if args.direction == "v2i" else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])
     gallery = folder_images(args.gallery_dir, args.gallery_modality or sides[1])
-    utils.make_writable_dir(output)
     title = f"{args.query_dir} ({query.modality}) among {args.gallery_dir} ({gallery.modality})"
     title += TTA[args.tta]
     whole = (np.arange(len(gallery)),)
     protocol = EvalSet("own folders", query, gallery, whole, "none", title, None, args.tta)
-    features, _, images = get_features(args, device, args.resume, protocol)
+    features, _, images = get_features(args, device, args.resume, protocol, output)
     feat = next(iter(features["query"]))
     features = {role: {feat: kinds[feat]} for role, kinds in features.items()}
     distmat = distances(features["query"][feat], features["gallery"][feat], args.re_rank)

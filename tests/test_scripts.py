@@ -339,9 +339,11 @@ def test_identities_that_were_trained_on_are_no_test(data, tiny, tmp_path):
         "--memory-variant paper": "has no memory of MG-MRA",
         "--test-feat memory --save-features deep/er/f.npz": "test feature must be one of",
     }
+    before = set(tmp_path.rglob("*"))
     for flags, reason in late.items():
         _, error = call(*evaluate, *flags.split(), cwd=tmp_path, code=2)
         assert reason in error
+        assert set(tmp_path.rglob("*")) == before
     refused = {
         "trial2": (*evaluate, "--trial", 2),
         "trials_first3": (*evaluate[:-1], tmp_path / "one_trial{trial}", "--trials", 3),
