@@ -173,11 +173,7 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], str]:
-    """Reads a run's ``log.jsonl``, and method and data from the ``options.json`` beside it.
-
-    Raises:
-        ValueError: It is no log, or has no epoch yet.
-    """
+    """Reads a run's log, and its title; raises ValueError where it is no log, or has no epoch."""
     file = run / "log.jsonl" if run.is_dir() else run
     lines = read_json(file, LOG_LINE)
     if not lines:
