@@ -115,10 +115,8 @@ def evaluate_rule(
         blocks = pool.map(evaluate_block, range(0, len(distmat), block_size))
         first_hits, ap, inp = np.concatenate(list(blocks), axis=1)  # of each query with a hit
     if not len(first_hits):
-        raise ValueError(
-            f"none of {len(q_pids)} queries has a true match among the gallery images that count "
-            "for it, expected at least one: do query and gallery share identities?"
-        )
+        error = f"none of {len(q_pids)} queries has a true match among the images that count"
+        raise ValueError(f"{error}: do query and gallery share identities?")
     cmc = (first_hits[:, None] <= np.arange(max_rank)).mean(axis=0)
     return cmc, float(ap.mean()), float(inp.mean())
 

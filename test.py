@@ -43,9 +43,8 @@ Rows = list[dict[str, Any]]  # results of one checkpoint: a row for each feature
 
 TOP = 20  # gallery images per query in an own folder's ranking
 # Flags of a network, and of what takes one: they do not go with --features.
-OF_NETWORK = (*options.AS_TRAINED_FLAGS, "memory")
 NOT_WITH_FEATURES = ("resume", "query_dir", "gallery_dir", "figures", "save_features", "test_feat")
-NOT_WITH_FEATURES += ("top", "seen_ids", "amp", *OF_NETWORK)
+NOT_WITH_FEATURES += ("top", "seen_ids", "amp", "memory", *options.AS_TRAINED_FLAGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,10 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("name the checkpoint to evaluate: --resume PATH")
         own = args.query_dir or args.gallery_dir
         if own and (not (args.query_dir and args.gallery_dir) or "{trial}" in args.resume):
-            raise ValueError(
-                "your own images take three flags: --query-dir FOLDER --gallery-dir FOLDER "
-                "--resume CHECKPOINT, which names one"
-            )
+            flags = "--query-dir FOLDER --gallery-dir FOLDER --resume CHECKPOINT"
+            raise ValueError(f"your own images take three flags: {flags}, which names one")
         output = args.output_dir or default_output(args, trained)
         run = rank_folders if own else evaluate_all
         run(args, device, output)
@@ -94,7 +91,7 @@ def get_features(
         features = read_features(path, protocol)
         utils.make_writable_dir(output)
         return features, {"checkpoint": path, "selection": "unknown: features of a file"}, None
-    settings = {name: getattr(args, name) for name in OF_NETWORK}
+    settings = {name: getattr(args, name) for name in (*options.AS_TRAINED_FLAGS, "memory")}
     net, info, size = open_network(path, device, **settings)
     images = ImageCache(*size, workers=args.workers, progress=not args.quiet)
     if args.test_feat not in (None, *net.test_feats()):
@@ -166,10 +163,8 @@ def files_to_evaluate(args: Namespace) -> list[tuple[int, str]]:
     found = [(t, args.resume.replace("{trial}", str(t))) for t in range(1, args.trials + 1)]
     missing = [path for _, path in found if not Path(path).is_file()]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(found)} files are missing, {missing[0]} first: make them, or "
-            f"evaluate fewer with --trials N"
-        )
+        what = f"{len(missing)} of {len(found)} files are missing, {missing[0]} first"
+        raise ValueError(f"{what}: make them, or evaluate fewer with --trials N")
     return found
 
 

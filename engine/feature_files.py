@@ -77,9 +77,7 @@ def read_features(path: str | Path, protocol: EvalSet) -> Features:
         own = values[[rows[name] for name in wanted]].astype(np.float32)
         norms = np.linalg.norm(own, axis=1)
         if not (abs(norms - 1) < NORM_TOLERANCE).all():  # NaN is not
-            raise ValueError(
-                f"{path}: rows of {name!r} have norms from {norms.min():.4g} to {norms.max():.4g}, "
-                "expected 1: images are ranked by the cosine similarity"
-            )
+            found_norms = f"norms from {norms.min():.4g} to {norms.max():.4g}"
+            raise ValueError(f"{path}: rows of {name!r} have {found_norms}, expected 1")
         found["query"][name], found["gallery"][name] = np.split(own, [len(protocol.query)])
     return found
