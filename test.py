@@ -151,10 +151,8 @@ def evaluate_all(args: Namespace, device: torch.device, output: Path) -> None:
 def files_to_evaluate(args: Namespace) -> list[tuple[int, str]]:
     """Returns the checkpoints, or files of features, to evaluate, each with its RegDB trial.
 
-    A path with ``{trial}`` stands for trials 1 to ``--trials``; any other for ``--trial`` alone.
-
-    Raises:
-        ValueError: When one of the pattern's files is missing.
+    A path with ``{trial}`` stands for trials 1 to ``--trials``, and raises ValueError when one of
+    its files is missing; any other stands for ``--trial`` alone.
     """
     if "{trial}" not in args.resume:
         return [(args.trial, args.resume)]
@@ -261,11 +259,8 @@ def default_output(args: Namespace, trained: Mapping[str, Any]) -> Path:
 def rank_folders(args: Namespace, device: torch.device, output: Path) -> None:
     """Ranks one folder's images by likeness to another's: no identities, no lists, no protocol.
 
-    Writes ``ranks.csv``, ``ranks.json`` and ``ranked_lists.png``.
-
-    Raises:
-        ValueError: A folder or the checkpoint is missing or of no use, or an image cannot be
-            decoded.
+    Writes ``ranks.csv``, ``ranks.json`` and ``ranked_lists.png``. Raises ValueError when a folder,
+    an image or the checkpoint cannot be used.
     """
     sides = ("visible", "infrared") if args.direction == "v2i" else ("infrared", "visible")
     query = folder_images(args.query_dir, args.query_modality or sides[0])

@@ -140,8 +140,8 @@ class TrainedOn:
         if count:
             people = "validation" if subset == "val" else "test"
             remark = f"{count} of {len(pids)} {people} identities were trained on"
-            own = self.defaults.get("trial", trial)
             if not seen:
+                own = self.defaults.get("trial", trial)
                 other = facts.splits > 1 and own != trial
                 hint = f"of trial {own}: pass --trial {own}" if other else "or its starting weights"
                 raise ValueError(
