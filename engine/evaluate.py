@@ -14,7 +14,7 @@ from data_manager import EvalSet, ImageList
 from eval_metrics import METRICS, evaluate_rule, mean_and_std, summarize
 from re_rank import k_reciprocal, random_walk
 
-Features = dict[str, dict[str, np.ndarray]]  # "query" and "gallery" (n, D), by feature
+Features = dict[str, dict[str, np.ndarray]]  # of "query" and "gallery", by kind: (n, D)
 
 
 def evaluate(
