@@ -19,7 +19,8 @@ MAX_THREADS = 4  # NumPy holds the interpreter lock too often for more to help
 REPORTED_RANKS = (1, 5, 10, 20)
 METRICS = (*(f"rank{k}" for k in REPORTED_RANKS), "mAP", "mINP")  # of every result
 RESULT = {**dict.fromkeys(METRICS, float), "re_rank": str, "protocol": str}  # as `utils.parse_json`
-LOG_LINE = {"epoch": int, "eval?": dict.fromkeys(METRICS, float), "*": float}  # of log.jsonl
+EVALUATED = {"epoch": int, **dict.fromkeys(METRICS, float)}
+LOG_LINE = {"epoch": int, "eval?": EVALUATED, "*": float}  # of log.jsonl
 RE_RANKINGS = ("no", "k_reciprocal", "random_walk")  # what an evaluation may ask for; see `re_rank`
 
 Ids = ArrayLike  # one identity or camera for each image

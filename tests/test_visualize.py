@@ -18,7 +18,7 @@ from data_manager import DataError, EvalSet, ImageList, eval_set
 from datasets.decode import ImageCache
 from datasets.folders import folder_images
 from engine.evaluate import distances, embed
-from eval_metrics import eval_regdb
+from eval_metrics import METRICS, eval_regdb
 from figures import charts, evaluation, image_grids
 from model import TwoStreamNet
 from networks.checkpoint_file import save_checkpoint
@@ -303,7 +303,13 @@ def test_a_log_is_read(tmp_path):
     lines = [{"epoch": e, "total": t} for e, t in ((1, 1.0), (2, 2.0))]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert visualize.read_log(tmp_path)[0] == lines
-    for text, message in (("", "is empty"), ('{"epoch": 1}\n{"ep', "log.jsonl cannot be used")):
+    no_epoch = json.dumps({"epoch": 1, "eval": dict.fromkeys(METRICS, 0.5)})
+    cases = (
+        ("", "is empty"),
+        ('{"epoch": 1}\n{"ep', "log.jsonl cannot be used"),
+        (no_epoch, "'eval' lacks 'epoch'"),
+    )
+    for text, message in cases:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             visualize.read_log(file)
