@@ -30,15 +30,9 @@ from utils import make_writable_dir, read_json, user_errors, write_atomic, write
 
 def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
     """`run`: prints the commands, then runs those that are not done until one fails."""
-    data = DATASETS[args.dataset]
-    usual = max(data.splits, data.gallery_draws)
-    if args.table in plans.SEEDED:
-        usual = plans.STUDY_SPLITS if args.table in plans.PAIRED else 1
-    elif args.table != data.name and data.splits > 1:
-        usual = 1  # an ablation trains on one split unless told otherwise
     if args.unseen and args.table != "unseen":
         raise ValueError(f"--unseen has no effect on --table {args.table}: leave it out")
-    about = {"dataset": data.name, "trials": args.trials or usual, "unseen": dict(args.unseen)}
+    about = {"dataset": args.dataset, "trials": _trials(args), "unseen": dict(args.unseen)}
     about["extra"] = plans.given_options(extra, args.table)
     steps = plans.choose(*plans.plan(args.table, runs=args.runs, **about), args.only)
     for step in steps:
@@ -66,6 +60,18 @@ def run_command(args: argparse.Namespace, extra: Sequence[str]) -> None:
             content.pop("optimizer", None)
             save_checkpoint(step.folder / "last.pt", content)
         sys.stdout.write(f"{mark} done in {(time.monotonic() - start) / 60:.1f} min\n")
+
+
+def _trials(args: argparse.Namespace) -> int:
+    """Returns how many splits, seeds or gallery draws a table has, with or without --trials."""
+    data = DATASETS[args.dataset]
+    most = max(data.splits, data.gallery_draws)
+    if args.table in plans.SEEDED:
+        return args.trials or (plans.STUDY_SPLITS if args.table in plans.PAIRED else 1)
+    if args.trials and args.trials > most:
+        raise ValueError(f"--trials {args.trials}: {data.title} has {most}")
+    one_split = args.table != data.name and data.splits > 1  # an ablation trains on one split
+    return args.trials or (1 if one_split else most)
 
 
 def table_command(args: argparse.Namespace) -> None:

@@ -194,7 +194,7 @@ def test_methods_and_protocols_of_the_tables():
     assert {t["trials"] for t in tests} == {3}
 
 
-def test_a_fixed_gallery_of_a_single_split_has_no_trials(monkeypatch):
+def test_a_fixed_gallery_of_a_single_split_has_no_trials(monkeypatch, capsys):
     """As of the data set in docs/change_one_thing.md: `test.py` refuses --trials there."""
     monkeypatch.setattr(options.DATASETS["llcm"], "gallery_draws", 1)
     steps, rows = planned("llcm", "llcm", trials=1)
@@ -202,6 +202,9 @@ def test_a_fixed_gallery_of_a_single_split_has_no_trials(monkeypatch):
     for step in steps:
         assert "trials" not in step.options
         assert step.resolved["dataset"] == "llcm"
+    with pytest.raises(SystemExit):
+        main(["run", "--table", "llcm", "--trials", "3", "--dry-run"])
+    assert "--trials 3: LLCM has 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [(), ("--preset", "scratch", "--epochs", "2")])
