@@ -33,8 +33,8 @@ class RunFiles:
         others, name = self.prefix and report.exists(), self.header["run"]
         if others and read_json(report, {"run?": str}).get("run") != name:
             raise ValueError(
-                f"{self.output_dir} holds another run than {name}: each needs an --output-dir "
-                f"of its own; name another, or leave it out"
+                f"{self.output_dir} holds another run than {name}; runs can share --model_path, "
+                f"but each needs an --output-dir of its own: name another, or leave it out"
             )
         existing = [path for path in map(self.checkpoint, (LAST, PREVIOUS)) if path.exists()]
         if existing and not (overwrite or self._holds(resumed)):
